@@ -1,0 +1,151 @@
+//! Between the bytes of a file and candle's tensors.
+
+use ::safetensors::Dtype;
+use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// Elements that one task converts at a time.
+const CHUNK: usize = 1 << 14;
+
+/// candle's name for a file's dtype, where it has one.
+pub fn candle_dtype(dtype: Dtype) -> Option<DType> {
+    Some(match dtype {
+        Dtype::U8 => DType::U8,
+        Dtype::U32 => DType::U32,
+        Dtype::I16 => DType::I16,
+        Dtype::I32 => DType::I32,
+        Dtype::I64 => DType::I64,
+        Dtype::BF16 => DType::BF16,
+        Dtype::F16 => DType::F16,
+        Dtype::F32 => DType::F32,
+        Dtype::F64 => DType::F64,
+        _ => return None,
+    })
+}
+
+/// The inverse of [`candle_dtype`].
+pub fn file_dtype(dtype: DType) -> Option<Dtype> {
+    Some(match dtype {
+        DType::U8 => Dtype::U8,
+        DType::U32 => Dtype::U32,
+        DType::I16 => Dtype::I16,
+        DType::I32 => Dtype::I32,
+        DType::I64 => Dtype::I64,
+        DType::BF16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
+        DType::F32 => Dtype::F32,
+        DType::F64 => Dtype::F64,
+        _ => return None,
+    })
+}
+
+/// A tensor's elements in row-major order, little-endian, in its own dtype.
+pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    fn bytes<T: WithDType, const N: usize>(t: &Tensor, f: impl Fn(T) -> [u8; N]) -> Result<Vec<u8>> {
+        Ok(t.to_vec1::<T>()?.into_iter().flat_map(f).collect())
+    }
+    // sync: copies from the device
+    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    match flat.dtype() {
+        DType::U8 => flat.to_vec1(),
+        DType::U32 => bytes(&flat, u32::to_le_bytes),
+        DType::I16 => bytes(&flat, i16::to_le_bytes),
+        DType::I32 => bytes(&flat, i32::to_le_bytes),
+        DType::I64 => bytes(&flat, i64::to_le_bytes),
+        DType::BF16 => bytes(&flat, bf16::to_le_bytes),
+        DType::F16 => bytes(&flat, f16::to_le_bytes),
+        DType::F32 => bytes(&flat, f32::to_le_bytes),
+        DType::F64 => bytes(&flat, f64::to_le_bytes),
+        other => bail!("dtype {other:?} cannot be written"),
+    }
+}
+
+/// Row-major little-endian `bytes` of dtype `from` as a tensor of dtype `to`. The tensor is the only allocation of its size.
+pub(super) fn to_tensor(bytes: &[u8], from: Dtype, shape: &[usize], to: DType, device: &Device) -> Result<Tensor> {
+    let Some(from) = candle_dtype(from) else { bail!("dtype {from:?} is not supported") };
+    let cpu = match (from, to) {
+        (DType::F32 | DType::F16 | DType::BF16, DType::F32) => {
+            Tensor::from_vec(convert(bytes, from, |values, out| out.copy_from_slice(values)), shape, &Device::Cpu)
+        }
+        (DType::F32 | DType::BF16, DType::F16) => {
+            Tensor::from_vec(convert(bytes, from, |values, out: &mut [f16]| out.convert_from_f32_slice(values)), shape, &Device::Cpu)
+        }
+        (DType::F32 | DType::F16, DType::BF16) => {
+            Tensor::from_vec(convert(bytes, from, |values, out: &mut [bf16]| out.convert_from_f32_slice(values)), shape, &Device::Cpu)
+        }
+        (DType::F64, DType::F32 | DType::F16 | DType::BF16) => Tensor::from_raw_buffer(bytes, from, shape, &Device::Cpu)?.to_dtype(to),
+        _ if from == to => Tensor::from_raw_buffer(bytes, from, shape, &Device::Cpu),
+        _ => bail!("dtype {from:?} cannot be read as {to:?}"),
+    }?;
+    cpu.to_device(device)
+}
+
+/// Widens to f32 chunk by chunk on all threads and hands each chunk to `put`.
+fn convert<T: WithDType>(bytes: &[u8], from: DType, put: impl Fn(&[f32], &mut [T]) + Sync) -> Vec<T> {
+    let size = from.size_in_bytes();
+    let mut out = vec![T::zero(); bytes.len() / size];
+    out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * size)).for_each_init(
+        || (vec![0f32; CHUNK], vec![0u16; CHUNK]),
+        |(wide, bits), (out, bytes)| {
+            let wide = &mut wide[..out.len()];
+            widen(bytes, from, &mut bits[..out.len()], wide);
+            put(wide, out);
+        },
+    );
+    out
+}
+
+fn widen(bytes: &[u8], from: DType, bits: &mut [u16], out: &mut [f32]) {
+    if from == DType::F32 {
+        for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *value = f32::from_le_bytes(*bytes);
+        }
+        return;
+    }
+    for (value, bytes) in bits.iter_mut().zip(bytes.as_chunks::<2>().0) {
+        *value = u16::from_le_bytes(*bytes);
+    }
+    match from {
+        DType::F16 => bits.reinterpret_cast::<f16>().convert_to_f32_slice(out),
+        _ => bits.reinterpret_cast::<bf16>().convert_to_f32_slice(out),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VALUES: [f32; 6] = [0.0, -1.5, 3.140_625, 65504.0, -2.0e-5, f32::INFINITY];
+
+    fn read(bytes: &[u8], from: Dtype, to: DType) -> Result<Vec<f32>> {
+        to_tensor(bytes, from, &[2, 3], to, &Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+    }
+
+    #[test]
+    fn float_types_convert_into_each_other_rounding_once() {
+        let source = Tensor::from_slice(&VALUES, (2, 3), &Device::Cpu).unwrap();
+        for from in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+            let stored = source.to_dtype(from).unwrap();
+            let bytes = tensor_bytes(&stored).unwrap();
+            for to in [DType::F32, DType::F16, DType::BF16] {
+                let want: Vec<f32> = stored.to_dtype(to).unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                assert_eq!(read(&bytes, file_dtype(from).unwrap(), to).unwrap(), want, "{from:?} to {to:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn nan_payload_of_f32_survives() {
+        let bytes: Vec<u8> = [0x7fc1_2345u32, 0xffc0_0001].iter().flat_map(|b| b.to_le_bytes()).collect();
+        let tensor = to_tensor(&bytes, Dtype::F32, &[2], DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(tensor_bytes(&tensor).unwrap(), bytes);
+    }
+
+    #[test]
+    fn integers_are_not_taken_as_floats() {
+        assert!(read(&[0; 6], Dtype::I8, DType::F32).is_err());
+        assert!(read(&[0; 6], Dtype::U8, DType::F32).is_err());
+    }
+}
