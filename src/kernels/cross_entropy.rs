@@ -1,0 +1,80 @@
+//! Softmax cross-entropy in place: logits become their gradient.
+
+use candle_core::{Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::host::{F32View, with_f32_mut};
+use super::simd::{exp_sum, max, vectorize};
+
+/// What becomes of the logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// They become d(sum of losses)/d logits = softmax - onehot(target).
+    ToGradient,
+    /// They become e^(logit - max) and are of no further use.
+    Discard,
+}
+
+/// Negative log-likelihood of each target in f32, `[N]`.
+///
+/// # Shapes
+/// logits `[N, V]`, targets `[N]` ids below V.
+///
+/// # Errors
+/// When the number of targets differs or a target is not below V.
+pub fn nll_(logits_NV: &Tensor, targets: &[u32], logits: Logits) -> Result<Vec<f32>> {
+    let (n, v) = logits_NV.dims2()?;
+    if targets.len() != n {
+        bail!("cross_entropy: {n} rows of logits, {} targets", targets.len());
+    }
+    if let Some(&bad) = targets.iter().find(|&&t| t as usize >= v) {
+        bail!("cross_entropy: target {bad} is not below the vocabulary of {v}");
+    }
+    let losses: Vec<std::sync::atomic::AtomicU32> = targets.iter().map(|_| 0.into()).collect();
+    with_f32_mut(logits_NV, "cross_entropy", |values| {
+        values.par_chunks_mut(v).zip(targets).zip(&losses).for_each(|((row, &target), loss)| {
+            let nll = vectorize(|| row_nll(row, target as usize, logits));
+            loss.store(nll.to_bits(), std::sync::atomic::Ordering::Relaxed);
+        });
+    })?;
+    Ok(losses.into_iter().map(|bits| f32::from_bits(bits.into_inner())).collect())
+}
+
+#[inline(always)]
+fn row_nll(row: &mut [f32], target: usize, logits: Logits) -> f32 {
+    let shift = max(row);
+    let target_logit = row[target];
+    let sum = exp_sum(row, shift);
+    if logits == Logits::ToGradient {
+        let scale = 1.0 / sum;
+        row.iter_mut().for_each(|p| *p *= scale);
+        row[target] -= 1.0;
+    }
+    sum.ln() - (target_logit - shift)
+}
+
+/// The index of the largest logit of each row and its distance to the second largest, `[N]`.
+///
+/// # Errors
+/// When the tensor is not `[N, V]` f32 with V of at least 2.
+pub fn top2(logits_NV: &Tensor) -> Result<Vec<(u32, f32)>> {
+    let (_, v) = logits_NV.dims2()?;
+    if v < 2 {
+        bail!("top2: a vocabulary of {v} has no second choice");
+    }
+    let logits = F32View::new(logits_NV)?;
+    Ok(logits
+        .chunks_exact(v)
+        .map(|row| {
+            let (mut best, mut second) = ((0, f32::NEG_INFINITY), f32::NEG_INFINITY);
+            for (i, &x) in row.iter().enumerate() {
+                if x > best.1 {
+                    (second, best) = (best.1, (i, x));
+                } else if x > second {
+                    second = x;
+                }
+            }
+            (best.0 as u32, best.1 - second)
+        })
+        .collect())
+}

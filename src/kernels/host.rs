@@ -1,0 +1,74 @@
+//! Access to the memory of CPU tensors.
+
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, StorageRef, Tensor, bail};
+
+/// A CPU f32 tensor's values, read in place. Holds the tensor's read lock.
+pub struct F32View<'a> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+}
+
+impl<'a> F32View<'a> {
+    /// # Errors
+    /// When the tensor is not a contiguous f32 tensor on the CPU.
+    pub fn new(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor, found {layout:?}") };
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(_)) => {}
+            _ => bail!("expected f32 on the cpu, found {:?} on {:?}", tensor.dtype(), tensor.device().location()),
+        }
+        Ok(Self { storage, range: start..end })
+    }
+}
+
+impl Deref for F32View<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => &[], // refused in `new`
+        }
+    }
+}
+
+/// Runs `f` on a contiguous CPU f32 tensor's memory, in place; every view of that memory sees the change.
+///
+/// # Errors
+/// When the tensor is not a contiguous f32 tensor on the CPU.
+pub fn with_f32_mut(tensor: &Tensor, name: &'static str, f: impl Fn(&mut [f32])) -> Result<()> {
+    struct InPlace<F>(&'static str, F);
+    impl<F: Fn(&mut [f32])> InplaceOp1 for InPlace<F> {
+        fn name(&self) -> &'static str {
+            self.0
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            let Some((start, end)) = layout.contiguous_offsets() else { bail!("{}: expected a contiguous tensor", self.0) };
+            let CpuStorage::F32(values) = storage else { bail!("{}: expected f32", self.0) };
+            (self.1)(&mut values[start..end]);
+            Ok(())
+        }
+    }
+    tensor.inplace_op1(&InPlace(name, f))
+}
+
+/// Hands `values` to a tensor without a copy.
+///
+/// # Errors
+/// When the shape's size is not the number of values.
+pub fn tensor(values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+    Tensor::from_vec(values, shape, &Device::Cpu)
+}
+
+/// # Errors
+/// When the tensor is on a device or in a type that these kernels do not run on.
+pub fn check(tensor: &Tensor, op: &str) -> Result<()> {
+    if tensor.dtype() != DType::F32 || !tensor.device().is_cpu() {
+        bail!("{op}: runs on f32 on the cpu, found {:?} on {:?}", tensor.dtype(), tensor.device().location());
+    }
+    Ok(())
+}

@@ -1,0 +1,16 @@
+//! The operations of the model. One op, one file: its CPU code in plain loops with f32 accumulation is the specification.
+//!
+//! An op takes and returns candle tensors. Where candle has a fitting differentiable or exact primitive (allocation, gather) it is used; the
+//! ops here are those that candle lacks, cuts gradients of, or would need several passes over memory for.
+//! Results do not depend on the number of threads: work is split over independent rows only, sums run in a fixed order.
+#![allow(non_snake_case, reason = "tensor names carry shape suffixes")]
+
+pub mod attention;
+pub mod cross_entropy;
+pub mod elementwise;
+pub mod host;
+pub mod matmul;
+pub mod rms_norm;
+pub mod rotary;
+mod simd;
+pub mod swiglu;

@@ -1,0 +1,77 @@
+//! RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467): y = x / sqrt(mean(x²) + eps) * w, all in f32.
+
+use candle_core::{Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::host::{self, F32View, with_f32_mut};
+use super::simd::{dot, vectorize};
+
+/// Rows a task works on.
+const ROWS: usize = 8;
+
+/// x `[T, H]`, w `[H]` -> (y `[T, H]`, 1 / rms `[T]`).
+///
+/// # Errors
+/// When the sizes differ.
+///
+/// # Source
+/// THUDM modeling_chatglm.py, RMSNorm.forward: the weight product too is in f32, with one cast at the end.
+pub fn fwd(x_TH: &Tensor, w_H: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    let (t, h) = sizes(x_TH, w_H)?;
+    let (mut y, mut rstd) = (vec![0f32; t * h], vec![0f32; t]);
+    {
+        let (x, w) = (F32View::new(x_TH)?, F32View::new(w_H)?);
+        y.par_chunks_mut(ROWS * h).zip(rstd.par_chunks_mut(ROWS)).zip(x.par_chunks(ROWS * h)).for_each(|((y, rstd), x)| {
+            vectorize(|| {
+                for ((y, r), x) in y.chunks_exact_mut(h).zip(rstd).zip(x.chunks_exact(h)) {
+                    *r = (1.0 / (f64::from(dot(x, x)) / h as f64 + eps).sqrt()) as f32;
+                    for ((y, x), w) in y.iter_mut().zip(x).zip(w.iter()) {
+                        *y = w * (x * *r);
+                    }
+                }
+            });
+        });
+    }
+    Ok((host::tensor(y, &[t, h])?, host::tensor(rstd, &[t])?))
+}
+
+/// Adds the gradient towards x to `dx`: dx += rstd * (w dy - x rstd² mean(x w dy)).
+///
+/// # Shapes
+/// dy, x, dx `[T, H]`, w `[H]`, rstd `[T]`. `dx` usually holds the residual branch's gradient already.
+///
+/// # Errors
+/// When the sizes differ.
+pub fn bwd_add_(dx_TH: &Tensor, dy_TH: &Tensor, x_TH: &Tensor, rstd_T: &Tensor, w_H: &Tensor) -> Result<()> {
+    let (_, h) = sizes(x_TH, w_H)?;
+    if dx_TH.dims() != x_TH.dims() || dy_TH.dims() != x_TH.dims() {
+        bail!("rms_norm: dx {:?}, dy {:?} and x {:?} differ", dx_TH.dims(), dy_TH.dims(), x_TH.dims());
+    }
+    let (dy, x, rstd, w) = (F32View::new(dy_TH)?, F32View::new(x_TH)?, F32View::new(rstd_T)?, F32View::new(w_H)?);
+    with_f32_mut(dx_TH, "rms_norm_bwd", |dx| {
+        let rows = dx.par_chunks_mut(ROWS * h).zip(dy.par_chunks(ROWS * h)).zip(x.par_chunks(ROWS * h)).zip(rstd.par_chunks(ROWS));
+        rows.for_each(|(((dx, dy), x), rstd)| {
+            let mut wdy = vec![0f32; h];
+            vectorize(|| {
+                for (((dx, dy), x), &r) in dx.chunks_exact_mut(h).zip(dy.chunks_exact(h)).zip(x.chunks_exact(h)).zip(rstd) {
+                    for ((g, dy), w) in wdy.iter_mut().zip(dy).zip(w.iter()) {
+                        *g = w * dy;
+                    }
+                    let c = r * r * r * (dot(x, &wdy) / h as f32);
+                    for ((dx, g), x) in dx.iter_mut().zip(&wdy).zip(x) {
+                        *dx += r * g - x * c;
+                    }
+                }
+            });
+        });
+    })
+}
+
+fn sizes(x_TH: &Tensor, w_H: &Tensor) -> Result<(usize, usize)> {
+    host::check(x_TH, "rms_norm")?;
+    let (t, h) = x_TH.dims2()?;
+    if w_H.dims() != [h] {
+        bail!("rms_norm: x is [{t}, {h}], weight {:?}", w_H.dims());
+    }
+    Ok((t, h))
+}

@@ -1,0 +1,78 @@
+//! SwiGLU (Shazeer 2020, arXiv:2002.05202): act = silu(gate) * up; the gate is the first half of the projection.
+
+use candle_core::{Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::host::{self, F32View};
+use super::simd::{exp, vectorize};
+
+/// Rows a task works on.
+const ROWS: usize = 4;
+
+/// gate_up `[T, 2F]` -> act `[T, F]`.
+///
+/// # Errors
+/// When the width is odd.
+///
+/// # Source
+/// THUDM modeling_chatglm.py, MLP.forward (swiglu).
+pub fn fwd(gate_up_T2F: &Tensor) -> Result<Tensor> {
+    let (t, f) = sizes(gate_up_T2F)?;
+    let mut act = vec![0f32; t * f];
+    {
+        let gate_up = F32View::new(gate_up_T2F)?;
+        act.par_chunks_mut(ROWS * f).zip(gate_up.par_chunks(ROWS * 2 * f)).for_each(|(act, gate_up)| {
+            vectorize(|| {
+                for (act, gate_up) in act.chunks_exact_mut(f).zip(gate_up.chunks_exact(2 * f)) {
+                    let (gate, up) = gate_up.split_at(f);
+                    for ((a, g), u) in act.iter_mut().zip(gate).zip(up) {
+                        *a = g / (1.0 + exp(-g)) * u;
+                    }
+                }
+            });
+        });
+    }
+    host::tensor(act, &[t, f])
+}
+
+/// gate_up `[T, 2F]`, dact `[T, F]` -> dgate_up `[T, 2F]`.
+///
+/// # Errors
+/// When the sizes differ.
+pub fn bwd(gate_up_T2F: &Tensor, dact_TF: &Tensor) -> Result<Tensor> {
+    let (t, f) = sizes(gate_up_T2F)?;
+    if dact_TF.dims() != [t, f] {
+        bail!("swiglu: gradient has shape {:?}, expected [{t}, {f}]", dact_TF.dims());
+    }
+    let mut out = vec![0f32; t * 2 * f];
+    {
+        let (gate_up, dact) = (F32View::new(gate_up_T2F)?, F32View::new(dact_TF)?);
+        let rows = out.par_chunks_mut(ROWS * 2 * f).zip(gate_up.par_chunks(ROWS * 2 * f)).zip(dact.par_chunks(ROWS * f));
+        rows.for_each(|((out, gate_up), dact)| {
+            vectorize(|| {
+                for ((out, gate_up), dact) in out.chunks_exact_mut(2 * f).zip(gate_up.chunks_exact(2 * f)).zip(dact.chunks_exact(f)) {
+                    let (gate, up) = gate_up.split_at(f);
+                    let (dgate, dup) = out.split_at_mut(f);
+                    // Slices of one known length and an index: five zipped iterators are not vectorized.
+                    let (dgate, dup, gate, up, dact) = (&mut dgate[..f], &mut dup[..f], &gate[..f], &up[..f], &dact[..f]);
+                    for i in 0..f {
+                        let (g, d) = (gate[i], dact[i]);
+                        let s = 1.0 / (1.0 + exp(-g));
+                        dup[i] = d * (g * s);
+                        dgate[i] = d * up[i] * (s * (1.0 + g * (1.0 - s)));
+                    }
+                }
+            });
+        });
+    }
+    host::tensor(out, &[t, 2 * f])
+}
+
+fn sizes(gate_up_T2F: &Tensor) -> Result<(usize, usize)> {
+    host::check(gate_up_T2F, "swiglu")?;
+    let (t, f2) = gate_up_T2F.dims2()?;
+    if f2 % 2 != 0 {
+        bail!("swiglu: width {f2} is not a gate and an up half");
+    }
+    Ok((t, f2 / 2))
+}
