@@ -1,0 +1,120 @@
+//! One transformer block, forward and backward.
+//!
+//! x1 = x + attention(norm(x)); y = x1 + mlp(norm(x1)). What the backward pass needs is in [`Saved`]; with frozen weights no layer's input has to
+//! be kept for a weight gradient.
+
+use candle_core::{Result, Tensor};
+
+use super::hooks::{Hooks, PrefixKv, Reach};
+use super::linear::Linear;
+use crate::kernels::attention::{self, Grads, Heads, Prefix, Rows, Wanted};
+use crate::kernels::rotary::{self, Direction, Table};
+use crate::kernels::{elementwise, rms_norm, swiglu};
+
+/// What every block of one pass shares.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    pub rows: Rows<'a>,
+    pub rotary: &'a Table,
+}
+
+/// The weights of one block.
+#[derive(Clone, Debug)]
+pub struct Block {
+    pub layer: usize,
+    pub heads: Heads,
+    pub norm_eps: f64,
+    pub input_layernorm_H: Tensor,
+    pub query_key_value: Linear,
+    pub dense: Linear,
+    pub post_attention_layernorm_H: Tensor,
+    pub dense_h_to_4h: Linear,
+    pub dense_4h_to_h: Linear,
+}
+
+/// What the backward pass of a block needs: H + (N + 2G) D + N D + H + 2F values a token, and N + 2 statistics.
+#[derive(Debug)]
+pub struct Saved {
+    x_TH: Tensor,
+    rstd1_T: Tensor,
+    /// q and k rotated, v: also what a key-value cache keeps.
+    pub qkv_TN: Tensor,
+    attn_TN: Tensor,
+    lse_TN: Tensor,
+    x1_TH: Tensor,
+    rstd2_T: Tensor,
+    gate_up_T2F: Tensor,
+}
+
+/// Intermediate results by name, for those who look inside (parity tests).
+pub trait Observer {
+    /// `name` is `attn_out`, `mlp_out` or `out`; `value` is `[T, H]` and may be changed in place afterwards: copy it.
+    fn observe(&mut self, layer: usize, name: &'static str, value: &Tensor) -> Result<()>;
+}
+
+/// Looks at nothing.
+pub struct NoObserver;
+
+impl Observer for NoObserver {
+    fn observe(&mut self, _: usize, _: &'static str, _: &Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Block {
+    /// x `[T, H]` -> (y `[T, H]`, what the backward pass needs).
+    ///
+    /// # Source
+    /// THUDM modeling_chatglm.py, GLMBlock.forward and SelfAttention.forward.
+    pub fn forward(&self, x_TH: &Tensor, pass: Pass, hooks: &dyn Hooks, observer: &mut dyn Observer) -> Result<(Tensor, Saved)> {
+        let (h_TH, rstd1_T) = rms_norm::fwd(x_TH, &self.input_layernorm_H, self.norm_eps)?;
+        let qkv_TN = self.query_key_value.forward(&h_TH)?;
+        rotary::rotate_(&qkv_TN, pass.rotary, self.rotated_heads(), self.heads.head_dim, Direction::Forward)?;
+        let prefix = hooks.prefix_kv(self.layer)?;
+        let (attn_TN, lse_TN) = attention::fwd(&qkv_TN, prefix.as_ref().map(as_prefix), pass.rows, self.heads)?;
+        let x1_TH = self.dense.forward(&attn_TN)?;
+        observer.observe(self.layer, "attn_out", &x1_TH)?;
+        elementwise::add_(&x1_TH, x_TH)?;
+        let (h_TH, rstd2_T) = rms_norm::fwd(&x1_TH, &self.post_attention_layernorm_H, self.norm_eps)?;
+        let gate_up_T2F = self.dense_h_to_4h.forward(&h_TH)?;
+        let y_TH = self.dense_4h_to_h.forward(&swiglu::fwd(&gate_up_T2F)?)?;
+        observer.observe(self.layer, "mlp_out", &y_TH)?;
+        elementwise::add_(&y_TH, &x1_TH)?;
+        observer.observe(self.layer, "out", &y_TH)?;
+        Ok((y_TH, Saved { x_TH: x_TH.clone(), rstd1_T, qkv_TN, attn_TN, lse_TN, x1_TH, rstd2_T, gate_up_T2F }))
+    }
+
+    /// dy `[T, H]` -> dx `[T, H]`, unless nothing below the attention is trained. The memory of `dy` is used for the result of the first half.
+    pub fn backward(&self, dy_TH: Tensor, saved: Saved, pass: Pass, hooks: &mut dyn Hooks) -> Result<Option<Tensor>> {
+        let dact_TF = self.dense_4h_to_h.backward(&dy_TH)?;
+        let dgate_up_T2F = swiglu::bwd(&saved.gate_up_T2F, &dact_TF)?;
+        let dh_TH = self.dense_h_to_4h.backward(&dgate_up_T2F)?;
+        let dx1_TH = dy_TH;
+        rms_norm::bwd_add_(&dx1_TH, &dh_TH, &saved.x1_TH, &saved.rstd2_T, &self.post_attention_layernorm_H)?;
+
+        let dattn_TN = self.dense.backward(&dx1_TH)?;
+        let prefix = hooks.prefix_kv(self.layer)?;
+        let wanted = if hooks.reach(self.layer) == Reach::Input { Wanted::All } else { Wanted::PrefixOnly };
+        let Saved { x_TH, rstd1_T, qkv_TN, attn_TN, lse_TN, .. } = saved;
+        let grads = attention::bwd(&dattn_TN, &qkv_TN, prefix.as_ref().map(as_prefix), &attn_TN, &lse_TN, pass.rows, self.heads, wanted)?;
+        let Grads { dqkv, dprefix } = grads;
+        if let Some((k_RGPD, v_RGPD)) = dprefix {
+            hooks.prefix_kv_grad(self.layer, PrefixKv { k_RGPD, v_RGPD })?;
+        }
+        let Some(dqkv_TN) = dqkv else { return Ok(None) };
+        rotary::rotate_(&dqkv_TN, pass.rotary, self.rotated_heads(), self.heads.head_dim, Direction::Inverse)?;
+        let dh_TH = self.query_key_value.backward(&dqkv_TN)?;
+        let dx_TH = dx1_TH;
+        rms_norm::bwd_add_(&dx_TH, &dh_TH, &x_TH, &rstd1_T, &self.input_layernorm_H)?;
+        Ok(Some(dx_TH))
+    }
+
+    /// Query heads and key groups turn, values do not.
+    fn rotated_heads(&self) -> usize {
+        self.heads.num_heads + self.heads.num_groups
+    }
+}
+
+fn as_prefix(prefix: &PrefixKv) -> Prefix<'_> {
+    Prefix { k_RGPD: &prefix.k_RGPD, v_RGPD: &prefix.v_RGPD }
+}

@@ -1,0 +1,222 @@
+//! ChatGLM2: embedding, blocks, final norm; the head lives in [`super::loss`].
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::ModelError;
+use super::block::{Block, NoObserver, Observer, Pass, Saved};
+use super::config::ModelConfig;
+use super::hooks::{Hooks, Reach};
+use super::linear::Linear;
+use super::weights::WeightSource;
+use crate::kernels::attention::{Heads, Rows};
+use crate::kernels::rms_norm;
+use crate::kernels::rotary::{Angles, Precision, Table};
+
+/// What the backward pass computes again instead of keeping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    /// Keep each block's intermediate values: 4N FLOPs a token.
+    None,
+    /// Keep each block's input alone and run its forward again: 6N FLOPs a token.
+    Block,
+}
+
+/// In which arithmetic the rotary angles are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeTable {
+    /// As exact arithmetic has it.
+    Exact,
+    /// In config.json's torch_dtype, as THUDM's code does.
+    Published,
+}
+
+/// Rows of tokens packed one behind the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokens<'a> {
+    /// `[T]`
+    pub ids: &'a [u32],
+    /// `[T]` rotary positions.
+    pub positions: &'a [u32],
+    pub rows: Rows<'a>,
+}
+
+/// A frozen ChatGLM2 on one device.
+#[derive(Clone, Debug)]
+pub struct ChatGlm2 {
+    pub config: ModelConfig,
+    embedding_VH: Tensor,
+    blocks: Vec<Block>,
+    final_layernorm_H: Option<Tensor>,
+    output_layer: Linear,
+    angles: Angles,
+}
+
+/// What a forward pass leaves for the backward pass, lowest layer first; none for layers that the gradient does not reach.
+pub struct Tape {
+    layers: Vec<Option<Kept>>,
+    rotary: Table,
+}
+
+enum Kept {
+    All(Box<Saved>),
+    Input(Tensor),
+}
+
+impl Tape {
+    /// q, k, v of each layer (rotated), where they were kept.
+    pub fn qkv(&self) -> impl Iterator<Item = Option<&Tensor>> {
+        self.layers.iter().map(|kept| match kept {
+            Some(Kept::All(saved)) => Some(&saved.qkv_TN),
+            _ => None,
+        })
+    }
+}
+
+/// Which layers a forward pass keeps values of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Those that the gradient reaches.
+    ForBackward(Recompute),
+    /// All (a key-value cache is made from them).
+    All,
+    Nothing,
+}
+
+impl ChatGlm2 {
+    /// # Errors
+    /// When a weight is missing or has another shape than config.json says.
+    pub fn load(config: ModelConfig, source: &WeightSource, rope: RopeTable, device: &Device) -> std::result::Result<Self, ModelError> {
+        Self::from_tensors(config, rope, |name, shape| source.get(name, shape, DType::F32, device))
+    }
+
+    /// A model of the weights that `get` gives for a name and a shape.
+    ///
+    /// # Errors
+    /// Those of `get`.
+    pub fn from_tensors(
+        config: ModelConfig,
+        rope: RopeTable,
+        get: impl Fn(&str, &[usize]) -> std::result::Result<Tensor, ModelError>,
+    ) -> std::result::Result<Self, ModelError> {
+        let c = &config;
+        let (h, f) = (c.hidden_size, c.ffn_hidden_size);
+        let heads = Heads { num_heads: c.num_attention_heads, num_groups: c.multi_query_group_num, head_dim: c.kv_channels };
+        let linear = |name: &str, out: usize, input: usize, bias: bool| -> std::result::Result<Linear, ModelError> {
+            let weight = get(&format!("{name}.weight"), &[out, input])?;
+            let bias = if bias { Some(get(&format!("{name}.bias"), &[out])?) } else { None };
+            Ok(Linear::new(weight, bias))
+        };
+        let blocks = (0..c.num_layers)
+            .map(|layer| {
+                let at = |name: &str| format!("transformer.encoder.layers.{layer}.{name}");
+                Ok(Block {
+                    layer,
+                    heads,
+                    norm_eps: c.layernorm_epsilon,
+                    input_layernorm_H: get(&at("input_layernorm.weight"), &[h])?,
+                    query_key_value: linear(
+                        &at("self_attention.query_key_value"),
+                        heads.qkv_width(),
+                        h,
+                        c.add_qkv_bias || c.add_bias_linear,
+                    )?,
+                    dense: linear(&at("self_attention.dense"), h, heads.num_heads * heads.head_dim, c.add_bias_linear)?,
+                    post_attention_layernorm_H: get(&at("post_attention_layernorm.weight"), &[h])?,
+                    dense_h_to_4h: linear(&at("mlp.dense_h_to_4h"), 2 * f, h, c.add_bias_linear)?,
+                    dense_4h_to_h: linear(&at("mlp.dense_4h_to_h"), h, f, c.add_bias_linear)?,
+                })
+            })
+            .collect::<std::result::Result<_, ModelError>>()?;
+        let v = c.padded_vocab_size;
+        let embedding_VH = get("transformer.embedding.word_embeddings.weight", &[v, h])?;
+        let final_layernorm_H = if c.post_layer_norm { Some(get("transformer.encoder.final_layernorm.weight", &[h])?) } else { None };
+        let output_layer = linear("transformer.output_layer", v, h, false)?;
+        let precision = match rope {
+            RopeTable::Exact => Precision::Exact,
+            RopeTable::Published => Precision::Published(c.torch_dtype),
+        };
+        let angles = Angles { base: c.rope.base, position_divisor: c.rope.position_scale, precision };
+        Ok(Self { embedding_VH, blocks, final_layernorm_H, output_layer, angles, config })
+    }
+
+    pub fn device(&self) -> &Device {
+        self.embedding_VH.device()
+    }
+
+    pub fn heads(&self) -> Heads {
+        let c = &self.config;
+        Heads { num_heads: c.num_attention_heads, num_groups: c.multi_query_group_num, head_dim: c.kv_channels }
+    }
+
+    /// Hidden states before the final norm, `[T, H]`, and what `keep` asks for.
+    ///
+    /// # Errors
+    /// When an id is not below the vocabulary or the sizes do not fit.
+    pub fn forward(&self, tokens: Tokens, hooks: &dyn Hooks, keep: Keep) -> Result<(Tensor, Tape)> {
+        self.forward_observed(tokens, hooks, keep, &mut NoObserver)
+    }
+
+    /// As [`Self::forward`], showing intermediate results to `observer`.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_observed(&self, tokens: Tokens, hooks: &dyn Hooks, keep: Keep, observer: &mut dyn Observer) -> Result<(Tensor, Tape)> {
+        let ids = Tensor::new(tokens.ids, self.device())?;
+        let mut x_TH = self.embedding_VH.index_select(&ids, 0)?;
+        let rotary = Table::new(tokens.positions, self.config.kv_channels, self.angles);
+        let mut layers = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let pass = Pass { rows: tokens.rows, rotary: &rotary };
+            let (y_TH, saved) = block.forward(&x_TH, pass, hooks, observer)?;
+            let reached = hooks.reach(block.layer) != Reach::Nothing;
+            layers.push(match keep {
+                Keep::All => Some(Kept::All(Box::new(saved))),
+                Keep::ForBackward(Recompute::None) if reached => Some(Kept::All(Box::new(saved))),
+                Keep::ForBackward(Recompute::Block) if reached => Some(Kept::Input(x_TH)),
+                Keep::ForBackward(_) | Keep::Nothing => None,
+            });
+            x_TH = y_TH;
+        }
+        Ok((x_TH, Tape { layers, rotary }))
+    }
+
+    /// Takes the gradient towards the hidden states, `[T, H]`, down to the lowest trained place; the hooks receive theirs on the way.
+    ///
+    /// # Errors
+    /// When a hook fails.
+    pub fn backward(&self, dx_TH: Tensor, tape: Tape, tokens: Tokens, hooks: &mut dyn Hooks) -> Result<()> {
+        let Tape { layers, rotary } = tape;
+        let pass = Pass { rows: tokens.rows, rotary: &rotary };
+        let mut dx_TH = Some(dx_TH);
+        for (block, kept) in self.blocks.iter().zip(layers).rev() {
+            let (Some(dy_TH), Some(kept)) = (dx_TH.take(), kept) else { break };
+            let saved = match kept {
+                Kept::All(saved) => *saved,
+                Kept::Input(x_TH) => block.forward(&x_TH, pass, hooks, &mut NoObserver)?.1,
+            };
+            dx_TH = block.backward(dy_TH, saved, pass, hooks)?;
+        }
+        Ok(())
+    }
+
+    /// The final norm, or the identity where the model has none: hidden `[N, H]` -> (normed `[N, H]`, 1 / rms where there is a norm).
+    pub(super) fn final_norm(&self, x_NH: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        match &self.final_layernorm_H {
+            Some(w_H) => rms_norm::fwd(x_NH, w_H, self.config.layernorm_epsilon).map(|(y, rstd)| (y, Some(rstd))),
+            None => Ok((x_NH.clone(), None)),
+        }
+    }
+
+    pub(super) fn final_norm_backward(&self, dy_NH: Tensor, x_NH: &Tensor, rstd: Option<&Tensor>) -> Result<Tensor> {
+        let (Some(w_H), Some(rstd_N)) = (&self.final_layernorm_H, rstd) else { return Ok(dy_NH) };
+        let dx_NH = dy_NH.zeros_like()?;
+        rms_norm::bwd_add_(&dx_NH, &dy_NH, x_NH, rstd_N, w_H)?;
+        Ok(dx_NH)
+    }
+
+    pub(super) fn output_layer(&self) -> &Linear {
+        &self.output_layer
+    }
+}

@@ -1,0 +1,82 @@
+//! Greedy decoding with a key-value cache. The cache stands where a prefix stands: in front of a row's own tokens.
+
+use candle_core::{Result, Tensor, bail};
+
+use super::chatglm2::{ChatGlm2, Keep, Tokens};
+use super::hooks::{Hooks, PrefixKv};
+use super::loss;
+use crate::kernels::attention::Rows;
+use crate::kernels::cross_entropy;
+
+/// What greedy decoding gave.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decoded {
+    pub ids: Vec<u32>,
+    /// How far each id's logit was above the second best.
+    pub margins: Vec<f32>,
+}
+
+/// Continues `prompt` by at most `max_new_tokens` ids; `stop` ends it (and is part of the result).
+///
+/// # Errors
+/// When the prompt is empty or holds an id that is not below the vocabulary.
+///
+/// # Source
+/// Positions go on from the number of real tokens, whatever the prefix's length (THUDM modeling_chatglm.py, stream_generate).
+pub fn greedy(model: &ChatGlm2, hooks: &dyn Hooks, prompt: &[u32], max_new_tokens: usize, stop: Option<u32>) -> Result<Decoded> {
+    if prompt.is_empty() {
+        bail!("generate: the prompt is empty");
+    }
+    let layers = (0..model.config.num_layers).map(|layer| hooks.prefix_kv(layer)).collect::<Result<_>>()?;
+    let mut cache = Cache { layers };
+    let mut decoded = Decoded { ids: Vec::new(), margins: Vec::new() };
+    let mut input = prompt.to_vec();
+    let mut position = 0;
+    while decoded.ids.len() < max_new_tokens {
+        let positions: Vec<u32> = (position..position + input.len() as u32).collect();
+        let bounds = [0, input.len()];
+        let tokens = Tokens { ids: &input, positions: &positions, rows: Rows { bounds: &bounds, keep: None } };
+        let (hidden_TH, tape) = model.forward(tokens, &cache, Keep::All)?;
+        for (layer, qkv) in tape.qkv().enumerate() {
+            if let Some(qkv) = qkv {
+                cache.append(model, layer, qkv)?;
+            }
+        }
+        let last = hidden_TH.narrow(0, input.len() - 1, 1)?.contiguous()?;
+        let Some(&(id, margin)) = cross_entropy::top2(&loss::logits(model, &last)?)?.first() else { bail!("generate: no logits") };
+        decoded.ids.push(id);
+        decoded.margins.push(margin);
+        if stop == Some(id) {
+            break;
+        }
+        position += input.len() as u32;
+        input = vec![id];
+    }
+    Ok(decoded)
+}
+
+/// Keys and values of all tokens so far, behind the method's own prefix.
+struct Cache {
+    layers: Vec<Option<PrefixKv>>,
+}
+
+impl Cache {
+    fn append(&mut self, model: &ChatGlm2, layer: usize, qkv_TN: &Tensor) -> Result<()> {
+        let c = &model.config;
+        let (n, g, d) = (c.num_attention_heads, c.multi_query_group_num, c.kv_channels);
+        let t = qkv_TN.dim(0)?;
+        let part = |first: usize| qkv_TN.narrow(1, first * d, g * d)?.reshape((1, t, g, d))?.transpose(1, 2)?.contiguous();
+        let (k, v) = (part(n)?, part(n + g)?);
+        self.layers[layer] = Some(match &self.layers[layer] {
+            Some(past) => PrefixKv { k_RGPD: Tensor::cat(&[&past.k_RGPD, &k], 2)?, v_RGPD: Tensor::cat(&[&past.v_RGPD, &v], 2)? },
+            None => PrefixKv { k_RGPD: k, v_RGPD: v },
+        });
+        Ok(())
+    }
+}
+
+impl Hooks for Cache {
+    fn prefix_kv(&self, layer: usize) -> Result<Option<PrefixKv>> {
+        Ok(self.layers[layer].clone())
+    }
+}
