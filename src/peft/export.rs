@@ -1,0 +1,332 @@
+//! A prefix in the two public formats: PEFT's (`adapter_config.json`, `adapter_model.safetensors`) and THUDM's (`config.json`,
+//! `pytorch_model.bin` with `transformer.prefix_encoder.*`).
+//!
+//! PEFT's file holds the prefix encoder's output, THUDM's the encoder itself. What this program knows beyond either format goes into
+//! a third file, [`ABOUT_FILE`]: PEFT warns at unknown keys in its configuration, and older versions refuse them.
+//!
+//! Shapes: P virtual tokens, W = 2 * layers * groups * kv; of a row, slot 2i is layer i's key and 2i+1 its value, `[groups, kv]` each.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+
+use crate::formats::{FormatError, TensorFile, safetensors, torch_pickle};
+use crate::model::config::{ModelConfig, ModelError};
+
+/// Method, sizes, base fingerprint, tokenizer hash and template of an exported prefix.
+pub const ABOUT_FILE: &str = "glmddp.json";
+const PEFT_CONFIG: &str = "adapter_config.json";
+const PEFT_TENSORS: &str = "adapter_model.safetensors";
+const PEFT_TENSORS_OLD: &str = "adapter_model.bin";
+const PEFT_TABLE: &str = "prompt_embeddings";
+const THUDM_CONFIG: &str = "config.json";
+const THUDM_TENSORS: &str = "pytorch_model.bin";
+/// `[P, W]`, or `[P, W]` before the projection.
+const EMBEDDING: &str = "transformer.prefix_encoder.embedding.weight";
+/// `[E, W]`, `[E]`, `[W, E]`, `[W]` with E the projection's width.
+const PROJECTION: [&str; 4] = [
+    "transformer.prefix_encoder.trans.0.weight",
+    "transformer.prefix_encoder.trans.0.bias",
+    "transformer.prefix_encoder.trans.2.weight",
+    "transformer.prefix_encoder.trans.2.bias",
+];
+
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    #[error("cannot read {}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{} is not valid JSON: {source}", path.display())]
+    Json { path: PathBuf, source: serde_json::Error },
+    #[error("{}: key `{key}` is {found}, expected {expected}", path.display())]
+    Key { path: PathBuf, key: &'static str, expected: String, found: String },
+    #[error("tensor `{name}`{} has shape {found}, expected {expected}", path.as_ref().map(|p| format!(" in {}", p.display())).unwrap_or_default())]
+    Shape { path: Option<PathBuf>, name: String, expected: String, found: String },
+    #[error("tensor `{name}` of the prefix encoder is missing")]
+    MissingTensor { name: String },
+    #[error("tensor `{name}` does not belong to a prefix encoder")]
+    UnknownTensor { name: String },
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+impl ExportError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Model(error) => error.hint(),
+            Self::Format(error) => error.hint(),
+            Self::Key { key: "pre_seq_len", .. } => Some("give the folder that the prefix was saved to, not the base model's".to_owned()),
+            _ => None,
+        }
+    }
+}
+
+/// The sizes of a prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefixShape {
+    pub layers: usize,
+    pub groups: usize,
+    pub kv: usize,
+    pub virtual_tokens: usize,
+}
+
+impl PrefixShape {
+    pub fn of(config: &ModelConfig, virtual_tokens: usize) -> Self {
+        Self { layers: config.num_layers, groups: config.multi_query_group_num, kv: config.kv_channels, virtual_tokens }
+    }
+
+    /// W: elements per virtual token.
+    pub fn width(&self) -> usize {
+        2 * self.layers * self.token_dim()
+    }
+
+    /// Elements of a key or value of one layer.
+    fn token_dim(&self) -> usize {
+        self.groups * self.kv
+    }
+}
+
+/// Files as (name, content).
+pub type Files = Vec<(String, Vec<u8>)>;
+
+/// A prefix that was read in PEFT's format.
+#[derive(Clone, Debug)]
+pub struct PeftPrefix {
+    pub shape: PrefixShape,
+    /// `[P, W]` f32, the encoder's output.
+    pub table: Tensor,
+    /// [`ABOUT_FILE`], where there is one.
+    pub about: Option<Value>,
+}
+
+/// A prefix that was read in THUDM's format.
+#[derive(Clone, Debug)]
+pub struct ThudmPrefix {
+    pub shape: PrefixShape,
+    pub projection: bool,
+    /// f32, under THUDM's names.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// [`ABOUT_FILE`], where there is one.
+    pub about: Option<Value>,
+}
+
+/// The files of PEFT's format for a `table` of shape `[P, W]`. `base_model` is the base's name on the hub or its folder.
+///
+/// A projected prefix is written as a plain one: its output is all that PEFT keeps.
+///
+/// # Errors
+/// When the table has another shape or cannot be read from its device.
+pub fn peft_files(shape: &PrefixShape, table: &Tensor, base_model: &str, about: &Value) -> Result<Files, ExportError> {
+    check_shape(PEFT_TABLE, table, &[shape.virtual_tokens, shape.width()], None)?;
+    let config = json!({
+        "auto_mapping": null,
+        "base_model_name_or_path": base_model,
+        "encoder_hidden_size": shape.token_dim(),
+        "inference_mode": true,
+        "modules_to_save": null,
+        "num_attention_heads": shape.groups,
+        "num_layers": shape.layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": shape.virtual_tokens,
+        "peft_type": "PREFIX_TUNING",
+        "prefix_projection": false,
+        "revision": null,
+        "task_type": "CAUSAL_LM",
+        "token_dim": shape.token_dim(),
+    });
+    let tensors = BTreeMap::from([(PEFT_TABLE.to_owned(), table.to_dtype(DType::F32)?)]);
+    Ok(vec![
+        (PEFT_CONFIG.to_owned(), pretty(&config)),
+        (PEFT_TENSORS.to_owned(), safetensors::to_bytes(&tensors)?),
+        (ABOUT_FILE.to_owned(), pretty(about)),
+    ])
+}
+
+/// Reads a prefix in PEFT's format.
+///
+/// # Errors
+/// When a file is missing or not whole, the adapter is of another kind, or sizes disagree.
+pub fn read_peft(dir: &Path) -> Result<PeftPrefix, ExportError> {
+    let path = dir.join(PEFT_CONFIG);
+    let config = read_json(&path)?;
+    let fail = |key, expected: &str, found: Option<&Value>| {
+        let found = found.map_or("not there".to_owned(), Value::to_string);
+        ExportError::Key { path: path.clone(), key, expected: expected.to_owned(), found }
+    };
+    if config.get("peft_type").and_then(Value::as_str) != Some("PREFIX_TUNING") {
+        return Err(fail("peft_type", "\"PREFIX_TUNING\"", config.get("peft_type")));
+    }
+    let size = |key| {
+        let found = config.get(key);
+        let size = found.and_then(Value::as_u64).filter(|size| (1..1 << 31).contains(size));
+        size.map(|size| size as usize).ok_or_else(|| fail(key, "a number above 0", found))
+    };
+    let (groups, token_dim) = (size("num_attention_heads")?, size("token_dim")?);
+    if token_dim % groups != 0 {
+        return Err(fail("token_dim", &format!("a multiple of `num_attention_heads` {groups}"), config.get("token_dim")));
+    }
+    let shape = PrefixShape { layers: size("num_layers")?, groups, kv: token_dim / groups, virtual_tokens: size("num_virtual_tokens")? };
+    let file = [PEFT_TENSORS, PEFT_TENSORS_OLD].map(|name| dir.join(name)).into_iter().find(|file| file.exists());
+    let file = TensorFile::open(&file.unwrap_or_else(|| dir.join(PEFT_TENSORS)))?;
+    let table = read_tensor(&file, PEFT_TABLE, &[shape.virtual_tokens, shape.width()])?;
+    Ok(PeftPrefix { shape, table, about: read_about(dir)? })
+}
+
+/// The files of THUDM's format: `tensors` under THUDM's names (`transformer.prefix_encoder.embedding.weight` `[P, W]`, with a projection
+/// also `.trans.{0,2}.{weight,bias}`), and the base's config.json with `pre_seq_len` and `prefix_projection`.
+///
+/// # Errors
+/// When a tensor is missing, unknown, of another shape, or cannot be read from its device.
+pub fn thudm_files(
+    shape: &PrefixShape,
+    tensors: &BTreeMap<String, Tensor>,
+    base_config: &Value,
+    about: &Value,
+) -> Result<Files, ExportError> {
+    let projection = tensors.len() > 1;
+    let width = tensors.get(PROJECTION[1]).and_then(|bias| bias.dims().first().copied()).unwrap_or(0);
+    let expected = thudm_shapes(shape, projection.then_some(width));
+    if let Some(name) = tensors.keys().find(|name| !expected.contains_key(name.as_str())) {
+        return Err(ExportError::UnknownTensor { name: name.clone() });
+    }
+    for (name, dims) in &expected {
+        match tensors.get(*name) {
+            Some(tensor) => check_shape(name, tensor, dims, None)?,
+            None => return Err(ExportError::MissingTensor { name: (*name).to_owned() }),
+        }
+    }
+    let mut config = base_config.clone();
+    if let Some(keys) = config.as_object_mut() {
+        keys.insert("pre_seq_len".to_owned(), Value::from(shape.virtual_tokens));
+        keys.insert("prefix_projection".to_owned(), Value::from(projection));
+    }
+    Ok(vec![
+        (THUDM_CONFIG.to_owned(), pretty(&config)),
+        (THUDM_TENSORS.to_owned(), torch_pickle::to_bytes(tensors)?),
+        (ABOUT_FILE.to_owned(), pretty(about)),
+    ])
+}
+
+/// Reads a prefix in THUDM's format.
+///
+/// # Errors
+/// When a file is missing or not whole, config.json has no `pre_seq_len`, or sizes disagree.
+pub fn read_thudm(dir: &Path) -> Result<ThudmPrefix, ExportError> {
+    let config = ModelConfig::load(dir)?;
+    let Some(virtual_tokens) = config.pre_seq_len else {
+        return Err(ExportError::Key {
+            path: dir.join(THUDM_CONFIG),
+            key: "pre_seq_len",
+            expected: "the number of virtual tokens".to_owned(),
+            found: "not there".to_owned(),
+        });
+    };
+    let shape = PrefixShape::of(&config, virtual_tokens);
+    let file = TensorFile::open(&dir.join(THUDM_TENSORS))?;
+    let width = config.prefix_projection.then(|| file.get(PROJECTION[1]).map(|bias| bias.num_elements())).transpose()?;
+    let tensors = thudm_shapes(&shape, width)
+        .into_iter()
+        .map(|(name, dims)| Ok((name.to_owned(), read_tensor(&file, name, &dims)?)))
+        .collect::<Result<_, ExportError>>()?;
+    Ok(ThudmPrefix { shape, projection: config.prefix_projection, tensors, about: read_about(dir)? })
+}
+
+/// THUDM's tensors; `projection` is E.
+fn thudm_shapes(shape: &PrefixShape, projection: Option<usize>) -> BTreeMap<&'static str, Vec<usize>> {
+    let w = shape.width();
+    let mut shapes = BTreeMap::from([(EMBEDDING, vec![shape.virtual_tokens, w])]);
+    if let Some(e) = projection {
+        shapes.extend(PROJECTION.into_iter().zip([vec![e, w], vec![e], vec![w, e], vec![w]]));
+    }
+    shapes
+}
+
+fn read_tensor(file: &TensorFile, name: &str, dims: &[usize]) -> Result<Tensor, ExportError> {
+    let view = file.get(name)?;
+    if view.shape() != dims {
+        return Err(wrong_shape(name, &format!("{dims:?}"), &format!("{:?}", view.shape()), Some(file.path())));
+    }
+    Ok(view.to_tensor(DType::F32, &Device::Cpu)?)
+}
+
+fn check_shape(name: &str, tensor: &Tensor, dims: &[usize], path: Option<&Path>) -> Result<(), ExportError> {
+    if tensor.dims() == dims { Ok(()) } else { Err(wrong_shape(name, &format!("{dims:?}"), &format!("{:?}", tensor.dims()), path)) }
+}
+
+fn wrong_shape(name: &str, expected: &str, found: &str, path: Option<&Path>) -> ExportError {
+    ExportError::Shape { path: path.map(Path::to_owned), name: name.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
+}
+
+fn read_json(path: &Path) -> Result<Value, ExportError> {
+    let text = std::fs::read(path).map_err(|source| ExportError::Io { path: path.to_owned(), source })?;
+    serde_json::from_slice(&text).map_err(|source| ExportError::Json { path: path.to_owned(), source })
+}
+
+fn read_about(dir: &Path) -> Result<Option<Value>, ExportError> {
+    let path = dir.join(ABOUT_FILE);
+    path.exists().then(|| read_json(&path)).transpose()
+}
+
+fn pretty(value: &Value) -> Vec<u8> {
+    format!("{value:#}\n").into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: PrefixShape = PrefixShape { layers: 3, groups: 2, kv: 4, virtual_tokens: 5 };
+
+    fn write(dir: &Path, files: &Files) {
+        files.iter().for_each(|(name, bytes)| std::fs::write(dir.join(name), bytes).unwrap());
+    }
+
+    fn tensor(shape: &[usize]) -> Tensor {
+        let n: usize = shape.iter().product();
+        ((Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap() * 0.37).unwrap() - 5.0).unwrap().reshape(shape).unwrap()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn peft_prefix_written_and_read_back_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = tensor(&[5, 48]);
+        write(dir.path(), &peft_files(&SHAPE, &table, "THUDM/chatglm2-6b", &json!({"template": "chatglm2"})).unwrap());
+        let read = read_peft(dir.path()).unwrap();
+        assert_eq!((read.shape, values(&read.table)), (SHAPE, values(&table)));
+        assert_eq!(read.about, Some(json!({"template": "chatglm2"})));
+    }
+
+    #[test]
+    fn table_of_another_shape_is_refused_with_both_shapes() {
+        let error = peft_files(&SHAPE, &tensor(&[5, 47]), "", &json!({})).unwrap_err();
+        assert_eq!(error.to_string(), "tensor `prompt_embeddings` has shape [5, 47], expected [5, 48]");
+    }
+
+    #[test]
+    fn peft_adapter_of_another_kind_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(PEFT_CONFIG), br#"{"peft_type": "LORA"}"#).unwrap();
+        let text = read_peft(dir.path()).unwrap_err().to_string();
+        assert!(text.contains("key `peft_type` is \"LORA\", expected \"PREFIX_TUNING\""), "{text}");
+    }
+
+    #[test]
+    fn thudm_tensors_with_one_missing_or_unknown_are_refused() {
+        let mut tensors = BTreeMap::from([(EMBEDDING.to_owned(), tensor(&[5, 48])), (PROJECTION[1].to_owned(), tensor(&[7]))]);
+        let text = thudm_files(&SHAPE, &tensors, &json!({}), &json!({})).unwrap_err().to_string();
+        assert_eq!(text, "tensor `transformer.prefix_encoder.trans.0.weight` of the prefix encoder is missing");
+        tensors.insert("lora".to_owned(), tensor(&[1]));
+        let text = thudm_files(&SHAPE, &tensors, &json!({}), &json!({})).unwrap_err().to_string();
+        assert_eq!(text, "tensor `lora` does not belong to a prefix encoder");
+    }
+}
