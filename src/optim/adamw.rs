@@ -1,0 +1,356 @@
+//! AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with torch's arithmetic, over one flat f32 buffer.
+
+use std::collections::BTreeMap;
+
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Tensor, bail};
+use rayon::prelude::*;
+
+use super::{CHUNK, slice, slice_mut};
+use crate::params;
+
+const EXP_AVG: &str = "exp_avg.";
+const EXP_AVG_SQ: &str = "exp_avg_sq.";
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWConfig {
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OptimError {
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    #[error("the optimizer's state has no `{name}`")]
+    Missing { name: String },
+    #[error("the optimizer's state has `{name}`, which no parameter here needs")]
+    Unknown { name: String },
+    #[error("`{name}` of the optimizer's state is {found:?} of shape {found_shape:?}, expected F32 of {expected_shape:?}")]
+    Shape { name: String, found: DType, found_shape: Vec<usize>, expected_shape: Vec<usize> },
+    #[error("{what} has shape {found:?}, expected [{expected}]")]
+    Length { what: &'static str, found: Vec<usize>, expected: usize },
+}
+
+/// The optimizer with its state: two moments and the number of steps taken.
+#[derive(Clone, Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    /// `[num_elements]` f32.
+    exp_avg: Tensor,
+    /// `[num_elements]` f32.
+    exp_avg_sq: Tensor,
+    num_steps: u64,
+}
+
+impl AdamW {
+    /// A fresh state for a flat buffer of `num_elements`.
+    pub fn new(config: AdamWConfig, num_elements: usize, device: &Device) -> Result<Self, OptimError> {
+        let zeros = || Tensor::zeros(num_elements, DType::F32, device);
+        Ok(Self { config, exp_avg: zeros()?, exp_avg_sq: zeros()?, num_steps: 0 })
+    }
+
+    /// Steps taken.
+    pub fn num_steps(&self) -> u64 {
+        self.num_steps
+    }
+
+    /// Changes `params` in place by one step along `grads` (both flat, `[num_elements]` f32).
+    ///
+    /// # Source
+    /// torch's `_single_tensor_adamw`: p *= 1 - lr wd; m = lerp(m, g, 1 - beta1); v = beta2 v + (1 - beta2) g^2;
+    /// p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps). Scalars in f64, elements in f32, and multiply-adds fused
+    /// where torch's vector code fuses them: the moments have torch's bits on a CPU, the parameters are within an ulp a step.
+    pub fn step(&mut self, params: &Tensor, grads: &Tensor, lr: f64) -> Result<(), OptimError> {
+        let expected = self.exp_avg.elem_count();
+        for (what, tensor) in [("the parameter buffer", params), ("the gradient", grads)] {
+            if tensor.dims() != [expected] {
+                return Err(OptimError::Length { what, found: tensor.dims().to_vec(), expected });
+            }
+        }
+        let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
+        self.num_steps += 1;
+        let t = self.num_steps as f64;
+        self.exp_avg.inplace_op2(grads, &FirstMoment { weight: (1.0 - beta1) as f32 })?;
+        self.exp_avg_sq.inplace_op2(grads, &SecondMoment { keep: beta2 as f32, weight: (1.0 - beta2) as f32 })?;
+        let update = Update {
+            keep: (1.0 - lr * weight_decay) as f32,
+            step_size: (-lr / (1.0 - beta1.powf(t))) as f32,
+            correction: (1.0 - beta2.powf(t)).sqrt() as f32,
+            epsilon: epsilon as f32,
+        };
+        params.inplace_op3(&self.exp_avg, &self.exp_avg_sq, &update)?;
+        Ok(())
+    }
+
+    /// The moments by name: `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`, f32, in the parameters' shapes. They share memory with this
+    /// state, and the next step changes them.
+    pub fn export(&self, layout: &params::Layout) -> Result<BTreeMap<String, Tensor>, OptimError> {
+        let mut tensors = BTreeMap::new();
+        for (prefix, moment) in [(EXP_AVG, &self.exp_avg), (EXP_AVG_SQ, &self.exp_avg_sq)] {
+            tensors.extend(layout.views(moment)?.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
+        }
+        Ok(tensors)
+    }
+
+    /// Takes over what [`Self::export`] gave after `num_steps` steps.
+    ///
+    /// # Errors
+    /// When a name is missing or unknown, or a tensor has another shape or dtype; the state is then unchanged.
+    pub fn import(&mut self, layout: &params::Layout, tensors: &BTreeMap<String, Tensor>, num_steps: u64) -> Result<(), OptimError> {
+        let expected = self.exp_avg.elem_count();
+        if layout.num_elements() != expected {
+            return Err(OptimError::Length { what: "the parameters' layout", found: vec![layout.num_elements()], expected });
+        }
+        let known = |name: &str| [EXP_AVG, EXP_AVG_SQ].iter().any(|p| name.strip_prefix(p).is_some_and(|n| layout.get(n).is_some()));
+        if let Some(name) = tensors.keys().find(|name| !known(name)) {
+            return Err(OptimError::Unknown { name: name.clone() });
+        }
+        let device = self.exp_avg.device().clone();
+        let moment = |prefix: &str| -> Result<Tensor, OptimError> {
+            let mut by_name = BTreeMap::new();
+            for (parameter, entry) in layout.iter() {
+                let name = format!("{prefix}{parameter}");
+                let Some(tensor) = tensors.get(&name) else { return Err(OptimError::Missing { name }) };
+                if tensor.dims() != entry.shape || tensor.dtype() != DType::F32 {
+                    let (found_shape, expected_shape) = (tensor.dims().to_vec(), entry.shape.clone());
+                    return Err(OptimError::Shape { name, found: tensor.dtype(), found_shape, expected_shape });
+                }
+                by_name.insert(parameter.to_owned(), tensor.clone());
+            }
+            // A copy: flattening one tensor gives that tensor itself, and steps write in place.
+            Ok(layout.flatten(&by_name)?.to_device(&device)?.copy()?)
+        };
+        let (exp_avg, exp_avg_sq) = (moment(EXP_AVG)?, moment(EXP_AVG_SQ)?);
+        (self.exp_avg, self.exp_avg_sq, self.num_steps) = (exp_avg, exp_avg_sq, num_steps);
+        Ok(())
+    }
+}
+
+/// m = lerp(m, g, weight), in the form that torch takes on either side of 0.5.
+struct FirstMoment {
+    weight: f32,
+}
+
+impl InplaceOp2 for FirstMoment {
+    fn name(&self) -> &'static str {
+        "adamw_first_moment"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
+        let weight = self.weight;
+        if weight < 0.5 {
+            zip(s1, l1, s2, l2, |m, g| weight.mul_add(g - m, m))
+        } else {
+            zip(s1, l1, s2, l2, |m, g| (weight - 1.0).mul_add(g - m, g))
+        }
+    }
+}
+
+/// v = keep v + weight g^2.
+struct SecondMoment {
+    keep: f32,
+    weight: f32,
+}
+
+impl InplaceOp2 for SecondMoment {
+    fn name(&self) -> &'static str {
+        "adamw_second_moment"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
+        zip(s1, l1, s2, l2, |v, g| (self.weight * g).mul_add(g, v * self.keep))
+    }
+}
+
+/// a = f(a, b) for each element.
+fn zip(s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout, f: impl Fn(f32, f32) -> f32 + Sync) -> candle_core::Result<()> {
+    let (a, b) = (slice_mut(s1, l1)?, slice(s2, l2)?);
+    if a.len() != b.len() {
+        bail!("moments of {} elements, gradient of {}", a.len(), b.len());
+    }
+    // Compiled for the widest vector unit at hand. Fused multiply-add is exactly rounded with or without hardware: the same bits.
+    let arch = pulp::Arch::new();
+    a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| {
+        arch.dispatch(
+            #[inline(always)]
+            || a.iter_mut().zip(b).for_each(|(a, b)| *a = f(*a, *b)),
+        );
+    });
+    Ok(())
+}
+
+/// p = keep p + step_size m / (sqrt(v) / correction + epsilon).
+struct Update {
+    keep: f32,
+    /// Negative.
+    step_size: f32,
+    correction: f32,
+    epsilon: f32,
+}
+
+impl InplaceOp3 for Update {
+    fn name(&self) -> &'static str {
+        "adamw_update"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &mut CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<()> {
+        let (params, exp_avg, exp_avg_sq) = (slice_mut(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
+        if params.len() != exp_avg.len() || params.len() != exp_avg_sq.len() {
+            bail!("{} parameters, moments of {} and {}", params.len(), exp_avg.len(), exp_avg_sq.len());
+        }
+        let chunks = params.par_chunks_mut(CHUNK).zip(exp_avg.par_chunks(CHUNK)).zip(exp_avg_sq.par_chunks(CHUNK));
+        chunks.for_each(|((params, exp_avg), exp_avg_sq)| {
+            for ((p, m), v) in params.iter_mut().zip(exp_avg).zip(exp_avg_sq) {
+                let denominator = v.sqrt() / self.correction + self.epsilon;
+                *p = *p * self.keep + self.step_size * m / denominator;
+            }
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEFAULT: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
+    const OTHER: AdamWConfig = AdamWConfig { beta1: 0.3, beta2: 0.95, epsilon: 1e-6, weight_decay: 0.1 };
+
+    fn tensor(data: &[f32]) -> Tensor {
+        Tensor::new(data, &Device::Cpu).unwrap()
+    }
+
+    fn start() -> Tensor {
+        tensor(&[0.5, -1.25, 3.0, 1e-3, -0.7, 2.0, 0.0, -4.5, 0.123456])
+    }
+
+    fn grad(t: i32) -> Tensor {
+        let value = |i: i32| 0.1 * f64::from(i + 1) * (-1f64).powi(i + t) / f64::from(t + 1) + 1e-4 * f64::from(i) * f64::from(t);
+        tensor(&(0..9).map(|i| value(i) as f32).collect::<Vec<_>>())
+    }
+
+    /// Five steps at a falling rate.
+    fn train(config: AdamWConfig) -> (Tensor, AdamW) {
+        let (params, mut adamw) = (start(), AdamW::new(config, 9, &Device::Cpu).unwrap());
+        for t in 0..5 {
+            adamw.step(&params, &grad(t), 1e-2 * f64::from(5 - t) / 5.0).unwrap();
+        }
+        (params, adamw)
+    }
+
+    fn assert_ulps(name: &str, ours: &Tensor, torch: [u32; 9], most: i64) {
+        for (i, (x, t)) in ours.to_vec1::<f32>().unwrap().iter().zip(torch).enumerate() {
+            let ulps = (i64::from(x.to_bits()) - i64::from(t)).abs();
+            assert!(ulps <= most, "{name}[{i}] is {x}, torch has {}: {ulps} ulps", f32::from_bits(t));
+        }
+    }
+
+    /// Parameters and moments that torch 2.15.0's `torch.optim.AdamW` had after the same five steps on a CPU.
+    #[test]
+    fn five_steps_equal_torch_in_the_moments_bits_and_one_ulp_of_the_parameters() {
+        let (params, adamw) = train(DEFAULT);
+        assert_ulps("param", &params, TORCH[0], 1);
+        assert_ulps("exp_avg", &adamw.exp_avg, TORCH[1], 0);
+        assert_ulps("exp_avg_sq", &adamw.exp_avg_sq, TORCH[2], 0);
+        let (params, adamw) = train(OTHER);
+        assert_ulps("param", &params, TORCH[3], 1);
+        assert_ulps("exp_avg", &adamw.exp_avg, TORCH[4], 0);
+        assert_ulps("exp_avg_sq", &adamw.exp_avg_sq, TORCH[5], 0);
+    }
+
+    const TORCH: [[u32; 9]; 6] = [
+        [0x3ef8_000b, 0xbf9e_0094, 0x403e_ffa0, 0x3c87_f9ce, 0xbf37_3500, 0x4000_ff85, 0xbc80_3dde, 0xc08f_8040, 0x3ddc_c674],
+        [0x3baf_d546, 0xbc2e_59bb, 0x3c85_5b7f, 0xbcad_9bf5, 0x3cde_c1ab, 0xbd02_0586, 0x3d1c_13ed, 0xbd2d_3d12, 0x3d48_c702],
+        [0x3774_b5ae, 0x3874_acaa, 0x3909_ad87, 0x3974_a861, 0x39bf_3a42, 0x3a09_9df2, 0x3a3b_6817, 0x3a74_a651, 0x3a9a_e620],
+        [0x3efa_39c5, 0xbf9e_45aa, 0x403e_cbe6, 0x3c2f_ea2b, 0xbf35_2d73, 0x4000_3d4f, 0xbc20_fa93, 0xc08f_41cd, 0x3de7_f455],
+        [0x3c2b_92c0, 0xbca8_a50a, 0x3d03_9bc6, 0xbd27_2e2f, 0x3d5c_52db, 0xbd7a_09da, 0x3d9a_84f9, 0xbda6_72c1, 0x3dc6_e084],
+        [0x3a21_05b7, 0x3b20_fd38, 0x3bb5_3407, 0x3c20_f926, 0x3c7b_afc0, 0x3cb5_16cd, 0x3cf6_a8c9, 0x3d20_f729, 0x3d4b_dfdd],
+    ];
+
+    #[test]
+    fn first_step_moves_each_parameter_by_the_rate_against_its_gradient() {
+        let params = tensor(&[1.0, 1.0, 1.0]);
+        let mut adamw = AdamW::new(DEFAULT, 3, &Device::Cpu).unwrap();
+        adamw.step(&params, &tensor(&[5.0, -1e-3, 0.0]), 0.1).unwrap();
+        let moved = params.to_vec1::<f32>().unwrap();
+        assert!((moved[0] - 0.9).abs() < 1e-6 && (moved[1] - 1.1).abs() < 2e-6 && moved[2] == 1.0, "{moved:?}");
+        assert_eq!(adamw.num_steps(), 1);
+    }
+
+    #[test]
+    fn weight_decay_without_gradient_shrinks_by_rate_times_decay() {
+        let params = tensor(&[2.0]);
+        AdamW::new(OTHER, 1, &Device::Cpu).unwrap().step(&params, &tensor(&[0.0]), 0.5).unwrap();
+        assert_eq!(params.to_vec1::<f32>().unwrap(), [1.9]);
+    }
+
+    #[test]
+    fn step_with_any_number_of_threads_has_the_same_bits() {
+        let n = 3 * CHUNK + 11;
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let params = Tensor::from_iter((0..n).map(|i| (i % 101) as f32 * 0.01), &Device::Cpu).unwrap();
+                let grads = Tensor::from_iter((0..n).map(|i| (i % 97) as f32 * 0.003 - 0.1), &Device::Cpu).unwrap();
+                let mut adamw = AdamW::new(DEFAULT, n, &Device::Cpu).unwrap();
+                (0..3).for_each(|_| adamw.step(&params, &grads, 1e-2).unwrap());
+                params.to_vec1::<f32>().unwrap()
+            })
+        };
+        assert_eq!(run(1), run(3));
+    }
+
+    fn layout() -> params::Layout {
+        params::Layout::new(BTreeMap::from([("w".into(), vec![2, 3]), ("b".into(), vec![3])]))
+    }
+
+    #[test]
+    fn state_exported_and_imported_continues_to_the_same_bits() {
+        let (params, mut first) = train(OTHER);
+        let saved: BTreeMap<String, Tensor> = first.export(&layout()).unwrap().into_iter().map(|(n, t)| (n, t.copy().unwrap())).collect();
+        assert_eq!(saved.keys().collect::<Vec<_>>(), ["exp_avg.b", "exp_avg.w", "exp_avg_sq.b", "exp_avg_sq.w"]);
+        assert_eq!(saved["exp_avg.w"].dims(), [2, 3]);
+        let copy = params.copy().unwrap();
+        let mut second = AdamW::new(OTHER, 9, &Device::Cpu).unwrap();
+        second.import(&layout(), &saved, first.num_steps()).unwrap();
+        first.step(&params, &grad(5), 1e-3).unwrap();
+        second.step(&copy, &grad(5), 1e-3).unwrap();
+        assert_eq!(params.to_vec1::<f32>().unwrap(), copy.to_vec1::<f32>().unwrap());
+    }
+
+    #[test]
+    fn import_of_a_state_that_does_not_fit_is_refused_by_name() {
+        let (_, mut adamw) = train(DEFAULT);
+        let good = adamw.export(&layout()).unwrap();
+        let refused = |adamw: &mut AdamW, change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
+            let mut state = good.clone();
+            change(&mut state);
+            adamw.import(&layout(), &state, 1).unwrap_err().to_string()
+        };
+        let text = refused(&mut adamw, &|s| drop(s.remove("exp_avg_sq.w")));
+        assert_eq!(text, "the optimizer's state has no `exp_avg_sq.w`");
+        let text = refused(&mut adamw, &|s| drop(s.insert("exp_avg.x".into(), tensor(&[1.0]))));
+        assert_eq!(text, "the optimizer's state has `exp_avg.x`, which no parameter here needs");
+        let text = refused(&mut adamw, &|s| drop(s.insert("exp_avg.b".into(), tensor(&[1.0]))));
+        assert_eq!(text, "`exp_avg.b` of the optimizer's state is F32 of shape [1], expected F32 of [3]");
+        assert_eq!(adamw.num_steps(), 5, "a refused state changes nothing");
+    }
+
+    #[test]
+    fn step_with_a_gradient_of_another_length_is_refused() {
+        let mut adamw = AdamW::new(DEFAULT, 9, &Device::Cpu).unwrap();
+        let text = adamw.step(&start(), &tensor(&[1.0]), 0.1).unwrap_err().to_string();
+        assert_eq!(text, "the gradient has shape [1], expected [9]");
+        assert_eq!(adamw.num_steps(), 0);
+    }
+}
