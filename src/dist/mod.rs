@@ -1,0 +1,78 @@
+//! Ranks and their collectives. The only MPI (and later NCCL) in the house; knows no parameter.
+//!
+//! - [`ProcessGroup`]: what a rank may do; [`Solo`], [`local`] (threads, for tests) and `Mpi` do it. [`connect()`] chooses.
+//! - [`SlotTree`], [`SlotAccumulator`], [`reduce`]: the sum of gradients whose bits do not depend on the world size.
+//! - [`agree()`]: an error on some ranks becomes the same error on all. [`install_panic_hook`]: a panic on one ends all.
+//! - [`plan_threads`]: how many threads a rank takes.
+
+mod abort;
+mod accumulate;
+mod agree;
+mod connect;
+mod error;
+mod host;
+pub mod local;
+#[cfg(feature = "mpi")]
+mod mpi;
+#[cfg(feature = "mpi")]
+mod pieces;
+mod slots;
+mod solo;
+mod threads;
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+pub use abort::{Aborter, install_panic_hook};
+pub use accumulate::{SlotAccumulator, reduce};
+pub use agree::{AgreedError, agree};
+pub use connect::connect;
+pub use error::DistError;
+pub use slots::{Node, SlotScalars, SlotTree, gather_slots};
+pub use solo::Solo;
+pub use threads::{Cores, Threads, install_thread_pool, plan_threads, threads_per_rank};
+
+/// The ranks of a job. Every rank calls the same sequence of collectives with the same shapes.
+///
+/// Two planes: tensors (gradients; MPI on a CPU, NCCL on GPUs) and bytes (losses, status, data; always the host). A result may share
+/// memory with this rank's own argument, never with another rank's.
+pub trait ProcessGroup {
+    fn rank(&self) -> usize;
+    fn world_size(&self) -> usize;
+    /// Rank among the processes of this machine; chooses the device.
+    fn local_rank(&self) -> usize;
+    /// Number of processes on this machine; divides the cores.
+    fn local_size(&self) -> usize;
+    /// The same number on ranks of one machine, another on each machine.
+    fn machine(&self) -> usize;
+
+    /// Every rank's bytes, ordered by rank; lengths may differ.
+    fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, DistError>;
+    /// `[n]` f32 on each rank -> `[world_size, n]`, ordered by rank.
+    fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError>;
+    /// `[world_size, n]` f32 -> `[world_size, n]`: row r goes to rank r; the result's row s came from rank s.
+    fn all_to_all(&self, rows: &Tensor) -> Result<Tensor, DistError>;
+    /// Sum over ranks of `[n]` f32, in the backend's own order (fast; bits depend on the world size).
+    fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError>;
+    /// Root's `[n]` f32 on every rank. All ranks pass a tensor of the same shape.
+    fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError>;
+    fn barrier(&self) -> Result<(), DistError>;
+
+    /// Ends the whole job at once, with `message` on stderr once, naming this rank.
+    fn abort(&self, message: &str) -> !;
+    /// What ends the whole job from anywhere in this process; none where ranks are threads and an unwinding one is caught.
+    fn aborter(&self) -> Option<Aborter>;
+    /// Takes leave in good order; all ranks call it. A rank that ends without it has failed, and the launcher ends the others: so an
+    /// error that only some ranks return can never leave the rest waiting.
+    fn finish(self: Box<Self>);
+}
+
+/// How gradients are summed over slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reduction {
+    /// One fixed tree over the slots: the same bits at any world size.
+    SlotTree,
+    /// Each rank sums its own slots, then one all-reduce in the backend's order.
+    AllReduce,
+}
