@@ -1,0 +1,66 @@
+//! What can go wrong with a checkpoint.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Mismatch;
+use crate::formats::FormatError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("the disk is full: {} needs {needed_bytes} bytes, and {} are free", path.display(), free_bytes.map_or("too few".to_owned(), |b| b.to_string()))]
+    DiskFull { path: PathBuf, needed_bytes: u64, free_bytes: Option<u64> },
+    #[error("{} is not a complete checkpoint: {reason}", path.display())]
+    Incomplete { path: PathBuf, reason: String },
+    #[error("checkpoint {} is damaged: {what}: expected {expected}, found {found}", path.display())]
+    Damaged { path: PathBuf, what: String, expected: String, found: String },
+    #[error("checkpoint {} has format version {found}, and this program reads up to {supported}", path.display())]
+    NewerFormat { path: PathBuf, found: u64, supported: u32 },
+    #[error("none of the {num} checkpoints in {} is whole; the newest: {newest}", path.display())]
+    NoneGood { path: PathBuf, num: usize, newest: String },
+    #[error("checkpoint {} is of another run: {}", path.display(), mismatches.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Mismatch { path: PathBuf, mismatches: Vec<Mismatch> },
+    #[error("{} holds another run: found {found}", path.display())]
+    OutputDirTaken { path: PathBuf, found: String },
+    #[error("`{path}` is not a relative path inside a checkpoint")]
+    BadPath { path: String },
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+impl CheckpointError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::DiskFull { .. } => {
+                "make room or name an `output_dir` on another disk, then go on with `--resume_from_checkpoint latest`; earlier checkpoints are untouched".to_owned()
+            }
+            Self::Incomplete { .. } | Self::Damaged { .. } => {
+                "use an earlier checkpoint; `--resume_from_checkpoint latest` finds the newest whole one".to_owned()
+            }
+            Self::NewerFormat { .. } => "use the version of glmddp that wrote it, or a newer one".to_owned(),
+            Self::NoneGood { .. } => "start anew in another `output_dir`, or restore a checkpoint from a backup".to_owned(),
+            Self::Mismatch { .. } => "use the model, tokenizer and method settings that the checkpoint was made with, or start anew in another `output_dir`".to_owned(),
+            Self::OutputDirTaken { .. } => {
+                "name another `output_dir`, go on with `--resume_from_checkpoint latest`, or give `--overwrite_output_dir` to delete what is there".to_owned()
+            }
+            Self::Io { action, .. } if *action != "read" => "what was saved before is untouched; check the folder's permissions and the disk".to_owned(),
+            Self::Format(error) => return error.hint(),
+            Self::Io { .. } | Self::BadPath { .. } | Self::Tensor(_) => return None,
+        })
+    }
+
+    /// An error of the disk; a full one gets its own kind.
+    pub(super) fn io(action: &'static str, path: &Path, needed_bytes: u64, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::DiskFull { path: path.to_owned(), needed_bytes, free_bytes: None }
+            }
+            _ => Self::Io { action, path: path.to_owned(), source },
+        }
+    }
+}

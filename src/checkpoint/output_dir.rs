@@ -1,0 +1,149 @@
+//! A run's output folder: whose it is, what was left half-done in it, and which checkpoints are kept.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use super::load::looks_whole;
+use super::save::discard;
+use super::{CheckpointError, Disk, REPLACED, TEMPORARY, TRASH, by_step, load, step_of};
+
+/// What a run means to do with an output folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// Begin; the folder must hold no run.
+    Start,
+    /// Go on from what is there.
+    Resume,
+    /// Begin, and delete the checkpoints that are there.
+    Overwrite,
+}
+
+/// Traces of a run besides its checkpoints.
+const RUN_FILES: [&str; 3] = ["trainer_log.jsonl", "adapter_config.json", "pytorch_model.bin"];
+
+/// Creates the folder and takes it for a run; cleans up what an earlier run left half-done.
+///
+/// # Errors
+/// When it holds another run and the claim is to start, or is a file, or the disk fails.
+pub fn claim(disk: &dyn Disk, output_dir: &Path, claim: Claim) -> Result<(), CheckpointError> {
+    disk.create_dir(output_dir).map_err(|e| CheckpointError::io("create", output_dir, 0, e))?;
+    clean_leftovers(disk, output_dir)?;
+    let checkpoints = by_step(disk, output_dir)?;
+    match claim {
+        Claim::Resume => Ok(()),
+        Claim::Overwrite => checkpoints.iter().try_for_each(|(_, path)| discard(disk, path)),
+        Claim::Start => {
+            let entries = disk.list(output_dir).map_err(|e| CheckpointError::io("list", output_dir, 0, e))?;
+            let is_trace = |path: &PathBuf| step_of(path).is_some() || RUN_FILES.iter().any(|name| path.ends_with(name));
+            match entries.iter().find(|path| is_trace(path)).and_then(|path| path.file_name()) {
+                Some(name) => {
+                    Err(CheckpointError::OutputDirTaken { path: output_dir.to_owned(), found: name.to_string_lossy().into_owned() })
+                }
+                None => Ok(()),
+            }
+        }
+    }
+}
+
+/// Removes what a killed save or deletion left, and gives a checkpoint that was about to be replaced its name back where the new one
+/// never got it. Returns what it removed.
+///
+/// # Errors
+/// When the disk fails.
+pub fn clean_leftovers(disk: &dyn Disk, output_dir: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+    let entries = disk.list(output_dir).map_err(|e| CheckpointError::io("list", output_dir, 0, e))?;
+    let mut removed = Vec::new();
+    for path in entries {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if let Some(original) = name.strip_prefix(REPLACED).filter(|original| disk.list(&path.with_file_name(original)).is_err()) {
+            let original = path.with_file_name(original);
+            disk.rename(&path, &original).map_err(|e| CheckpointError::io("rename", &path, 0, e))?;
+        } else if [TEMPORARY, REPLACED, TRASH].iter().any(|prefix| name.starts_with(prefix)) {
+            disk.remove(&path).map_err(|e| CheckpointError::io("remove", &path, 0, e))?;
+            removed.push(path);
+        }
+    }
+    Ok(removed)
+}
+
+/// Keeps the newest `limit` whole checkpoints and deletes those that are older than these. Of the newest every byte is held against its
+/// manifest before anything is deleted, of the others the lengths. Returns what it deleted.
+///
+/// # Errors
+/// When the disk fails.
+pub fn retention(disk: &dyn Disk, output_dir: &Path, limit: NonZeroUsize) -> Result<Vec<PathBuf>, CheckpointError> {
+    let checkpoints = by_step(disk, output_dir)?;
+    if checkpoints.len() <= limit.get() {
+        return Ok(Vec::new());
+    }
+    let mut num_whole = 0;
+    let mut deleted = Vec::new();
+    for (_, path) in checkpoints {
+        if num_whole >= limit.get() {
+            discard(disk, &path)?;
+            deleted.push(path);
+        } else if (num_whole > 0 && looks_whole(disk, &path)) || load(disk, &path).is_ok() {
+            num_whole += 1;
+        }
+    }
+    Ok(deleted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::save_step;
+    use super::super::{MANIFEST, RealDisk};
+    use super::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        RealDisk.list(dir).unwrap().iter().map(|p| p.file_name().unwrap().to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn folder_of_another_run_is_refused_unless_resumed_or_overwritten() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("out");
+        claim(&RealDisk, &dir, Claim::Start).unwrap();
+        std::fs::write(dir.join("notes.txt"), b"mine").unwrap();
+        claim(&RealDisk, &dir, Claim::Start).unwrap();
+        save_step(&RealDisk, &dir, 5).unwrap();
+        let error = claim(&RealDisk, &dir, Claim::Start).unwrap_err();
+        assert!(error.to_string().ends_with("out holds another run: found checkpoint-5"), "{error}");
+        assert!(error.hint().is_some());
+        claim(&RealDisk, &dir, Claim::Resume).unwrap();
+        assert_eq!(names(&dir), ["checkpoint-5", "notes.txt"]);
+        claim(&RealDisk, &dir, Claim::Overwrite).unwrap();
+        assert_eq!(names(&dir), ["notes.txt"]);
+        std::fs::write(dir.join("trainer_log.jsonl"), b"").unwrap();
+        assert!(claim(&RealDisk, &dir, Claim::Start).is_err());
+        let file = root.path().join("file");
+        std::fs::write(&file, b"").unwrap();
+        assert!(claim(&RealDisk, &file, Claim::Start).is_err());
+    }
+
+    #[test]
+    fn leftovers_are_removed_and_a_replaced_checkpoint_gets_its_name_back() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [".tmp-checkpoint-3/state", ".trash-checkpoint-1/x", ".replaced-checkpoint-2/x"] {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, b"").unwrap();
+        }
+        assert_eq!(clean_leftovers(&RealDisk, dir.path()).unwrap().len(), 2);
+        assert_eq!(names(dir.path()), ["checkpoint-2"]);
+    }
+
+    #[test]
+    fn retention_keeps_the_newest_whole_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        for step in [1, 2, 10, 20, 30] {
+            save_step(&RealDisk, dir.path(), step).unwrap();
+        }
+        std::fs::remove_file(dir.path().join("checkpoint-20").join(MANIFEST)).unwrap();
+        let two = NonZeroUsize::new(2).unwrap();
+        let deleted = retention(&RealDisk, dir.path(), two).unwrap();
+        assert_eq!(deleted.len(), 2);
+        assert_eq!(names(dir.path()), ["checkpoint-10", "checkpoint-20", "checkpoint-30"]);
+        assert_eq!(retention(&RealDisk, dir.path(), NonZeroUsize::MAX).unwrap(), Vec::<PathBuf>::new());
+    }
+}
