@@ -1,0 +1,37 @@
+//! How much memory this process took.
+
+/// The largest resident size so far, where the system says it (Linux).
+pub fn peak_rss_bytes() -> Option<u64> {
+    parse_peak(&std::fs::read_to_string("/proc/self/status").ok()?)
+}
+
+/// The value of `VmHWM:   123 kB`.
+fn parse_peak(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peak_is_read_in_bytes() {
+        assert_eq!(parse_peak("Name:\tx\nVmPeak:\t 9 kB\nVmHWM:\t  2048 kB\nVmRSS:\t1 kB\n"), Some(2 << 20));
+    }
+
+    #[test]
+    fn peak_that_is_missing_or_garbled_is_none() {
+        for status in ["", "VmRSS: 1 kB", "VmHWM: many kB", "VmHWM: 1", "VmHWM: 18446744073709551615 kB"] {
+            assert_eq!(parse_peak(status), None, "{status}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn peak_of_this_process_is_plausible() {
+        let block = std::hint::black_box(vec![1u8; 8 << 20]);
+        assert!(peak_rss_bytes().unwrap() > block.len() as u64);
+    }
+}
