@@ -1,0 +1,135 @@
+//! Reads a configuration file: TOML, or JSON as THUDM's `main.py` takes it.
+//!
+//! A key may stand flat or in its section. Every key is checked as it is met, so that a message can name the line.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use toml::Value;
+use toml::de::{DeTable, DeValue, ValueDeserializer};
+
+use super::error::{ConfigError, Place, Source, nearest};
+use super::{KeyTable, SECTIONS, Sources, foreign};
+
+/// What a file says: checked values by key, and where each stands.
+#[derive(Debug, Default)]
+pub(super) struct FileValues {
+    pub values: BTreeMap<String, Value>,
+    pub sources: Sources,
+    pub warnings: Vec<String>,
+}
+
+/// One `key = value`, wherever it stood.
+struct Entry {
+    section: Option<String>,
+    key: String,
+    value: Value,
+    line: usize,
+}
+
+pub(super) fn read(path: &Path) -> Result<FileValues, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|e| ConfigError::Read {
+        path: path.to_owned(),
+        reason: if path.is_dir() { "it is a directory".into() } else { e.to_string() },
+    })?;
+    let is_json = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("json"));
+    let entries = if is_json { json_entries(path, &text)? } else { toml_entries(path, &text)? };
+    check(path, entries)
+}
+
+fn toml_entries(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
+    let line_of = |offset: usize| 1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|&&b| b == b'\n').count();
+    let syntax = |e: &toml::de::Error| ConfigError::Syntax {
+        path: path.to_owned(),
+        line: e.span().map_or(1, |s| line_of(s.start)),
+        language: "TOML",
+        message: e.message().to_owned(),
+    };
+    let document = DeTable::parse(text).map_err(|e| syntax(&e))?;
+    let mut entries = Vec::new();
+    let mut push = |section: Option<&str>, key: &toml::Spanned<std::borrow::Cow<str>>, value: &toml::Spanned<DeValue>| {
+        let line = line_of(key.span().start);
+        let value = Value::deserialize(ValueDeserializer::from(value.clone())).map_err(|e| syntax(&e))?;
+        entries.push(Entry { section: section.map(str::to_owned), key: key.get_ref().to_string(), value, line });
+        Ok::<_, ConfigError>(())
+    };
+    for (key, value) in document.get_ref() {
+        match value.get_ref().as_table() {
+            Some(_) if !SECTIONS.contains(&key.get_ref().as_ref()) => {
+                return Err(unknown_section(path, key.get_ref(), line_of(key.span().start)));
+            }
+            Some(table) => table.iter().try_for_each(|(k, v)| push(Some(key.get_ref()), k, v))?,
+            None => push(None, key, value)?,
+        }
+    }
+    entries.sort_by_key(|e| e.line);
+    Ok(entries)
+}
+
+fn json_entries(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
+    let syntax = |line: usize, message: String| ConfigError::Syntax { path: path.to_owned(), line, language: "JSON", message };
+    let document: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text).map_err(|e| syntax(e.line(), e.to_string()))?;
+    let line_of = |key: &str| 1 + text.lines().position(|l| l.contains(&format!("\"{key}\""))).unwrap_or(0);
+    let mut entries = Vec::new();
+    let mut push = |section: Option<&str>, key: &str, value: &serde_json::Value| {
+        if !value.is_null() {
+            let line = line_of(key);
+            let value = Value::try_from(value).map_err(|e| syntax(line, e.to_string()))?;
+            entries.push(Entry { section: section.map(str::to_owned), key: key.to_owned(), value, line });
+        }
+        Ok::<_, ConfigError>(())
+    };
+    for (key, value) in &document {
+        match value.as_object() {
+            Some(_) if !SECTIONS.contains(&key.as_str()) => return Err(unknown_section(path, key, line_of(key))),
+            Some(table) => table.iter().try_for_each(|(k, v)| push(Some(key), k, v))?,
+            None => push(None, key, value)?,
+        }
+    }
+    Ok(entries)
+}
+
+fn unknown_section(path: &Path, section: &str, line: usize) -> ConfigError {
+    let place = Place { source: Source::File { path: path.into(), line }, key: section.to_owned() };
+    ConfigError::UnknownSection { section: section.to_owned(), nearest: nearest(section, SECTIONS.into_iter()), place }
+}
+
+fn check(path: &Path, entries: Vec<Entry>) -> Result<FileValues, ConfigError> {
+    let keys = KeyTable::new();
+    let path: Arc<Path> = path.into();
+    let mut file = FileValues::default();
+    for Entry { section, key, value, line } in entries {
+        let source = Source::File { path: path.clone(), line };
+        let written = section.as_ref().map_or_else(|| key.clone(), |s| format!("{s}.{key}"));
+        let Some(expected) = keys.section_of(&key) else {
+            let place = Place { source, key: written };
+            file.warnings.push(pass_over(&key, &value, &keys, place)?);
+            continue;
+        };
+        if let Some(found) = section.filter(|s| s != expected) {
+            return Err(ConfigError::WrongSection { key, found, expected, place: Place { source, key: written } });
+        }
+        let place = Place { source, key: format!("{expected}.{key}") };
+        super::check_type(expected, &key, &value).map_err(|message| ConfigError::WrongType { message, place: place.clone() })?;
+        if let Some(Source::File { line: first, .. }) = file.sources.get(&key) {
+            return Err(ConfigError::Twice { key, first: *first, second: line, place });
+        }
+        file.sources.insert(&key, place.source);
+        file.values.insert(key, value);
+    }
+    Ok(file)
+}
+
+/// The warning for a key of other programs, or why it is refused, or that nobody knows it.
+fn pass_over(key: &str, value: &Value, keys: &KeyTable, place: Place) -> Result<String, ConfigError> {
+    let Some(argument) = foreign::find(key) else {
+        return Err(ConfigError::UnknownKey { key: key.to_owned(), nearest: nearest(key, keys.names()), place });
+    };
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    if !argument.accepts(&text) {
+        return Err(ConfigError::Unsupported { key: key.to_owned(), reason: argument.reason, place });
+    }
+    Ok(format!("`{key}` does nothing here: {} ({place})", argument.reason))
+}

@@ -1,0 +1,136 @@
+//! The resolved run. Later code sees this and never the raw configuration; a `Plan` cannot hold a zero batch.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use crate::data::prompt::Truncation;
+pub use crate::data::record::OnBadRow;
+pub use crate::dist::Reduction;
+pub use crate::model::{Recompute, RopeTable};
+pub use crate::optim::{SchedulerType, Warmup};
+pub use crate::peft::MethodPlan;
+
+/// Everything a training run needs, validated.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    pub model: ModelPlan,
+    pub data: DataPlan,
+    pub batch: BatchPlan,
+    pub method: MethodPlan,
+    pub optim: OptimPlan,
+    pub run: RunPlan,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelPlan {
+    /// Folder as the hub has it: config.json, weights, tokenizer.model.
+    pub model_name_or_path: PathBuf,
+    pub recompute: Recompute,
+    pub rope_table: RopeTable,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataPlan {
+    pub train_file: PathBuf,
+    pub validation_file: Option<PathBuf>,
+    pub prompt_column: String,
+    pub response_column: String,
+    pub history_column: Option<String>,
+    /// Tokens of the prompt, `[gMASK] sop` included.
+    pub max_source_length: usize,
+    /// Tokens of the answer; eos comes on top.
+    pub max_target_length: usize,
+    pub truncation: Truncation,
+    pub on_bad_row: OnBadRow,
+    pub max_train_samples: Option<usize>,
+    pub max_eval_samples: Option<usize>,
+    /// Where tokenized rows are kept between runs; none: not kept.
+    pub cache_dir: Option<PathBuf>,
+    pub overwrite_cache: bool,
+}
+
+/// A global batch is `slots_per_step` slots of `rows_per_slot` rows; each slot is computed by one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BatchPlan {
+    /// Rows of one micro-batch (`per_device_train_batch_size`).
+    pub rows_per_slot: NonZeroUsize,
+    /// Micro-batches of one optimizer step over all ranks; a multiple of the world size.
+    pub slots_per_step: NonZeroUsize,
+    pub eval_rows_per_slot: NonZeroUsize,
+    pub world_size: NonZeroUsize,
+}
+
+impl BatchPlan {
+    /// Rows of one optimizer step.
+    pub fn rows_per_step(&self) -> usize {
+        self.rows_per_slot.get() * self.slots_per_step.get()
+    }
+
+    pub fn accumulation_steps(&self) -> usize {
+        self.slots_per_step.get() / self.world_size.get()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OptimPlan {
+    pub learning_rate: f64,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    pub weight_decay: f64,
+    /// Clip the global gradient norm to this; none: no clipping.
+    pub max_grad_norm: Option<f64>,
+    pub lr_scheduler_type: SchedulerType,
+    pub warmup: Warmup,
+    pub loss_mean: LossMean,
+    pub reduction: Reduction,
+}
+
+/// How token losses become the loss of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossMean {
+    /// Sum over all target tokens of the global batch / their number.
+    Token,
+    /// Mean over micro-batches of each one's token mean (THUDM's Trainer with DDP).
+    MicroBatch,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunPlan {
+    pub output_dir: PathBuf,
+    pub overwrite_output_dir: bool,
+    pub duration: Duration,
+    pub seed: u64,
+    pub logging_steps: NonZeroUsize,
+    /// Save every so many steps; none: only at the end.
+    pub save_steps: Option<NonZeroUsize>,
+    pub save_total_limit: Option<NonZeroUsize>,
+    pub eval_steps: Option<NonZeroUsize>,
+    pub resume: Resume,
+    /// Threads of this rank; none: cores of the machine / ranks on it.
+    pub threads: Option<NonZeroUsize>,
+    /// Write the rows of every micro-batch to this file, one JSON line each.
+    pub dump_batches: Option<PathBuf>,
+    /// Write the parameters before the first step to this safetensors file.
+    pub dump_initial: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Duration {
+    Steps(u64),
+    Epochs(f64),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resume {
+    /// Start anew.
+    No,
+    /// The newest checkpoint of `output_dir`.
+    Latest,
+    Path(PathBuf),
+}

@@ -1,0 +1,217 @@
+//! [`RunConfig`] -> [`Plan`]: defaults, derived values, and everything that can be checked without opening a file.
+//!
+//! The defaults are the published recipe for P-Tuning v2 (THUDM/ChatGLM2-6B `ptuning/train.sh`), with three differences: the loss is the
+//! mean over tokens, `答：` is never cut off, and a step has 16 rows whatever the number of ranks.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use super::plan::*;
+use super::values::FinetuningType;
+use super::{ConfigError, Place, RunConfig, Sources};
+
+const ROWS_PER_STEP: usize = 16;
+const MAX_STEPS: u64 = 3000;
+const SAVE_STEPS: usize = 1000;
+
+impl RunConfig {
+    /// The plan for `world_size` ranks (0 counts as 1); `sources` says where each key stood.
+    ///
+    /// # Errors
+    /// When a needed key is absent, a value is out of its range, or the batch does not fit the ranks.
+    pub fn resolve(&self, world_size: usize, sources: &Sources) -> Result<Plan, ConfigError> {
+        let resolver = Resolver { config: self, sources, world_size: NonZeroUsize::new(world_size).unwrap_or(NonZeroUsize::MIN) };
+        Ok(Plan {
+            model: resolver.model()?,
+            data: resolver.data()?,
+            batch: resolver.batch()?,
+            method: resolver.method()?,
+            optim: resolver.optim()?,
+            run: resolver.run()?,
+        })
+    }
+}
+
+struct Resolver<'a> {
+    config: &'a RunConfig,
+    sources: &'a Sources,
+    world_size: NonZeroUsize,
+}
+
+impl Resolver<'_> {
+    fn model(&self) -> Result<ModelPlan, ConfigError> {
+        let model = &self.config.model;
+        let from_checkpointing = model.gradient_checkpointing.map(|on| if on { Recompute::Block } else { Recompute::None });
+        let recompute = match (model.recompute, from_checkpointing) {
+            (Some(a), Some(b)) if a != b => {
+                let reason = "they ask for different recomputation".to_owned();
+                return Err(ConfigError::Contradiction {
+                    other: "model.gradient_checkpointing",
+                    reason,
+                    place: self.place("model.recompute"),
+                });
+            }
+            (a, b) => a.or(b).unwrap_or(Recompute::None),
+        };
+        Ok(ModelPlan {
+            model_name_or_path: required("model_name_or_path", model.model_name_or_path.as_ref())?,
+            recompute,
+            rope_table: model.rope_table.unwrap_or(RopeTable::Exact),
+        })
+    }
+
+    fn data(&self) -> Result<DataPlan, ConfigError> {
+        let data = &self.config.data;
+        let max_source_length = data.max_source_length.unwrap_or(64);
+        if max_source_length < 3 {
+            return Err(self.value("data.max_source_length", max_source_length, "3 or more: `[gMASK] sop` and a token of text"));
+        }
+        let rows = |key, value: Option<usize>| value.map(|n| self.positive(key, n).map(NonZeroUsize::get)).transpose();
+        Ok(DataPlan {
+            train_file: required("train_file", data.train_file.as_ref())?,
+            validation_file: data.validation_file.clone(),
+            prompt_column: data.prompt_column.clone().unwrap_or_else(|| "content".to_owned()),
+            response_column: data.response_column.clone().unwrap_or_else(|| "summary".to_owned()),
+            history_column: data.history_column.clone(),
+            max_source_length,
+            max_target_length: self.positive("data.max_target_length", data.max_target_length.unwrap_or(128))?.get(),
+            truncation: data.truncation.unwrap_or(Truncation::KeepAnswerMark),
+            on_bad_row: data.on_bad_row.unwrap_or(OnBadRow::Stop),
+            max_train_samples: rows("data.max_train_samples", data.max_train_samples)?,
+            max_eval_samples: rows("data.max_eval_samples", data.max_eval_samples)?,
+            cache_dir: data.cache_dir.clone(),
+            overwrite_cache: data.overwrite_cache.unwrap_or(false),
+        })
+    }
+
+    fn batch(&self) -> Result<BatchPlan, ConfigError> {
+        let batch = &self.config.batch;
+        let world_size = self.world_size.get();
+        let rows_per_slot = self.positive("batch.per_device_train_batch_size", batch.per_device_train_batch_size.unwrap_or(1))?;
+        let eval_rows = batch.per_device_eval_batch_size.unwrap_or(rows_per_slot.get());
+        let eval_rows_per_slot = self.positive("batch.per_device_eval_batch_size", eval_rows)?;
+        let micro = rows_per_slot.get();
+
+        let accumulation = batch
+            .gradient_accumulation_steps
+            .map(|n| self.positive("batch.gradient_accumulation_steps", n))
+            .transpose()?
+            .map(NonZeroUsize::get);
+        let place = self.place("batch.global_batch_size");
+        let rows = match (batch.global_batch_size, accumulation) {
+            (None, Some(accumulation)) => micro * accumulation * world_size,
+            (Some(rows), Some(accumulation)) if rows != micro * accumulation * world_size => {
+                let reason = format!(
+                    "{micro} rows x {accumulation} accumulation x {world_size} ranks = {} rows a step, not {rows}",
+                    micro * accumulation * world_size
+                );
+                return Err(ConfigError::Contradiction { other: "batch.gradient_accumulation_steps", reason, place });
+            }
+            (rows, _) => self.positive("batch.global_batch_size", rows.unwrap_or(ROWS_PER_STEP))?.get(),
+        };
+        if rows.is_multiple_of(micro) && rows / micro < world_size {
+            return Err(ConfigError::TooManyRanks { rows, world_size, micro, place });
+        }
+        if !rows.is_multiple_of(micro * world_size) {
+            return Err(ConfigError::NotDivisible { rows, world_size, micro, place });
+        }
+        let slots_per_step = self.positive("batch.global_batch_size", rows / micro)?;
+        Ok(BatchPlan { rows_per_slot, slots_per_step, eval_rows_per_slot, world_size: self.world_size })
+    }
+
+    fn method(&self) -> Result<MethodPlan, ConfigError> {
+        let method = &self.config.method;
+        match method.finetuning_type.unwrap_or(FinetuningType::PtuningV2) {
+            FinetuningType::PtuningV2 => Ok(MethodPlan::PtuningV2 {
+                pre_seq_len: self.positive("method.pre_seq_len", method.pre_seq_len.unwrap_or(128))?,
+                prefix_projection: method.prefix_projection.unwrap_or(false),
+                prefix_dropout: self.share_below_one("method.prefix_dropout", method.prefix_dropout.unwrap_or(0.1))?,
+            }),
+        }
+    }
+
+    fn optim(&self) -> Result<OptimPlan, ConfigError> {
+        let optim = &self.config.optim;
+        let not_negative = |key, x: f64| self.within(key, x, x >= 0.0, "a number of 0 or more");
+        let max_grad_norm = not_negative("optim.max_grad_norm", optim.max_grad_norm.unwrap_or(1.0))?;
+        let warmup = match (optim.warmup_steps.unwrap_or(0), optim.warmup_ratio) {
+            (0, Some(ratio)) => {
+                Warmup::Ratio(self.within("optim.warmup_ratio", ratio, (0.0..=1.0).contains(&ratio), "a share from 0 to 1")?)
+            }
+            (steps, _) => Warmup::Steps(steps),
+        };
+        let learning_rate = optim.learning_rate.unwrap_or(2e-2);
+        let adam_epsilon = optim.adam_epsilon.unwrap_or(1e-8);
+        Ok(OptimPlan {
+            learning_rate: self.within("optim.learning_rate", learning_rate, learning_rate > 0.0, "a number above 0")?,
+            adam_beta1: self.share_below_one("optim.adam_beta1", optim.adam_beta1.unwrap_or(0.9))?,
+            adam_beta2: self.share_below_one("optim.adam_beta2", optim.adam_beta2.unwrap_or(0.999))?,
+            adam_epsilon: self.within("optim.adam_epsilon", adam_epsilon, adam_epsilon > 0.0, "a number above 0")?,
+            weight_decay: not_negative("optim.weight_decay", optim.weight_decay.unwrap_or(0.0))?,
+            max_grad_norm: (max_grad_norm > 0.0).then_some(max_grad_norm),
+            lr_scheduler_type: optim.lr_scheduler_type.unwrap_or(SchedulerType::Linear),
+            warmup,
+            loss_mean: optim.loss_mean.unwrap_or(LossMean::Token),
+            reduction: optim.reduction.unwrap_or(Reduction::SlotTree),
+        })
+    }
+
+    fn run(&self) -> Result<RunPlan, ConfigError> {
+        let run = &self.config.run;
+        let eval_steps = run.eval_steps.and_then(NonZeroUsize::new);
+        if eval_steps.is_some() && self.config.data.validation_file.is_none() {
+            return Err(ConfigError::Needs { needs: "data.validation_file", place: self.place("run.eval_steps") });
+        }
+        Ok(RunPlan {
+            output_dir: required("output_dir", run.output_dir.as_ref())?,
+            overwrite_output_dir: run.overwrite_output_dir.unwrap_or(false),
+            duration: self.duration()?,
+            seed: run.seed.unwrap_or(42),
+            logging_steps: self.positive("run.logging_steps", run.logging_steps.unwrap_or(10))?,
+            save_steps: NonZeroUsize::new(run.save_steps.unwrap_or(SAVE_STEPS)),
+            save_total_limit: run.save_total_limit.map(|n| self.positive("run.save_total_limit", n)).transpose()?,
+            eval_steps,
+            resume: run.resume_from_checkpoint.as_ref().map_or(Resume::No, |r| r.0.clone()),
+            threads: run.threads.map(|n| self.positive("run.threads", n)).transpose()?,
+            dump_batches: run.dump_batches.clone(),
+            dump_initial: run.dump_initial.clone(),
+        })
+    }
+
+    /// As the Trainer has it: `max_steps` above 0 goes first, -1 stands for "not given".
+    fn duration(&self) -> Result<Duration, ConfigError> {
+        let run = &self.config.run;
+        match (run.max_steps.filter(|&n| n != -1), run.num_train_epochs) {
+            (Some(steps), _) => match u64::try_from(steps) {
+                Ok(steps) if steps > 0 => Ok(Duration::Steps(steps)),
+                _ => Err(self.value("run.max_steps", steps, "1 or more, or -1 for `num_train_epochs`")),
+            },
+            (None, Some(epochs)) => Ok(Duration::Epochs(self.within("run.num_train_epochs", epochs, epochs > 0.0, "a number above 0")?)),
+            (None, None) => Ok(Duration::Steps(MAX_STEPS)),
+        }
+    }
+
+    fn place(&self, key: &str) -> Place {
+        self.sources.place(key)
+    }
+
+    fn value(&self, key: &str, value: impl ToString, expected: &'static str) -> ConfigError {
+        ConfigError::Value { value: value.to_string(), expected, place: self.place(key) }
+    }
+
+    fn positive(&self, key: &str, value: usize) -> Result<NonZeroUsize, ConfigError> {
+        NonZeroUsize::new(value).ok_or_else(|| self.value(key, value, "1 or more"))
+    }
+
+    fn within(&self, key: &str, value: f64, holds: bool, expected: &'static str) -> Result<f64, ConfigError> {
+        if holds && value.is_finite() { Ok(value) } else { Err(self.value(key, value, expected)) }
+    }
+
+    fn share_below_one(&self, key: &str, value: f64) -> Result<f64, ConfigError> {
+        self.within(key, value, (0.0..1.0).contains(&value), "a share of at least 0 and below 1")
+    }
+}
+
+fn required(key: &'static str, path: Option<&PathBuf>) -> Result<PathBuf, ConfigError> {
+    path.filter(|p| !p.as_os_str().is_empty()).cloned().ok_or(ConfigError::Missing { key })
+}
