@@ -1,0 +1,56 @@
+//! One micro-batch forward and backward.
+
+use candle_core::{Result, Tensor};
+
+use crate::data::MicroBatch;
+use crate::kernels::attention::Rows;
+use crate::model::chatglm2::{Keep, Tokens};
+use crate::model::{ChatGlm2, Recompute, loss};
+use crate::peft::{Mode, PeftMethod, RowContext};
+
+/// What one micro-batch contributes.
+pub struct SlotPass {
+    /// Negative log-likelihood of each target, in the order of `MicroBatch::targets`.
+    pub nll: Vec<f32>,
+    /// Gradient of their sum at the method's sites, `[site_len]`.
+    pub site_grad: Tensor,
+}
+
+impl SlotPass {
+    /// Sum of the losses, in order, in f64.
+    pub fn nll_sum(&self) -> f64 {
+        sum(&self.nll)
+    }
+}
+
+/// Loss and site gradient of a micro-batch.
+///
+/// # Errors
+/// When an id or a size does not fit the model.
+pub fn forward_backward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch, recompute: Recompute) -> Result<SlotPass> {
+    let mut hooks = method.hooks(RowContext { stream_positions: &batch.stream_positions, mode: Mode::Train })?;
+    let tokens = tokens(batch);
+    let (hidden, tape) = model.forward(tokens, &*hooks, Keep::ForBackward(recompute))?;
+    let (nll, dhidden) = loss::nll_and_gradient(model, &hidden, &batch.targets)?;
+    drop(hidden);
+    model.backward(dhidden, tape, tokens, &mut *hooks)?;
+    Ok(SlotPass { nll, site_grad: hooks.into_site_grad()? })
+}
+
+/// Sum of the losses of a micro-batch without dropout and without a gradient.
+///
+/// # Errors
+/// When an id or a size does not fit the model.
+pub fn forward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch) -> Result<f64> {
+    let hooks = method.hooks(RowContext { stream_positions: &batch.stream_positions, mode: Mode::Eval })?;
+    let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
+    Ok(sum(&loss::nll(model, &hidden, &batch.targets)?))
+}
+
+fn tokens(batch: &MicroBatch) -> Tokens<'_> {
+    Tokens { ids: &batch.ids, positions: &batch.positions, rows: Rows { bounds: &batch.row_bounds, keep: None } }
+}
+
+fn sum(losses: &[f32]) -> f64 {
+    losses.iter().map(|&l| f64::from(l)).sum()
+}

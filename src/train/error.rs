@@ -1,0 +1,110 @@
+//! Why a run stops.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::{CheckpointError, Mismatch};
+use crate::data::DataError;
+use crate::dist::{AgreedError, DistError};
+use crate::model::ModelError;
+use crate::optim::OptimError;
+use crate::peft::export::ExportError;
+use crate::telemetry::TelemetryError;
+use crate::tokenizer::TokenizerError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    #[error("a value is not finite: {what}")]
+    NotFinite {
+        what: String,
+        /// Slots of the step whose loss or gradient is not finite; empty when the fault is in the summed gradient.
+        slots: Vec<usize>,
+    },
+    #[error("step {step}: {what} is not finite; stopped before the update{}", named(rows))]
+    StepNotFinite { step: u64, what: String, rows: Vec<String> },
+    #[error("no token of this step is in the loss")]
+    NoTargets,
+    #[error("{} was made by another run: {}", path.display(), list(mismatches))]
+    Mismatch { path: PathBuf, mismatches: Vec<Mismatch> },
+    #[error("{} has no complete checkpoint", path.display())]
+    NothingToResume { path: PathBuf },
+    #[error("{} is at step {step}, and the run ends after {total} steps", path.display())]
+    AlreadyDone { path: PathBuf, step: u64, total: u64 },
+    #[error("the ranks loaded different base models: rank {rank} has fingerprint {found}, rank 0 {expected}")]
+    BaseDiffers { rank: usize, expected: String, found: String },
+    #[error("cannot write {}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Agreed(#[from] AgreedError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Dist(#[from] DistError),
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Optim(#[from] OptimError),
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+impl TrainError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::StepNotFinite { .. } => {
+                Some("a lower learning_rate is the usual cure; look at the named rows with `glmddp tokenize`".to_owned())
+            }
+            Self::NoTargets => Some("raise max_target_length, or look at the rows with `glmddp tokenize`".to_owned()),
+            Self::Mismatch { .. } => Some("resume with the settings of the checkpoint, or start anew in another output_dir".to_owned()),
+            Self::NothingToResume { .. } => Some("start without resume_from_checkpoint, or name a checkpoint folder".to_owned()),
+            Self::AlreadyDone { .. } => Some("raise max_steps or num_train_epochs to go on".to_owned()),
+            Self::BaseDiffers { .. } => Some("put the same model folder on every machine".to_owned()),
+            Self::Checkpoint(e) => e.hint(),
+            Self::Data(e) => e.hint(),
+            Self::Dist(e) => e.hint(),
+            Self::Export(e) => e.hint(),
+            Self::Model(e) => e.hint(),
+            Self::Telemetry(e) => e.hint(),
+            Self::Tokenizer(e) => e.hint(),
+            _ => None,
+        }
+    }
+
+    /// Whether every rank returns this error, so that all can leave in good order.
+    pub fn is_everyones(&self) -> bool {
+        matches!(
+            self,
+            Self::Agreed(AgreedError::Rank { .. })
+                | Self::StepNotFinite { .. }
+                | Self::NotFinite { .. }
+                | Self::NoTargets
+                | Self::BaseDiffers { .. }
+        )
+    }
+
+    /// Whether what the user gave is at fault (exit code 2), not the program or the machine (1).
+    pub fn is_users(&self) -> bool {
+        match self {
+            Self::Dist(_) | Self::Optim(_) | Self::Tensor(_) | Self::StepNotFinite { .. } | Self::NotFinite { .. } => false,
+            Self::Agreed(AgreedError::Rank { .. }) => true,
+            Self::Agreed(AgreedError::Dist(_)) => false,
+            _ => true,
+        }
+    }
+}
+
+fn named(rows: &[String]) -> String {
+    if rows.is_empty() { String::new() } else { format!("\n  rows: {}", rows.join(", ")) }
+}
+
+fn list(mismatches: &[Mismatch]) -> String {
+    mismatches.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}

@@ -1,0 +1,12 @@
+//! The training loop.
+
+pub mod adapters;
+pub mod backprop;
+mod dump;
+mod error;
+pub mod evaluate;
+pub mod run;
+pub mod state;
+pub mod step;
+
+pub use error::TrainError;

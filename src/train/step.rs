@@ -1,0 +1,118 @@
+//! One optimizer step.
+
+use candle_core::Tensor;
+
+use super::TrainError;
+use super::backprop;
+use crate::config::plan::LossMean;
+use crate::data::MicroBatch;
+use crate::dist::{self, ProcessGroup, Reduction, SlotAccumulator, SlotScalars, SlotTree};
+use crate::model::{ChatGlm2, Recompute};
+use crate::optim::{self, AdamW};
+use crate::peft::PeftMethod;
+use crate::telemetry::{Phase, PhaseTimer};
+
+/// What does not change between steps.
+#[derive(Clone, Copy, Debug)]
+pub struct StepSettings {
+    /// Micro-batches of a step over all ranks.
+    pub num_slots: usize,
+    pub recompute: Recompute,
+    pub loss_mean: LossMean,
+    pub reduction: Reduction,
+    /// Clip the global gradient norm to this; none: no clipping.
+    pub max_grad_norm: Option<f64>,
+}
+
+/// The same on every rank.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepOutcome {
+    /// Before the update.
+    pub loss: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    pub num_targets: u64,
+}
+
+/// One rank's share of a training run.
+pub struct Trainer<'a> {
+    pub model: &'a ChatGlm2,
+    pub method: &'a mut dyn PeftMethod,
+    pub optimizer: &'a mut AdamW,
+    pub group: &'a dyn ProcessGroup,
+    pub settings: StepSettings,
+}
+
+impl Trainer<'_> {
+    /// Computes this rank's slots, sums over all, and updates the parameters.
+    ///
+    /// # Errors
+    /// On all ranks alike, before the update, when a loss or a gradient is not finite or no token is in the loss.
+    pub fn step(&mut self, slots: &[(usize, MicroBatch)], lr: f64, timer: &PhaseTimer) -> Result<StepOutcome, TrainError> {
+        let (sums, scalars) = timer.time(Phase::ForwardBackward, || self.local_sums(slots))?;
+
+        let all = timer.time(Phase::Comm, || dist::gather_slots(self.group, &scalars))?;
+        let bad: Vec<usize> = all.iter().filter(|s| !s.finite).map(|s| s.slot).collect();
+        if !bad.is_empty() {
+            return Err(TrainError::NotFinite { what: "loss or gradient".to_owned(), slots: bad });
+        }
+        let (loss, denominator, num_targets) = self.mean_loss(&all)?;
+        let site_grad = timer.time(Phase::Comm, || dist::reduce(self.group, sums))?;
+
+        let grad_norm = timer.time(Phase::Optim, || self.update(&site_grad, denominator, lr))?;
+        Ok(StepOutcome { loss, grad_norm, num_targets })
+    }
+
+    fn local_sums(&self, slots: &[(usize, MicroBatch)]) -> Result<(SlotAccumulator, Vec<SlotScalars>), TrainError> {
+        let (start, end) = (slots.first().map_or(0, |s| s.0), slots.last().map_or(0, |s| s.0 + 1));
+        let tree = SlotTree::new(self.settings.num_slots);
+        let mut sums = SlotAccumulator::new(self.settings.reduction, tree, start..end, self.method.site_len(), self.model.device());
+        let mut scalars = Vec::with_capacity(slots.len());
+        for (slot, batch) in slots {
+            let pass = backprop::forward_backward(self.model, self.method, batch, self.settings.recompute)?;
+            let num_targets = batch.targets.len() as u64;
+            let nll_sum = pass.nll_sum();
+            if self.settings.loss_mean == LossMean::MicroBatch && num_targets > 0 {
+                crate::kernels::elementwise::scale_(&pass.site_grad, (1.0 / num_targets as f64) as f32)?;
+            }
+            let finite = nll_sum.is_finite() && optim::global_norm(&pass.site_grad)?.is_finite();
+            scalars.push(SlotScalars { slot: *slot, nll_sum, num_targets, finite });
+            sums.push(*slot, pass.site_grad)?;
+        }
+        Ok((sums, scalars))
+    }
+
+    /// -> (loss, what the summed gradient is divided by, target tokens).
+    fn mean_loss(&self, slots: &[SlotScalars]) -> Result<(f64, f64, u64), TrainError> {
+        let num_targets: u64 = slots.iter().map(|s| s.num_targets).sum();
+        if num_targets == 0 {
+            return Err(TrainError::NoTargets);
+        }
+        Ok(match self.settings.loss_mean {
+            LossMean::Token => (slots.iter().map(|s| s.nll_sum).sum::<f64>() / num_targets as f64, num_targets as f64, num_targets),
+            LossMean::MicroBatch => {
+                let means = slots.iter().filter(|s| s.num_targets > 0).map(|s| s.nll_sum / s.num_targets as f64);
+                (means.sum::<f64>() / slots.len() as f64, slots.len() as f64, num_targets)
+            }
+        })
+    }
+
+    /// -> the gradient's norm before clipping.
+    fn update(&mut self, site_grad: &Tensor, denominator: f64, lr: f64) -> Result<f64, TrainError> {
+        crate::kernels::elementwise::scale_(site_grad, (1.0 / denominator) as f32)?;
+        let grad = self.method.param_grad(site_grad)?;
+        if let Some(bad) = optim::first_non_finite(&grad, self.method.params().layout())? {
+            return Err(TrainError::NotFinite {
+                what: format!("element {} of the gradient of `{}` ({})", bad.index, bad.name, bad.value),
+                slots: Vec::new(),
+            });
+        }
+        let grad_norm = match self.settings.max_grad_norm {
+            Some(max_norm) => optim::clip_grad_norm(&grad, max_norm)?,
+            None => optim::global_norm(&grad)?,
+        };
+        self.optimizer.step(self.method.params().flat(), &grad, lr)?;
+        self.method.refresh()?;
+        Ok(grad_norm)
+    }
+}
