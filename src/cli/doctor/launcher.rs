@@ -1,0 +1,59 @@
+//! MPI: linked in, its launcher, and whether this process was started by one.
+
+use std::fs;
+use std::process::Command;
+
+use super::super::environment;
+use super::Finding;
+
+const FOR_RANKS: &str = "training on more than one device";
+const INSTALL: &str = "apt-get install openmpi-bin libopenmpi-dev";
+
+pub fn findings() -> Vec<Finding> {
+    vec![library(), launcher(), launched()]
+}
+
+/// The MPI library that is mapped into this process.
+fn library() -> Finding {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let linked = maps.lines().filter_map(|l| l.split_ascii_whitespace().nth(5)).find(|path| is_mpi(path));
+    match linked {
+        Some(path) => Finding::good("MPI library", path),
+        None => Finding::missing(
+            "MPI library",
+            FOR_RANKS,
+            "build with MPI: apt-get install libopenmpi-dev libclang-dev, then cargo build --release",
+        ),
+    }
+}
+
+fn is_mpi(path: &str) -> bool {
+    path.rsplit('/').next().is_some_and(|file| file.starts_with("libmpi.so") || file.starts_with("libmpich.so"))
+}
+
+fn launcher() -> Finding {
+    let output = Command::new("mpirun").arg("--version").output().ok().filter(|o| o.status.success());
+    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
+    match text.as_ref().and_then(|t| t.lines().find(|l| !l.trim().is_empty())) {
+        Some(line) => Finding::good("mpirun", line.trim()),
+        None => Finding::missing("mpirun", FOR_RANKS, INSTALL),
+    }
+}
+
+fn launched() -> Finding {
+    match (environment::launched_rank(), environment::launched_size()) {
+        (Some(rank), Some(size)) => Finding::good("started by", format!("mpirun: rank {rank} of {size}")),
+        _ => Finding::good("started by", "a shell: one rank (mpirun -n 2 glmddp ... starts two)"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_mpi_of_helper_libraries_is_false() {
+        assert!(is_mpi("/usr/lib/x86_64-linux-gnu/libmpi.so.40.30.4") && is_mpi("/opt/mpich/libmpich.so.12"));
+        assert!(!is_mpi("/usr/lib/libmpi_cxx.so.40") && !is_mpi("/libmpi.so/libc.so.6"));
+    }
+}

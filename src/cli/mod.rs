@@ -1,0 +1,81 @@
+//! The command line: one file a subcommand. The only place that prints to stdout, exits and reads the environment.
+
+pub mod allocator;
+pub mod argv;
+pub mod bench;
+pub mod completions;
+pub mod demo_data;
+pub mod doctor;
+pub mod environment;
+pub mod init_model;
+pub mod man;
+pub mod plan;
+pub mod report;
+pub mod run_args;
+pub mod text;
+pub mod tokenize;
+pub mod train;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// Fine-tunes ChatGLM2 on one or many devices, data-parallel, without Python
+#[derive(Debug, Parser)]
+#[command(
+    name = "glmddp",
+    version,
+    propagate_version = true,
+    args_override_self = true,
+    max_term_width = 110,
+    after_help = "Options work with `_` or `-`."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Train(Box<train::TrainArgs>),
+    Plan(Box<plan::PlanArgs>),
+    Tokenize(Box<tokenize::TokenizeArgs>),
+    InitModel(init_model::InitModelArgs),
+    DemoData(demo_data::DemoDataArgs),
+    Bench(Box<bench::BenchArgs>),
+    Doctor(doctor::DoctorArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
+}
+
+/// The whole program: parses the process's arguments, runs the subcommand, reports its error once.
+///
+/// The exit code is 0, or 2 where the user can mend it, or 1 where only we can.
+pub fn main() -> ExitCode {
+    match run(std::env::args_os().collect()) {
+        Ok(code) => code,
+        Err(error) => report::exit(&error),
+    }
+}
+
+fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
+    let argv::Argv { args, warnings } = argv::normalise(args, Cli::command())?;
+    report::warn(&warnings);
+    let command = Cli::try_parse_from(args)?.command;
+    if matches!(command, Command::Train(_) | Command::Bench(_)) {
+        allocator::keep_memory();
+    }
+    match command {
+        Command::Train(args) => return train::run(&args),
+        Command::Plan(args) => plan::run(&args)?,
+        Command::Tokenize(args) => tokenize::run(&args)?,
+        Command::InitModel(args) => init_model::run(&args)?,
+        Command::DemoData(args) => demo_data::run(&args)?,
+        Command::Bench(args) => bench::run(&args)?,
+        Command::Doctor(args) => doctor::run(&args)?,
+        Command::Completions(args) => completions::run(&args)?,
+        Command::Man(args) => man::run(&args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

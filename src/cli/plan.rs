@@ -1,0 +1,208 @@
+//! `glmddp plan`: the resolved run with its arithmetic.
+
+use std::path::Path;
+
+use clap::Args;
+
+use super::run_args::RunArgs;
+use super::text::{bytes, columns, si, thousands};
+use super::{environment, report};
+use crate::config::Plan;
+use crate::config::arithmetic::{Arithmetic, Length, ModelShape, plan_arithmetic, plan_length};
+use crate::config::plan::{BatchPlan, DataPlan, Duration, MethodPlan, Recompute, Resume};
+use crate::config::values::name_of;
+use crate::data::DataError;
+use crate::data::record::Columns;
+use crate::data::rows::Rows;
+use crate::model::config::{ModelConfig, ModelError};
+
+/// Show what a run would do: rows a step, steps, tokens, FLOPs, memory
+#[derive(Clone, Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Number of ranks [default: that of mpirun, or 1]
+    #[arg(long, value_name = "N", help_heading = "Plan")]
+    pub ranks: Option<usize>,
+    /// Print JSON
+    #[arg(long, help_heading = "Plan")]
+    pub json: bool,
+}
+
+pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
+    let plan = args.run.load()?.resolve(args.ranks.or_else(environment::launched_size).unwrap_or(1))?;
+    if environment::launched_rank().is_some_and(|rank| rank > 0) {
+        return Ok(());
+    }
+    let shape = model_shape(&plan.model.model_name_or_path)?;
+    let arithmetic = shape.as_ref().map(|shape| plan_arithmetic(shape, &plan));
+    let length = plan_length(&plan, num_train_rows(&plan.data)?);
+    let text = if args.json {
+        let json = serde_json::json!({ "plan": plan, "length": length, "shape": shape, "arithmetic": arithmetic });
+        format!("{json:#}\n")
+    } else {
+        table(&plan, &length, shape.as_ref().zip(arithmetic.as_ref()))
+    };
+    report::print(&text)?;
+    Ok(())
+}
+
+/// The model's sizes; none if its folder is not there yet.
+fn model_shape(dir: &Path) -> Result<Option<ModelShape>, ModelError> {
+    if dir.exists() { ModelConfig::load(dir).map(|config| Some(ModelShape::from(&config))) } else { Ok(None) }
+}
+
+/// Rows that the training takes, good or bad; none if the file is not there yet.
+fn num_train_rows(data: &DataPlan) -> Result<Option<u64>, DataError> {
+    if !data.train_file.exists() {
+        return Ok(None);
+    }
+    let columns =
+        Columns { prompt: data.prompt_column.clone(), response: data.response_column.clone(), history: data.history_column.clone() };
+    let mut rows = Rows::open(&data.train_file, &columns)?;
+    let limit = data.max_train_samples.map_or(u64::MAX, |n| n as u64);
+    let mut num_rows = 0;
+    while num_rows < limit && rows.next_raw()?.is_some() {
+        num_rows += 1;
+    }
+    Ok(Some(num_rows))
+}
+
+/// `4 rows x 4 accumulation x 2 ranks = 32 rows a step`.
+pub fn batch_line(batch: &BatchPlan) -> String {
+    let (rows, accumulation, ranks) = (batch.rows_per_slot, batch.accumulation_steps(), batch.world_size);
+    format!("{rows} rows x {accumulation} accumulation x {ranks} ranks = {} rows a step", batch.rows_per_step())
+}
+
+/// The plan for people, without or with what follows from the model's sizes.
+pub fn table(plan: &Plan, length: &Length, costs: Option<(&ModelShape, &Arithmetic)>) -> String {
+    let mut rows = vec![
+        ("model", model_text(plan, costs)),
+        ("method", method_text(plan, costs.map(|c| c.1))),
+        ("data", data_text(plan)),
+        ("batch", batch_line(&plan.batch)),
+        ("length", length_text(plan, length)),
+        ("optimizer", optimizer_text(plan, length)),
+    ];
+    if let Some((_, a)) = costs {
+        rows.extend([("tokens", tokens_text(plan, length, a)), ("flops", flops_text(plan, length, a)), ("memory", memory_text(plan, a))]);
+    }
+    rows.push(("output", output_text(plan)));
+    columns(&rows.into_iter().map(|(label, text)| (label.to_owned(), text)).collect::<Vec<_>>())
+}
+
+fn model_text(plan: &Plan, costs: Option<(&ModelShape, &Arithmetic)>) -> String {
+    let path = plan.model.model_name_or_path.display();
+    match costs {
+        Some((s, a)) => format!(
+            "{path}\n{} layers, hidden {}, {} heads in {} groups, vocabulary {}: {} parameters, frozen",
+            s.layers,
+            s.hidden,
+            s.heads,
+            s.groups,
+            thousands(s.vocab),
+            thousands(a.base_parameters)
+        ),
+        None => format!("{path}\nno such folder yet: tokens, FLOPs and memory are left out"),
+    }
+}
+
+fn method_text(plan: &Plan, arithmetic: Option<&Arithmetic>) -> String {
+    let MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } = &plan.method;
+    let projection = if *prefix_projection { " through an MLP" } else { "" };
+    let mut text = format!("P-Tuning v2: {pre_seq_len} virtual tokens{projection}, dropout {prefix_dropout}");
+    if let Some(a) = arithmetic {
+        let share = 100.0 * a.trainable_parameters as f64 / a.base_parameters as f64;
+        text += &format!("\n{} trainable parameters = {share:.2} % of the base", thousands(a.trainable_parameters));
+    }
+    text
+}
+
+fn data_text(plan: &Plan) -> String {
+    let data = &plan.data;
+    let history = data.history_column.as_ref().map(|h| format!(", history `{h}`")).unwrap_or_default();
+    let mut text = format!("{}: prompt `{}`, answer `{}`{history}", data.train_file.display(), data.prompt_column, data.response_column);
+    if let Some(file) = &data.validation_file {
+        text += &format!("\nheld out: {}", file.display());
+    }
+    text + &format!("\na row has at most {} + {} + eos tokens", data.max_source_length, data.max_target_length)
+}
+
+fn length_text(plan: &Plan, length: &Length) -> String {
+    let rows_per_step = plan.batch.rows_per_step() as u64;
+    match (plan.run.duration, length.steps) {
+        (Duration::Steps(steps), _) | (Duration::Epochs(_), Some(steps)) => {
+            let total = thousands(steps.saturating_mul(rows_per_step));
+            let epochs = length.epochs.map(|e| format!(" = {e:.2} epochs")).unwrap_or_default();
+            format!("{} steps x {rows_per_step} rows = {total} rows{epochs}", thousands(steps))
+        }
+        (Duration::Epochs(epochs), None) => format!("{epochs} epochs"),
+    }
+}
+
+fn optimizer_text(plan: &Plan, length: &Length) -> String {
+    let o = &plan.optim;
+    let warmup = length.warmup_steps.map_or_else(|| "a share of all".to_owned(), thousands);
+    let clip = o.max_grad_norm.map_or_else(|| "no clipping".to_owned(), |n| format!("gradient norm clipped to {n}"));
+    format!(
+        "AdamW, peak learning rate {:e}, {warmup} steps of warm-up, then {}\nbetas {} {}, epsilon {:e}, weight decay {}, {clip}\nloss: {} mean; gradients: {}",
+        o.learning_rate,
+        name_of(&o.lr_scheduler_type),
+        o.adam_beta1,
+        o.adam_beta2,
+        o.adam_epsilon,
+        o.weight_decay,
+        name_of(&o.loss_mean),
+        name_of(&o.reduction)
+    )
+}
+
+fn tokens_text(plan: &Plan, length: &Length, a: &Arithmetic) -> String {
+    let rows = plan.batch.rows_per_step() as u64;
+    let step = rows * a.max_row_tokens;
+    let all = length.steps.map(|n| format!(", {} in all", si(step as f64 * n as f64))).unwrap_or_default();
+    format!("at most {} a row x {rows} rows = {} a step{all}", a.max_row_tokens, thousands(step))
+}
+
+fn flops_text(plan: &Plan, length: &Length, a: &Arithmetic) -> String {
+    let (factor, backward) = match plan.model.recompute {
+        Recompute::None => (4, "2N forward, 2N backward, frozen weights get no gradient"),
+        Recompute::Block => (6, "2N forward, 2N again, 2N backward, frozen weights get no gradient"),
+    };
+    let weights = a.matmul_weights as f64;
+    let all = length.steps.map(|n| format!(", {}FLOP in all", si(a.max_step_flops as f64 * n as f64))).unwrap_or_default();
+    format!(
+        "{factor}N = {}FLOP a token: {backward}; N = {}\nat most {}FLOP a step with attention, head on targets only{all}",
+        si(f64::from(factor) * weights),
+        si(weights),
+        si(a.max_step_flops as f64)
+    )
+}
+
+fn memory_text(plan: &Plan, a: &Arithmetic) -> String {
+    let m = &a.rank_bytes;
+    let rows = plan.batch.rows_per_slot;
+    format!(
+        "about {} a rank, in f32:\n{} weights\n{} trainable (parameter, gradient, two moments)\n{} gradient sums, {} slots a rank\n{} activations of {rows} rows\n{} logits",
+        bytes(m.total()),
+        bytes(m.weights),
+        bytes(m.trainable),
+        bytes(m.slot_sums),
+        plan.batch.accumulation_steps(),
+        bytes(m.saved_activations),
+        bytes(m.logits)
+    )
+}
+
+fn output_text(plan: &Plan) -> String {
+    let run = &plan.run;
+    let save = run.save_steps.map_or_else(|| "save at the end".to_owned(), |n| format!("save every {n} steps"));
+    let keep = run.save_total_limit.map_or_else(String::new, |n| format!(" and keep {n}"));
+    let evaluate = run.eval_steps.map_or_else(String::new, |n| format!(", evaluate every {n}"));
+    let resume = match &run.resume {
+        Resume::No => String::new(),
+        Resume::Latest => "\ngo on from its newest checkpoint".to_owned(),
+        Resume::Path(path) => format!("\ngo on from {}", path.display()),
+    };
+    format!("{}\nlog every {} steps, {save}{keep}{evaluate}; seed {}{resume}", run.output_dir.display(), run.logging_steps, run.seed)
+}
