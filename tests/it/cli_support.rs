@@ -1,0 +1,29 @@
+//! Runs the program as a user does.
+
+use std::process::{Command, Output};
+
+/// What a run of the program gave.
+pub struct Ran {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs `glmddp ARGS` outside of any launcher, in `dir`.
+pub fn glmddp_in(dir: &std::path::Path, args: &[&str]) -> Ran {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_glmddp"));
+    command.args(args).current_dir(dir);
+    for name in ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "RUST_BACKTRACE"] {
+        command.env_remove(name);
+    }
+    let Output { status, stdout, stderr } = command.output().expect("the program starts");
+    let text = |bytes| String::from_utf8(bytes).expect("output is UTF-8");
+    Ran { code: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) }
+}
+
+/// The same, in a folder that has one file.
+pub fn glmddp_with(name: &str, text: &str, args: &[&str]) -> Ran {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(dir.path().join(name), text).expect("the file is written");
+    glmddp_in(dir.path(), args)
+}

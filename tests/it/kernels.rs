@@ -1,0 +1,303 @@
+//! Each op against the same formula composed of candle ops whose gradients candle's autograd takes, at odd sizes, and against finite differences.
+
+use candle_core::{D, DType, Device, Result, Tensor, Var};
+use glmddp::kernels::attention::{self, Heads, Prefix, Rows, Wanted};
+use glmddp::kernels::cross_entropy::{self, Logits};
+use glmddp::kernels::rotary::{self, Angles, Direction, Precision, Table};
+use glmddp::kernels::{elementwise, matmul, rms_norm, swiglu};
+use glmddp::rng::{KeyedRng, Stream};
+
+const RELATIVE: f64 = 2e-5;
+
+fn random(shape: &[usize], key: u64) -> Tensor {
+    let n = shape.iter().product();
+    Tensor::from_vec(KeyedRng::new(11, Stream::DemoData, key).normal(n), shape, &Device::Cpu).unwrap()
+}
+
+fn values(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Largest difference, relative to the largest value.
+#[track_caller]
+fn assert_close(ours: &Tensor, reference: &Tensor, what: &str) {
+    assert_eq!(ours.dims(), reference.dims(), "{what}");
+    let (a, b) = (values(ours), values(reference));
+    let scale = b.iter().fold(1e-6f64, |m, x| m.max(f64::from(x.abs())));
+    let worst = a.iter().zip(&b).map(|(x, y)| f64::from((x - y).abs())).fold(0.0, f64::max) / scale;
+    assert!(worst < RELATIVE && a.iter().all(|x| x.is_finite()), "{what}: off by {worst:.2e} of the largest value");
+}
+
+/// d sum(g * f(inputs)) / d inputs by candle's autograd.
+fn vjp(inputs: &[&Tensor], g: &Tensor, f: impl Fn(&[Tensor]) -> Result<Tensor>) -> Vec<Tensor> {
+    let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let y = f(&tensors).unwrap();
+    let grads = (y * g).unwrap().sum_all().unwrap().backward().unwrap();
+    vars.iter().map(|v| grads.get(v).unwrap().clone()).collect()
+}
+
+fn softmax(x: &Tensor) -> Result<Tensor> {
+    let e = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    e.broadcast_div(&e.sum_keepdim(D::Minus1)?)
+}
+
+#[test]
+fn matmul_in_all_three_forms_equals_candle_at_odd_sizes() {
+    for (m, k, n) in [(1, 1, 1), (1, 33, 31), (31, 64, 1), (33, 129, 65), (64, 512, 48)] {
+        let (x, w, dy) = (random(&[m, k], 1), random(&[n, k], 2), random(&[m, n], 3));
+        assert_close(&matmul::nt(&x, &w).unwrap(), &x.matmul(&w.t().unwrap()).unwrap(), "nt");
+        assert_close(&matmul::nn(&dy, &w).unwrap(), &dy.matmul(&w).unwrap(), "nn");
+        assert_close(&matmul::tn(&dy, &x).unwrap(), &dy.t().unwrap().matmul(&x).unwrap(), "tn");
+    }
+}
+
+#[test]
+fn matmul_row_does_not_depend_on_the_other_rows() {
+    let (x, w) = (random(&[130, 512], 1), random(&[768, 512], 2));
+    let all = matmul::nt(&x, &w).unwrap();
+    for (start, len) in [(0, 65), (65, 65), (3, 17), (100, 30)] {
+        let part = matmul::nt(&x.narrow(0, start, len).unwrap().contiguous().unwrap(), &w).unwrap();
+        assert_eq!(values(&part), values(&all.narrow(0, start, len).unwrap()), "rows {start}..{}", start + len);
+    }
+}
+
+#[test]
+fn matmul_of_other_inner_sizes_is_refused() {
+    assert!(matmul::nt(&random(&[2, 3], 1), &random(&[2, 4], 2)).unwrap_err().to_string().contains("inner sizes differ"));
+}
+
+#[test]
+fn rms_norm_and_its_gradient_equal_autograd() {
+    for (t, h) in [(1, 1), (1, 16), (7, 33), (31, 96)] {
+        let (x, w, dy, residual) = (random(&[t, h], 1), random(&[h], 2), random(&[t, h], 3), random(&[t, h], 4));
+        let composed = |t: &[Tensor]| {
+            let x = &t[0];
+            let rstd = (x.sqr()?.mean_keepdim(D::Minus1)? + 1e-5)?.recip()?.sqrt()?;
+            x.broadcast_mul(&rstd)?.broadcast_mul(&w)
+        };
+        let (y, rstd) = rms_norm::fwd(&x, &w, 1e-5).unwrap();
+        assert_close(&y, &composed(std::slice::from_ref(&x)).unwrap(), "rms_norm");
+        let dx = residual.copy().unwrap();
+        rms_norm::bwd_add_(&dx, &dy, &x, &rstd, &w).unwrap();
+        assert_close(&dx, &(&residual + &vjp(&[&x], &dy, composed)[0]).unwrap(), "rms_norm dx");
+    }
+}
+
+#[test]
+fn swiglu_and_its_gradient_equal_autograd() {
+    for (t, f) in [(1, 1), (5, 31), (9, 130)] {
+        let (x, d) = ((random(&[t, 2 * f], 1) * 3.0).unwrap(), random(&[t, f], 2));
+        let composed = |t: &[Tensor]| t[0].narrow(1, 0, f)?.silu()? * t[0].narrow(1, f, f)?;
+        assert_close(&swiglu::fwd(&x).unwrap(), &composed(std::slice::from_ref(&x)).unwrap(), "swiglu");
+        assert_close(&swiglu::bwd(&x, &d).unwrap(), &vjp(&[&x], &d, composed)[0], "swiglu dx");
+    }
+}
+
+#[test]
+fn cross_entropy_and_its_gradient_equal_autograd() {
+    for (n, v) in [(1, 2), (3, 33), (17, 500)] {
+        let logits = (random(&[n, v], 1) * 5.0).unwrap();
+        let targets: Vec<u32> = (0..n).map(|i| (i * 7 % v) as u32).collect();
+        let index = Tensor::new(targets.clone(), &Device::Cpu).unwrap().unsqueeze(1).unwrap();
+        let composed = |t: &[Tensor]| {
+            let shifted = t[0].broadcast_sub(&t[0].max_keepdim(1)?.detach())?;
+            shifted.exp()?.sum_keepdim(1)?.log()? - shifted.gather(&index, 1)?
+        };
+        let reference = composed(std::slice::from_ref(&logits)).unwrap();
+        let dlogits = vjp(&[&logits], &Tensor::ones((n, 1), DType::F32, &Device::Cpu).unwrap(), composed);
+        let ours = logits.copy().unwrap();
+        let losses = cross_entropy::nll_(&ours, &targets, Logits::ToGradient).unwrap();
+        assert_close(&Tensor::from_vec(losses.clone(), (n, 1), &Device::Cpu).unwrap(), &reference, "nll");
+        assert_close(&ours, &dlogits[0], "dlogits");
+        assert_eq!(cross_entropy::nll_(&logits.copy().unwrap(), &targets, Logits::Discard).unwrap(), losses);
+    }
+}
+
+#[test]
+fn cross_entropy_of_nan_or_infinite_logits_is_not_finite() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let logits = Tensor::from_vec(vec![0.1, bad, 0.3], (1, 3), &Device::Cpu).unwrap();
+        assert!(!cross_entropy::nll_(&logits, &[0], Logits::ToGradient).unwrap()[0].is_finite());
+    }
+}
+
+#[test]
+fn cross_entropy_target_outside_the_vocabulary_is_refused() {
+    let text = cross_entropy::nll_(&random(&[1, 4], 1), &[4], Logits::Discard).unwrap_err().to_string();
+    assert!(text.contains("target 4 is not below the vocabulary of 4"), "{text}");
+}
+
+#[test]
+fn rotary_turns_pairs_of_the_first_half_and_inverse_undoes_it() {
+    let angles = Angles { base: 10_000.0, position_divisor: 1.0, precision: Precision::Exact };
+    let (d, heads) = (8, 3);
+    let table = Table::new(&[0, 5, 1000], d, angles);
+    let x = random(&[3, heads * d + 4], 1);
+    let y = x.copy().unwrap();
+    rotary::rotate_(&y, &table, heads, d, Direction::Forward).unwrap();
+    let (a, b) = (values(&x), values(&y));
+    let width = heads * d + 4;
+    assert_eq!(a[..width], b[..width], "position 0 turns nothing");
+    for (t, position) in [(1, 5f64), (2, 1000.0)] {
+        for head in 0..heads {
+            let at = t * width + head * d;
+            for i in 0..d / 4 {
+                let (sin, cos) = (position * 10_000f64.powf(-2.0 * i as f64 / (d / 2) as f64)).sin_cos();
+                let (u, v) = (f64::from(a[at + 2 * i]), f64::from(a[at + 2 * i + 1]));
+                assert!((f64::from(b[at + 2 * i]) - (u * cos - v * sin)).abs() < 1e-6);
+                assert!((f64::from(b[at + 2 * i + 1]) - (v * cos + u * sin)).abs() < 1e-6);
+            }
+            assert_eq!(a[at + d / 2..at + d], b[at + d / 2..at + d], "the second half stays");
+        }
+        assert_eq!(a[t * width + heads * d..(t + 1) * width], b[t * width + heads * d..(t + 1) * width], "what is no head stays");
+    }
+    rotary::rotate_(&y, &table, heads, d, Direction::Inverse).unwrap();
+    assert_close(&y, &x, "inverse");
+}
+
+/// Attention of one row composed of candle ops; q, k, v, pk, pv.
+fn composed_attention(t: &[Tensor], heads: Heads, keep: Option<&[bool]>, has_prefix: bool) -> Result<Tensor> {
+    let (qkv, n, g, d) = (&t[0], heads.num_heads, heads.num_groups, heads.head_dim);
+    let len = qkv.dim(0)?;
+    let part = |first: usize, count: usize| qkv.narrow(1, first * d, count * d)?.reshape((len, count, d))?.transpose(0, 1)?.contiguous();
+    let (q, mut k, mut v) = (part(0, n)?, part(n, g)?, part(n + g, g)?);
+    let mut p = 0;
+    if has_prefix {
+        p = t[1].dim(1)?;
+        k = Tensor::cat(&[&t[1], &k], 1)?;
+        v = Tensor::cat(&[&t[2], &v], 1)?;
+    }
+    let expand = |x: Tensor| x.unsqueeze(1)?.repeat((1, n / g, 1, 1))?.reshape((n, p + len, d));
+    let (k, v) = (expand(k)?, expand(v)?);
+    let mask: Vec<f32> = (0..len)
+        .flat_map(|i| {
+            (0..p + len).map(move |j| {
+                let everything = !has_prefix && keep.is_some_and(|keep| !keep[i]);
+                let sees = j < p || everything || (j - p <= i && keep.is_none_or(|keep| keep[j - p]));
+                if sees { 0.0 } else { -1e30 }
+            })
+        })
+        .collect();
+    let mask = Tensor::from_vec(mask, (1, len, p + len), &Device::Cpu)?;
+    let scores = (q.matmul(&k.t()?.contiguous()?)? / (d as f64).sqrt())?.broadcast_add(&mask)?;
+    softmax(&scores)?.matmul(&v)?.transpose(0, 1)?.reshape((len, n * d))
+}
+
+fn attention_case(lens: &[usize], heads: Heads, prefix_len: usize, shared: bool, padding: bool) {
+    let total: usize = lens.iter().sum();
+    let bounds: Vec<usize> = std::iter::once(0)
+        .chain(lens.iter().scan(0, |at, n| {
+            Some({
+                *at += n;
+                *at
+            })
+        }))
+        .collect();
+    let (n, g, d) = (heads.num_heads, heads.num_groups, heads.head_dim);
+    let qkv = random(&[total, heads.qkv_width()], 1);
+    let rows = if shared { 1 } else { lens.len() };
+    let prefix = (prefix_len > 0).then(|| (random(&[rows, g, prefix_len, d], 2), random(&[rows, g, prefix_len, d], 3)));
+    let keep: Option<Vec<bool>> = padding.then(|| (0..total).map(|i| (i * 7 + 3) % 5 != 0).collect());
+    let rows_arg = Rows { bounds: &bounds, keep: keep.as_deref() };
+    let as_prefix = prefix.as_ref().map(|(k, v)| Prefix { k_RGPD: k, v_RGPD: v });
+    let (out, lse) = attention::fwd(&qkv, as_prefix, rows_arg, heads).unwrap();
+    let dout = random(&[total, n * d], 4);
+    let grads = attention::bwd(&dout, &qkv, as_prefix, &out, &lse, rows_arg, heads, Wanted::All).unwrap();
+    let only = attention::bwd(&dout, &qkv, as_prefix, &out, &lse, rows_arg, heads, Wanted::PrefixOnly).unwrap();
+    assert!(only.dqkv.is_none());
+    for (r, b) in bounds.windows(2).enumerate() {
+        let (start, len) = (b[0], b[1] - b[0]);
+        if len == 0 {
+            continue;
+        }
+        let what = format!("row {r} of {lens:?}, {heads:?}, prefix {prefix_len}, shared {shared}, padding {padding}");
+        let keep = keep.as_ref().map(|keep| &keep[b[0]..b[1]]);
+        let mut inputs = vec![qkv.narrow(0, start, len).unwrap().contiguous().unwrap()];
+        if let Some((k, v)) = &prefix {
+            let r = if shared { 0 } else { r };
+            inputs.extend([k.get(r).unwrap().contiguous().unwrap(), v.get(r).unwrap().contiguous().unwrap()]);
+        }
+        let f = |t: &[Tensor]| composed_attention(t, heads, keep, prefix.is_some());
+        assert_close(&out.narrow(0, start, len).unwrap(), &f(&inputs).unwrap(), &what);
+        let reference = vjp(&inputs.iter().collect::<Vec<_>>(), &dout.narrow(0, start, len).unwrap().contiguous().unwrap(), f);
+        assert_close(&grads.dqkv.as_ref().unwrap().narrow(0, start, len).unwrap(), &reference[0], &what);
+        if prefix.is_some() {
+            for grads in [&grads, &only] {
+                let (dk, dv) = grads.dprefix.as_ref().unwrap();
+                assert_close(&dk.get(r).unwrap(), &reference[1], &what);
+                assert_close(&dv.get(r).unwrap(), &reference[2], &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_and_its_gradients_equal_autograd_at_odd_sizes() {
+    let heads = |num_heads, num_groups, head_dim| Heads { num_heads, num_groups, head_dim };
+    for padding in [false, true] {
+        attention_case(&[1], heads(1, 1, 4), 0, true, padding);
+        attention_case(&[33, 1, 64, 31], heads(4, 2, 16), 7, false, padding);
+        attention_case(&[33, 0, 31], heads(6, 3, 8), 1, true, padding);
+        attention_case(&[70, 5], heads(4, 1, 12), 0, true, padding);
+    }
+}
+
+#[test]
+fn attention_flops_stay_close_to_those_of_the_visible_pairs() {
+    let heads = Heads { num_heads: 8, num_groups: 2, head_dim: 64 };
+    let bounds = [0, 130, 200];
+    let qkv = random(&[200, heads.qkv_width()], 1);
+    let (k, v) = (random(&[1, 2, 128, 64], 2), random(&[1, 2, 128, 64], 3));
+    let before = matmul::flops();
+    attention::fwd(&qkv, Some(Prefix { k_RGPD: &k, v_RGPD: &v }), Rows { bounds: &bounds, keep: None }, heads).unwrap();
+    let ratio = (matmul::flops() - before) as f64 / attention::ideal_flops(&bounds, 128, heads) as f64;
+    assert!((1.0..1.12).contains(&ratio), "{ratio}");
+}
+
+#[test]
+fn attention_gradient_equals_finite_differences() {
+    let heads = Heads { num_heads: 2, num_groups: 1, head_dim: 4 };
+    let (bounds, rows) = ([0, 3, 5], 2);
+    let (qkv, k, v) = (random(&[5, heads.qkv_width()], 1), random(&[rows, 1, 2, 4], 2), random(&[rows, 1, 2, 4], 3));
+    let g = random(&[5, 8], 4);
+    let rows_arg = Rows { bounds: &bounds, keep: None };
+    let f = |qkv: &Tensor, k: &Tensor, v: &Tensor| {
+        let (out, _) = attention::fwd(qkv, Some(Prefix { k_RGPD: k, v_RGPD: v }), rows_arg, heads).unwrap();
+        values(&(out * &g).unwrap()).iter().map(|&x| f64::from(x)).sum::<f64>()
+    };
+    let (out, lse) = attention::fwd(&qkv, Some(Prefix { k_RGPD: &k, v_RGPD: &v }), rows_arg, heads).unwrap();
+    let grads = attention::bwd(&g, &qkv, Some(Prefix { k_RGPD: &k, v_RGPD: &v }), &out, &lse, rows_arg, heads, Wanted::All).unwrap();
+    let (dk, dv) = grads.dprefix.unwrap();
+    let nudge = |t: &Tensor, i: usize, by: f32| {
+        let mut x = values(t);
+        x[i] += by;
+        Tensor::from_vec(x, t.dims(), &Device::Cpu).unwrap()
+    };
+    let step = 1e-2;
+    for (which, (input, grad)) in [(&qkv, grads.dqkv.unwrap()), (&k, dk), (&v, dv)].into_iter().enumerate() {
+        for (i, &analytic) in values(&grad).iter().enumerate() {
+            let at = |by: f32| {
+                let moved = nudge(input, i, by);
+                match which {
+                    0 => f(&moved, &k, &v),
+                    1 => f(&qkv, &moved, &v),
+                    _ => f(&qkv, &k, &moved),
+                }
+            };
+            let numeric = (at(step) - at(-step)) / (2.0 * f64::from(step));
+            assert!((numeric - f64::from(analytic)).abs() < 2e-3, "input {which}, element {i}: {numeric} against {analytic}");
+        }
+    }
+}
+
+#[test]
+fn additions_in_place_change_every_view() {
+    let x = random(&[4, 6], 1);
+    let view = x.clone();
+    let before = values(&x);
+    elementwise::add_(&x, &Tensor::ones((4, 6), DType::F32, &Device::Cpu).unwrap()).unwrap();
+    elementwise::scale_(&x, 2.0).unwrap();
+    elementwise::add_bias_(&x, &Tensor::full(0.5f32, 6, &Device::Cpu).unwrap()).unwrap();
+    assert!(values(&view).iter().zip(before).all(|(a, b)| (a - ((b + 1.0) * 2.0 + 0.5)).abs() < 1e-6));
+}

@@ -1,0 +1,23 @@
+//! Integration tests: one binary.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
+
+mod cli_errors;
+mod cli_help;
+mod cli_plan;
+mod cli_support;
+mod data_errors;
+mod docs;
+mod golden;
+mod golden_data;
+mod golden_formats;
+mod golden_model;
+mod golden_tokenizer;
+mod golden_train;
+mod kernels;
+mod layering;
+mod model_errors;
+mod mpi;
+mod rust_source;
+mod support;
+mod train;
+mod train_errors;

@@ -1,0 +1,32 @@
+//! What several integration tests need.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::path::{Path, PathBuf};
+
+/// Folders with golden values: `GLMDDP_GOLDEN_DIR` alone if it is set, else the committed copy and `../shared/golden` where it is there.
+pub fn golden_roots() -> Vec<PathBuf> {
+    if let Some(dir) = std::env::var_os("GLMDDP_GOLDEN_DIR") {
+        return vec![PathBuf::from(dir)];
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut roots = vec![root.join("tests/golden")];
+    roots.extend(shared("golden"));
+    roots
+}
+
+/// A file or folder of `../shared`, or none after saying loudly that the test did not run on it.
+pub fn shared(name: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(name);
+    if path.exists() {
+        return Some(path);
+    }
+    eprintln!("NOT RUN: ../shared/{name} is not there, and the test needs it");
+    None
+}
+
+/// The safetensors shard of a model's folder that holds a tensor.
+pub fn first_shard_with(dir: &Path, tensor: &str) -> PathBuf {
+    let index = std::fs::read_to_string(dir.join("model.safetensors.index.json")).expect("an index of shards");
+    let index: serde_json::Value = serde_json::from_str(&index).expect("JSON");
+    dir.join(index["weight_map"][tensor].as_str().expect("the tensor has a shard"))
+}

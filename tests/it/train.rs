@@ -1,0 +1,174 @@
+//! `glmddp train` as a user starts it: the same bits at any number of ranks, through stops and kills; a killed rank ends the job.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use glmddp::checkpoint::sha256_hex;
+
+use crate::cli_support::glmddp_in;
+use crate::support;
+
+/// Rows of a step: 12 micro-batches of 2, which 1, 2, 3 and 4 ranks share evenly.
+const BATCH: [&str; 4] = ["--per_device_train_batch_size", "2", "--global_batch_size", "24"];
+/// A job that fails must end within this time.
+const END: Duration = Duration::from_secs(10);
+
+/// A folder with a model of 4 layers and rows: AdvertiseGen's and the real tokenizer where they are there, else our own.
+struct Setup {
+    dir: tempfile::TempDir,
+    train_file: PathBuf,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let mut init = vec!["init-model", "--preset", "tiny", "--num_layers", "4", "--output_dir", "model"];
+        let tokenizer = support::shared("chatglm2/tokenizer.model").map(|p| p.canonicalize().unwrap().display().to_string());
+        if let Some(tokenizer) = &tokenizer {
+            init.extend(["--tokenizer", tokenizer]);
+        }
+        let ran = glmddp_in(dir.path(), &init);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let train_file = match (tokenizer, support::shared("data/advertisegen/train.jsonl")) {
+            (Some(_), Some(rows)) => rows.canonicalize().unwrap(),
+            _ => {
+                assert_eq!(glmddp_in(dir.path(), &["demo-data", "--output_dir", "data", "--rows", "200"]).code, 0);
+                dir.path().join("data/train.jsonl")
+            }
+        };
+        Self { dir, train_file }
+    }
+
+    /// `train` on `ranks` ranks into `output`; none, said loudly, where there is no mpirun and more than one rank is asked for.
+    fn command(&self, ranks: usize, output: &str, args: &[&str]) -> Option<Command> {
+        let program = env!("CARGO_BIN_EXE_glmddp");
+        let mut command = if ranks == 1 {
+            Command::new(program)
+        } else {
+            if !cfg!(feature = "mpi") || Command::new("mpirun").arg("--version").output().is_err() {
+                eprintln!("NOT RUN: there is no mpirun, or this build has no feature `mpi`, and the test needs both");
+                return None;
+            }
+            let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/mpirun.sh"));
+            command.args(["-n", &ranks.to_string(), program]);
+            command
+        };
+        command.args(["train", "--model_name_or_path", "model", "--output_dir", output, "--train_file"]).arg(&self.train_file);
+        command.args([
+            "--max_train_samples",
+            "60",
+            "--pre_seq_len",
+            "8",
+            "--max_source_length",
+            "32",
+            "--max_target_length",
+            "24",
+            "--threads",
+            "1",
+        ]);
+        command.args(BATCH).args(args).current_dir(self.dir.path()).env_remove("RUST_LOG").env("RUST_BACKTRACE", "0");
+        Some(command)
+    }
+
+    fn train(&self, ranks: usize, output: &str, args: &[&str]) -> Option<Output> {
+        let out = self.command(ranks, output, args)?.output().expect("the launcher starts");
+        assert!(out.status.success(), "{ranks} ranks {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        Some(out)
+    }
+
+    /// Hashes of the final adapter and of the loss column of the log.
+    fn hashes(&self, output: &str) -> (String, String) {
+        let output = self.dir.path().join(output);
+        let adapter = std::fs::read(output.join("adapter/adapter_model.safetensors")).expect("an adapter was written");
+        let log = std::fs::read_to_string(output.join("trainer_log.jsonl")).expect("a log was written");
+        let losses: String = log
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a line of JSON"))
+            .filter_map(|record| record.get("loss").map(|loss| format!("{} {loss}\n", record["current_steps"])))
+            .collect();
+        (sha256_hex(&adapter), sha256_hex(losses.as_bytes()))
+    }
+}
+
+#[test]
+fn mpirun_train_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    let setup = Setup::new();
+    let constant = ["--lr_scheduler_type", "constant", "--save_steps", "2"];
+    let with = |steps: &'static str| [&constant[..], &["--max_steps", steps]].concat();
+    setup.train(1, "one", &with("6"));
+    let expected = setup.hashes("one");
+    for ranks in [2, 3, 4] {
+        let output = format!("ranks-{ranks}");
+        if setup.train(ranks, &output, &with("6")).is_none() {
+            return;
+        }
+        assert_eq!(setup.hashes(&output), expected, "{ranks} ranks");
+    }
+    // 60 rows and 24 a step: steps 2 and 4 end in the middle of an epoch.
+    setup.train(4, "resumed", &with("2"));
+    setup.train(2, "resumed", &[&with("4")[..], &["--resume_from_checkpoint", "latest"]].concat());
+    setup.train(1, "resumed", &[&with("6")[..], &["--resume_from_checkpoint", "resumed/checkpoint-4"]].concat());
+    assert_eq!(setup.hashes("resumed"), expected, "stopped on 4 ranks, on with 2, on with 1");
+    println!("adapter sha256 {}, losses sha256 {}: equal on 1, 2, 3, 4 ranks and over 4 -> 2 -> 1", expected.0, expected.1);
+}
+
+#[test]
+fn mpirun_train_with_recompute_gives_the_same_bits() {
+    let setup = Setup::new();
+    let steps = ["--max_steps", "2"];
+    setup.train(1, "kept", &steps);
+    setup.train(1, "recomputed", &[&steps[..], &["--recompute", "block"]].concat());
+    assert_eq!(setup.hashes("kept"), setup.hashes("recomputed"));
+}
+
+/// Process ids of the ranks of this job, by rank.
+fn ranks_of(job: &Child, num_ranks: usize) -> Option<Vec<u32>> {
+    let mut ranks = vec![None; num_ranks];
+    for entry in std::fs::read_dir("/proc").ok()? {
+        let Ok(pid) = entry.ok()?.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let Ok(environ) = std::fs::read(format!("/proc/{pid}/environ")) else { continue };
+        let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+        let parent = stat.rsplit(')').next()?.split_whitespace().nth(1)?.parse::<u32>().ok()?;
+        let environ = String::from_utf8_lossy(&environ).into_owned();
+        let rank = environ.split('\0').find_map(|v| v.strip_prefix("OMPI_COMM_WORLD_RANK=")?.parse::<usize>().ok());
+        if let (Some(rank), true) = (rank, parent == job.id()) {
+            *ranks.get_mut(rank)? = Some(pid);
+        }
+    }
+    ranks.into_iter().collect()
+}
+
+/// Waits until the log of `output` has `steps` lines.
+fn wait_for_steps(setup: &Setup, output: &str, steps: usize, job: &mut Child) {
+    let log = setup.dir.path().join(output).join("trainer_log.jsonl");
+    let started = Instant::now();
+    while std::fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < steps {
+        assert!(started.elapsed() < Duration::from_secs(120), "no step in two minutes");
+        assert!(job.try_wait().expect("our child").is_none(), "the job ended early");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn mpirun_train_with_a_rank_killed_ends_in_time_names_it_and_resumes_to_the_same_bits() {
+    let setup = Setup::new();
+    let args = ["--max_steps", "12", "--save_steps", "2"];
+    let Some(mut command) = setup.command(2, "killed", &args) else { return };
+    let mut job = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the launcher starts");
+    wait_for_steps(&setup, "killed", 3, &mut job);
+    let ranks = ranks_of(&job, 2).expect("both ranks are found");
+    let killed = Instant::now();
+    assert!(Command::new("kill").args(["-9", &ranks[1].to_string()]).status().expect("kill runs").success());
+    let out = job.wait_with_output().expect("our child");
+    let took = killed.elapsed();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(took < END, "took {took:?}");
+    assert!(!out.status.success());
+    assert!(stderr.contains("process rank 1 with PID") && stderr.contains("signal 9 (Killed)"), "{stderr}");
+    println!("rank 1 of 2 was killed: the job ended after {:.2} s", took.as_secs_f64());
+
+    setup.train(2, "killed", &[&args[..], &["--resume_from_checkpoint", "latest"]].concat());
+    setup.train(1, "whole", &args);
+    assert_eq!(setup.hashes("killed"), setup.hashes("whole"), "the schedule is linear: the same step has the same learning rate");
+}
