@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The gate: installs what is missing, then formatting, lints, tests, documentation, licences. Continuous integration calls this and
+# nothing else. Needs no GPU and no ../shared; tests that want ../shared say when they did not run.
+#
+#   scripts/test.sh               everything; may be run again
+#
+# All steps use the release profile, so that dependencies are compiled once.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=scripts/setup.sh
+source scripts/setup.sh
+
+NEXTEST=0.9.143
+DENY=0.20.2
+not_run=()
+skip() {
+    not_run+=("$1")
+    printf '\nNOT RUN: %s\n' "$1" >&2
+}
+
+# install_tool COMMAND CRATE@VERSION FLAG...: unoptimised, for a tool that is run once a day (a tenth of the time to build).
+install_tool() {
+    have "$1" && return
+    say "installing $2 into ${CARGO_HOME:-$HOME/.cargo} (some minutes, once)"
+    CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR=$CARGO_TARGET_DIR/tools cargo install --locked --debug "${@:2}"
+    rm -rf "$CARGO_TARGET_DIR/tools"
+}
+
+step() {
+    say "$*"
+    local started=$SECONDS
+    "$@"
+    note "($((SECONDS - started)) s)"
+}
+
+PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+if have rustup; then
+    for part in rustfmt clippy; do
+        cargo "${part/rustfmt/fmt}" --version >/dev/null 2>&1 || rustup component add "$part"
+    done
+fi
+install_tool cargo-nextest "cargo-nextest@$NEXTEST" --no-default-features --features default-no-update
+install_tool cargo-deny "cargo-deny@$DENY"
+have shellcheck || apt_install shellcheck
+
+step cargo fmt --check
+step shellcheck --severity=style scripts/*.sh launch/*.sh .ci/run
+step cargo clippy --release --locked --all-targets -- -D warnings
+step cargo clippy --release --locked --all-targets --no-default-features -- -D warnings
+step env RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
+step cargo nextest run --release --locked
+step cargo test --release --locked --doc
+
+step cargo deny --locked check bans licenses sources
+if timeout 120 cargo deny fetch db >/dev/null 2>&1 || compgen -G "${CARGO_HOME:-$HOME/.cargo}/advisory-dbs/*/.git" >/dev/null; then
+    step cargo deny --locked --offline check advisories
+else
+    skip "cargo deny check advisories (the advisory database could not be fetched)"
+fi
+
+say "passed in $SECONDS s"
+for what in "${not_run[@]}"; do printf 'NOT RUN: %s\n' "$what" >&2; done

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Gives the comparisons with PyTorch their Python: a virtual environment outside the clone, with packages from PyPI. Sourced after
+# scripts/setup.sh; sets $python. Training itself never needs Python.
+#
+# GLMDDP_VENV         an environment to use or to make (default: venv in the cache folder beside the builds)
+set -euo pipefail
+
+: "${root:?source scripts/setup.sh first}"
+venv=${GLMDDP_VENV:-$(dirname "$CARGO_TARGET_DIR")/venv}
+case $venv in "$root"/*) venv=${TMPDIR:-/tmp}/glmddp-venv ;; esac
+python=$venv/bin/python
+if ! "$python" -c 'import torch, numpy, safetensors, sentencepiece' 2>/dev/null; then
+    python3 -c 'import venv, ensurepip' 2>/dev/null || apt_install python3-venv
+    say "making a Python environment with PyTorch in $venv (once; about 5 GB)"
+    [ -x "$python" ] || python3 -m venv "$venv"
+    "$python" -m pip install --quiet torch numpy safetensors sentencepiece >&2
+fi
+say "PyTorch $("$python" -c 'import torch; print(torch.__version__)') in $venv"
