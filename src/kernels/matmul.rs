@@ -1,16 +1,15 @@
 //! Matrix products, counted.
 //!
 //! `nt`: y = x Wᵀ, the forward of a linear layer whose weight is `[out, in]`. `nn`: dx = dy W, its backward towards the input.
-//! On a CPU they run the gemm crate, whose result for a row depends neither on the other rows nor on the number of threads.
-#![allow(unsafe_code, reason = "gemm takes raw pointers")]
+//! On a CPU they run [`super::gemm`]; a row's result depends neither on the other rows nor on the number of threads.
+#![allow(unsafe_code, reason = "products are written to memory that nobody cleared first")]
 
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::{Result, Tensor, bail};
-use gemm::Parallelism;
-
+use super::gemm::{self, Source, Target};
 use super::host::{self, F32View};
+use candle_core::{Result, Tensor, bail};
 
 static FLOPS: AtomicU64 = AtomicU64::new(0);
 
@@ -136,30 +135,9 @@ fn run(a: Mat, b: Mat, out: MatMut, (m, n, k): (usize, usize, usize), write: Wri
     assert!(b.data.len() >= extent(k, n, b.row_stride, b.col_stride), "matmul: right operand is too short");
     assert!(out.row_stride >= n && out.data.len() >= extent(m, n, out.row_stride, 1), "matmul: result is too short");
     FLOPS.fetch_add(2 * (m * n * k) as u64, Ordering::Relaxed);
-    let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
-    // SAFETY: the three asserts above keep every element that gemm touches inside its slice; `out` is borrowed mutably, so nothing aliases
-    // it; and where gemm reads `out` (`Write::Add`), it was made from initialised floats: `fresh_product` overwrites.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.data.as_mut_ptr().cast::<f32>(),
-            1,
-            out.row_stride as isize,
-            write == Write::Add,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
+    let source = |x: Mat| Source { start: x.data.as_ptr(), row_stride: x.row_stride, col_stride: x.col_stride };
+    let target = Target { start: out.data.as_mut_ptr().cast(), row_stride: out.row_stride };
+    // SAFETY: the three asserts above keep every element inside its slice; `out` is borrowed mutably, so nothing aliases it; and where it is
+    // read (`Write::Add`), it was made from initialised floats: `fresh_product` overwrites.
+    unsafe { gemm::gemm(source(a), source(b), target, (m, n, k), write == Write::Add, threads) };
 }

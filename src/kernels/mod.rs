@@ -8,6 +8,7 @@
 pub mod attention;
 pub mod cross_entropy;
 pub mod elementwise;
+mod gemm;
 pub mod host;
 pub mod matmul;
 pub mod rms_norm;
