@@ -17,6 +17,8 @@ pub enum Stream {
     ModelInit = 4,
     /// Rows made by `demo-data`; index = row.
     DemoData = 5,
+    /// Dropout before a low-rank update; index = (global position of the row << 12) + layer * 4 + linear layer of the block.
+    LowRankDropout = 6,
 }
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];

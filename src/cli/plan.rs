@@ -108,9 +108,17 @@ fn model_text(plan: &Plan, costs: Option<(&ModelShape, &Arithmetic)>) -> String 
 }
 
 fn method_text(plan: &Plan, arithmetic: Option<&Arithmetic>) -> String {
-    let MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } = &plan.method;
-    let projection = if *prefix_projection { " through an MLP" } else { "" };
-    let mut text = format!("P-Tuning v2: {pre_seq_len} virtual tokens{projection}, dropout {prefix_dropout}");
+    let mut text = match &plan.method {
+        MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } => {
+            let projection = if *prefix_projection { " through an MLP" } else { "" };
+            format!("P-Tuning v2: {pre_seq_len} virtual tokens{projection}, dropout {prefix_dropout}")
+        }
+        MethodPlan::Lora { rank, alpha, dropout, targets, use_rslora } => {
+            let (name, root) = if *use_rslora { ("rsLoRA", "sqrt(rank)") } else { ("LoRA", "rank") };
+            let targets: Vec<_> = targets.iter().map(|site| site.module()).collect();
+            format!("{name}: rank {rank}, alpha {alpha} (counts alpha / {root}), dropout {dropout}, on {}", targets.join(", "))
+        }
+    };
     if let Some(a) = arithmetic {
         let share = 100.0 * a.trainable_parameters as f64 / a.base_parameters as f64;
         text += &format!("\n{} trainable parameters = {share:.2} % of the base", thousands(a.trainable_parameters));

@@ -7,6 +7,7 @@
 use serde::Serialize;
 
 use crate::model::config::ModelConfig;
+use crate::model::hooks::LinearSite;
 
 use super::plan::{BatchPlan, MethodPlan, Plan, Recompute, Reduction};
 
@@ -48,9 +49,19 @@ impl ModelShape {
         (self.heads + 2 * self.groups) * self.kv
     }
 
+    /// (out, in) of a block's linear layer.
+    pub fn linear(&self, site: LinearSite) -> (u64, u64) {
+        match site {
+            LinearSite::QueryKeyValue => (self.qkv_width(), self.hidden),
+            LinearSite::Dense => (self.hidden, self.heads * self.kv),
+            LinearSite::DenseHTo4h => (2 * self.ffn, self.hidden),
+            LinearSite::Dense4hToH => (self.hidden, self.ffn),
+        }
+    }
+
     /// Weights of the blocks' linears.
     pub fn trunk_weights(&self) -> u64 {
-        self.layers * (self.hidden * self.qkv_width() + self.heads * self.kv * self.hidden + 3 * self.hidden * self.ffn)
+        self.layers * LinearSite::ALL.into_iter().map(|site| self.linear(site)).map(|(out, input)| out * input).sum::<u64>()
     }
 
     pub fn head_weights(&self) -> u64 {
@@ -79,9 +90,9 @@ impl ModelShape {
 /// FLOPs of one token in a training step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct TokenFlops {
-    /// Forward pass of all blocks' linears: 2N without the head.
+    /// Forward pass of all blocks' linears, 2N without the head, and of what the method adds to them.
     pub trunk_forward: u64,
-    /// Their input gradients: 2N without the head.
+    /// Their input gradients, 2N without the head, and the gradients of what the method adds.
     pub trunk_backward: u64,
     /// Forward pass run again: 2N without the head, or 0.
     pub trunk_recompute: u64,
@@ -139,13 +150,41 @@ pub struct Arithmetic {
     pub rank_bytes: RankBytes,
 }
 
-/// Trainable parameters, and elements of the gradient where the method meets the model.
-fn method_sizes(shape: &ModelShape, method: &MethodPlan) -> (u64, u64) {
-    let MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, .. } = method;
-    let width = shape.prefix_width();
-    let table = pre_seq_len.get() as u64 * width;
-    let projection = if *prefix_projection { 2 * width * shape.hidden + shape.hidden + width } else { 0 };
-    (table + projection, table)
+/// What a method costs beyond the base.
+struct MethodCosts {
+    trainable_parameters: u64,
+    /// Elements of the gradient where the method meets the model.
+    site_elements: u64,
+    /// Virtual tokens before each row, in every layer.
+    prefix_tokens: u64,
+    /// FLOPs of a token in its own products.
+    forward: u64,
+    backward: u64,
+}
+
+fn method_costs(shape: &ModelShape, method: &MethodPlan) -> MethodCosts {
+    match method {
+        MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, .. } => {
+            let width = shape.prefix_width();
+            let table = pre_seq_len.get() as u64 * width;
+            let projection = if *prefix_projection { 2 * width * shape.hidden + shape.hidden + width } else { 0 };
+            let prefix_tokens = pre_seq_len.get() as u64;
+            MethodCosts { trainable_parameters: table + projection, site_elements: table, prefix_tokens, forward: 0, backward: 0 }
+        }
+        MethodPlan::Lora { rank, targets, .. } => {
+            let sizes = targets.iter().map(|&site| shape.linear(site));
+            let (out, input) = sizes.fold((0, 0), |sum, (out, input)| (sum.0 + out, sum.1 + input));
+            let (b, a) = (shape.layers * rank.get() as u64 * out, shape.layers * rank.get() as u64 * input);
+            MethodCosts {
+                trainable_parameters: a + b,
+                site_elements: a + b,
+                prefix_tokens: 0,
+                forward: 2 * (a + b),
+                // x Aᵀ again, dA and dx; dB and dy B.
+                backward: 2 * (3 * a + 2 * b),
+            }
+        }
+    }
 }
 
 /// Gradients of slots that a rank holds at once, at most: one sum and the new one, or the open subtrees of its share of the slot tree.
@@ -158,18 +197,17 @@ fn gradient_buffers(batch: &BatchPlan, reduction: Reduction) -> u64 {
 }
 
 pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Arithmetic {
-    let MethodPlan::PtuningV2 { pre_seq_len, .. } = plan.method;
-    let prefix_tokens = pre_seq_len.get() as u64;
-    let (trainable_parameters, site_elements) = method_sizes(shape, &plan.method);
+    let MethodCosts { trainable_parameters, site_elements, prefix_tokens, forward: own_forward, backward: own_backward } =
+        method_costs(shape, &plan.method);
     let passes_recomputed = match plan.model.recompute {
         Recompute::None => 0,
         Recompute::Block => 1,
     };
     let forward = 2 * shape.trunk_weights();
     let token_flops = TokenFlops {
-        trunk_forward: forward,
-        trunk_backward: forward,
-        trunk_recompute: passes_recomputed * forward,
+        trunk_forward: forward + own_forward,
+        trunk_backward: forward + own_backward,
+        trunk_recompute: passes_recomputed * (forward + own_forward),
         head: 4 * shape.head_weights(),
         attention_per_key: (3 + passes_recomputed) * 4 * shape.layers * shape.heads * shape.kv,
     };

@@ -145,7 +145,7 @@ pub const FOREIGN_ARGUMENTS: &[ForeignArgument] = &[
     idle("torch_compile*", One, "there is no PyTorch"),
     idle("skip_memory_metrics", Flag, "the step line shows memory always"),
     // hiyouga/LLaMA-Factory
-    refused("lora_*", One, NEVER, "only P-Tuning v2 is there yet"),
+    refused("lora_*", One, NEVER, "of LoRA there are rank, alpha, dropout, target and use_rslora"),
     refused("freeze_trainable_layers", One, NEVER, "only P-Tuning v2 is there yet"),
     refused("train_on_prompt", Flag, OFF, "the loss is over the answer"),
     refused("mask_history", Flag, ON, "the loss is over the last answer"),

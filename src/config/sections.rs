@@ -99,7 +99,7 @@ pub struct BatchConfig {
 #[command(next_help_heading = "Method", rename_all = "snake_case")]
 pub struct MethodConfig {
     /// Tuning method [default: ptuning_v2]
-    #[arg(long, value_name = "METHOD", value_parser = named::<FinetuningType>(&["ptuning_v2", "prefix"]))]
+    #[arg(long, value_name = "METHOD", value_parser = named::<FinetuningType>(&["ptuning_v2", "prefix", "lora"]))]
     pub finetuning_type: Option<FinetuningType>,
     /// Virtual tokens of the prefix [default: 128]
     #[arg(long, value_name = "TOKENS")]
@@ -110,13 +110,28 @@ pub struct MethodConfig {
     /// Dropout on the prefix [default: 0.1]
     #[arg(long, value_name = "SHARE")]
     pub prefix_dropout: Option<f64>,
+    /// Rank of the updates of `lora` [default: 8]
+    #[arg(long, value_name = "RANK")]
+    pub lora_rank: Option<usize>,
+    /// The updates count alpha / rank times [default: twice the rank]
+    #[arg(long, value_name = "ALPHA")]
+    pub lora_alpha: Option<f64>,
+    /// Dropout before the updates [default: 0.1]
+    #[arg(long, value_name = "SHARE")]
+    pub lora_dropout: Option<f64>,
+    /// Linear layers that get updates, separated by commas: query_key_value, dense, dense_h_to_4h, dense_4h_to_h or all [default: query_key_value]
+    #[arg(long, value_name = "LAYERS")]
+    pub lora_target: Option<String>,
+    /// Let the updates count alpha / sqrt(rank) times [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub use_rslora: Option<bool>,
 }
 
 /// `[optim]`
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
 #[command(next_help_heading = "Optimizer", rename_all = "snake_case")]
 pub struct OptimConfig {
-    /// Peak learning rate [default: 2e-2]
+    /// Peak learning rate [default: 2e-2 for ptuning_v2, 5e-4 for lora]
     #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
     /// AdamW's decay of the first moment [default: 0.9]

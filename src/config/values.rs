@@ -37,6 +37,8 @@ pub enum FinetuningType {
     /// Trainable keys and values in every layer (Liu et al. 2021).
     #[serde(alias = "prefix")]
     PtuningV2,
+    /// Low-rank updates of linear layers (Hu et al. 2021).
+    Lora,
 }
 
 /// `resume_from_checkpoint`: a path, or `true` / `latest` for the newest checkpoint of `output_dir`, or `false`.

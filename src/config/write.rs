@@ -2,14 +2,13 @@
 
 use super::plan::*;
 use super::sections::*;
-use super::values::{FinetuningType, ResumeFrom};
+use super::values::{FinetuningType, ResumeFrom, name_of};
 use super::{ConfigError, RunConfig};
 
 impl From<&Plan> for RunConfig {
     /// Every key that `plan` fixes. The accumulation is left to follow from the rows of a step, so another number of ranks trains alike.
     fn from(plan: &Plan) -> Self {
         let Plan { model, data, batch, method, optim, run } = plan;
-        let MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } = method;
         let (warmup_steps, warmup_ratio) = match optim.warmup {
             Warmup::Steps(steps) => (Some(steps), None),
             Warmup::Ratio(ratio) => (None, Some(ratio)),
@@ -46,12 +45,7 @@ impl From<&Plan> for RunConfig {
                 gradient_accumulation_steps: None,
                 global_batch_size: Some(batch.rows_per_step()),
             },
-            method: MethodConfig {
-                finetuning_type: Some(FinetuningType::PtuningV2),
-                pre_seq_len: Some(pre_seq_len.get()),
-                prefix_projection: Some(*prefix_projection),
-                prefix_dropout: Some(*prefix_dropout),
-            },
+            method: method.into(),
             optim: OptimConfig {
                 learning_rate: Some(optim.learning_rate),
                 adam_beta1: Some(optim.adam_beta1),
@@ -91,5 +85,28 @@ impl Plan {
     /// When a path is not UTF-8.
     pub fn to_toml(&self) -> Result<String, ConfigError> {
         toml::to_string(&RunConfig::from(self)).map_err(|e| ConfigError::NotText { message: e.to_string() })
+    }
+}
+
+impl From<&MethodPlan> for MethodConfig {
+    fn from(plan: &MethodPlan) -> Self {
+        match plan {
+            MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } => Self {
+                finetuning_type: Some(FinetuningType::PtuningV2),
+                pre_seq_len: Some(pre_seq_len.get()),
+                prefix_projection: Some(*prefix_projection),
+                prefix_dropout: Some(*prefix_dropout),
+                ..Self::default()
+            },
+            MethodPlan::Lora { rank, alpha, dropout, targets, use_rslora } => Self {
+                finetuning_type: Some(FinetuningType::Lora),
+                lora_rank: Some(rank.get()),
+                lora_alpha: Some(*alpha),
+                lora_dropout: Some(*dropout),
+                lora_target: Some(targets.iter().map(name_of).collect::<Vec<_>>().join(",")),
+                use_rslora: Some(*use_rslora),
+                ..Self::default()
+            },
+        }
     }
 }

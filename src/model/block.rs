@@ -5,7 +5,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::hooks::{Hooks, PrefixKv, Reach};
+use super::hooks::{Hooks, LinearSite, PrefixKv, Reach};
 use super::linear::Linear;
 use crate::kernels::attention::{self, Grads, Heads, Prefix, Rows, Wanted};
 use crate::kernels::rotary::{self, Direction, Table};
@@ -68,16 +68,16 @@ impl Block {
     /// THUDM modeling_chatglm.py, GLMBlock.forward and SelfAttention.forward.
     pub fn forward(&self, x_TH: &Tensor, pass: Pass, hooks: &dyn Hooks, observer: &mut dyn Observer) -> Result<(Tensor, Saved)> {
         let (h_TH, rstd1_T) = rms_norm::fwd(x_TH, &self.input_layernorm_H, self.norm_eps)?;
-        let qkv_TN = self.query_key_value.forward(&h_TH)?;
+        let qkv_TN = self.linear(LinearSite::QueryKeyValue, &h_TH, hooks)?;
         rotary::rotate_(&qkv_TN, pass.rotary, self.rotated_heads(), self.heads.head_dim, Direction::Forward)?;
         let prefix = hooks.prefix_kv(self.layer)?;
         let (attn_TN, lse_TN) = attention::fwd(&qkv_TN, prefix.as_ref().map(as_prefix), pass.rows, self.heads)?;
-        let x1_TH = self.dense.forward(&attn_TN)?;
+        let x1_TH = self.linear(LinearSite::Dense, &attn_TN, hooks)?;
         observer.observe(self.layer, "attn_out", &x1_TH)?;
         elementwise::add_(&x1_TH, x_TH)?;
         let (h_TH, rstd2_T) = rms_norm::fwd(&x1_TH, &self.post_attention_layernorm_H, self.norm_eps)?;
-        let gate_up_T2F = self.dense_h_to_4h.forward(&h_TH)?;
-        let y_TH = self.dense_4h_to_h.forward(&swiglu::fwd(&gate_up_T2F)?)?;
+        let gate_up_T2F = self.linear(LinearSite::DenseHTo4h, &h_TH, hooks)?;
+        let y_TH = self.linear(LinearSite::Dense4hToH, &swiglu::fwd(&gate_up_T2F)?, hooks)?;
         observer.observe(self.layer, "mlp_out", &y_TH)?;
         elementwise::add_(&y_TH, &x1_TH)?;
         observer.observe(self.layer, "out", &y_TH)?;
@@ -86,15 +86,17 @@ impl Block {
 
     /// dy `[T, H]` -> dx `[T, H]`, unless nothing below the attention is trained. The memory of `dy` is used for the result of the first half.
     pub fn backward(&self, dy_TH: Tensor, saved: Saved, pass: Pass, hooks: &mut dyn Hooks) -> Result<Option<Tensor>> {
-        let dact_TF = self.dense_4h_to_h.backward(&dy_TH)?;
+        let dact_TF = self.linear_backward(LinearSite::Dense4hToH, &dy_TH, || swiglu::fwd(&saved.gate_up_T2F), hooks)?;
         let dgate_up_T2F = swiglu::bwd(&saved.gate_up_T2F, &dact_TF)?;
-        let dh_TH = self.dense_h_to_4h.backward(&dgate_up_T2F)?;
+        let h_TH = || Ok(rms_norm::fwd(&saved.x1_TH, &self.post_attention_layernorm_H, self.norm_eps)?.0);
+        let dh_TH = self.linear_backward(LinearSite::DenseHTo4h, &dgate_up_T2F, h_TH, hooks)?;
         let dx1_TH = dy_TH;
         rms_norm::bwd_add_(&dx1_TH, &dh_TH, &saved.x1_TH, &saved.rstd2_T, &self.post_attention_layernorm_H)?;
 
-        let dattn_TN = self.dense.backward(&dx1_TH)?;
+        let dattn_TN = self.linear_backward(LinearSite::Dense, &dx1_TH, || Ok(saved.attn_TN.clone()), hooks)?;
         let prefix = hooks.prefix_kv(self.layer)?;
-        let wanted = if hooks.reach(self.layer) == Reach::Input { Wanted::All } else { Wanted::PrefixOnly };
+        let reach = hooks.reach(self.layer);
+        let wanted = if reach >= Reach::QueryKeyValue { Wanted::All } else { Wanted::PrefixOnly };
         let Saved { x_TH, rstd1_T, qkv_TN, attn_TN, lse_TN, .. } = saved;
         let grads = attention::bwd(&dattn_TN, &qkv_TN, prefix.as_ref().map(as_prefix), &attn_TN, &lse_TN, pass.rows, self.heads, wanted)?;
         let Grads { dqkv, dprefix } = grads;
@@ -103,10 +105,44 @@ impl Block {
         }
         let Some(dqkv_TN) = dqkv else { return Ok(None) };
         rotary::rotate_(&dqkv_TN, pass.rotary, self.rotated_heads(), self.heads.head_dim, Direction::Inverse)?;
-        let dh_TH = self.query_key_value.backward(&dqkv_TN)?;
+        let h_TH = || Ok(rms_norm::fwd(&x_TH, &self.input_layernorm_H, self.norm_eps)?.0);
+        if reach == Reach::QueryKeyValue {
+            if hooks.changes_linear(self.layer, LinearSite::QueryKeyValue) {
+                hooks.linear_grad(self.layer, LinearSite::QueryKeyValue, &h_TH()?, &dqkv_TN)?;
+            }
+            return Ok(None);
+        }
+        let dh_TH = self.linear_backward(LinearSite::QueryKeyValue, &dqkv_TN, h_TH, hooks)?;
         let dx_TH = dx1_TH;
         rms_norm::bwd_add_(&dx_TH, &dh_TH, &x_TH, &rstd1_T, &self.input_layernorm_H)?;
         Ok(Some(dx_TH))
+    }
+
+    fn weights_of(&self, site: LinearSite) -> &Linear {
+        match site {
+            LinearSite::QueryKeyValue => &self.query_key_value,
+            LinearSite::Dense => &self.dense,
+            LinearSite::DenseHTo4h => &self.dense_h_to_4h,
+            LinearSite::Dense4hToH => &self.dense_4h_to_h,
+        }
+    }
+
+    /// x `[T, in]` -> y `[T, out]`, as the hooks want it.
+    fn linear(&self, site: LinearSite, x: &Tensor, hooks: &dyn Hooks) -> Result<Tensor> {
+        let y = self.weights_of(site).forward(x)?;
+        if hooks.changes_linear(self.layer, site) {
+            hooks.linear(self.layer, site, x, &y)?;
+        }
+        Ok(y)
+    }
+
+    /// dy `[T, out]` -> dx `[T, in]`; `x` computes the layer's input again where the hooks need it.
+    fn linear_backward(&self, site: LinearSite, dy: &Tensor, x: impl FnOnce() -> Result<Tensor>, hooks: &mut dyn Hooks) -> Result<Tensor> {
+        let dx = self.weights_of(site).backward(dy)?;
+        if hooks.changes_linear(self.layer, site) {
+            elementwise::add_(&dx, &hooks.linear_grad(self.layer, site, &x()?, dy)?)?;
+        }
+        Ok(dx)
     }
 
     /// Query heads and key groups turn, values do not.

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use super::chatglm2::{ChatGlm2, Keep, Tokens};
-use super::hooks::{Hooks, PrefixKv};
+use super::hooks::{Hooks, LinearSite, PrefixKv};
 use super::loss;
 use crate::kernels::attention::Rows;
 use crate::kernels::cross_entropy;
@@ -28,7 +28,7 @@ pub fn greedy(model: &ChatGlm2, hooks: &dyn Hooks, prompt: &[u32], max_new_token
         bail!("generate: the prompt is empty");
     }
     let layers = (0..model.config.num_layers).map(|layer| hooks.prefix_kv(layer)).collect::<Result<_>>()?;
-    let mut cache = Cache { layers };
+    let mut cache = Cache { method: hooks, layers };
     let mut decoded = Decoded { ids: Vec::new(), margins: Vec::new() };
     let mut input = prompt.to_vec();
     let mut position = 0;
@@ -56,11 +56,12 @@ pub fn greedy(model: &ChatGlm2, hooks: &dyn Hooks, prompt: &[u32], max_new_token
 }
 
 /// Keys and values of all tokens so far, behind the method's own prefix.
-struct Cache {
+struct Cache<'a> {
+    method: &'a dyn Hooks,
     layers: Vec<Option<PrefixKv>>,
 }
 
-impl Cache {
+impl Cache<'_> {
     fn append(&mut self, model: &ChatGlm2, layer: usize, qkv_TN: &Tensor) -> Result<()> {
         let c = &model.config;
         let (n, g, d) = (c.num_attention_heads, c.multi_query_group_num, c.kv_channels);
@@ -75,8 +76,16 @@ impl Cache {
     }
 }
 
-impl Hooks for Cache {
+impl Hooks for Cache<'_> {
     fn prefix_kv(&self, layer: usize) -> Result<Option<PrefixKv>> {
         Ok(self.layers[layer].clone())
+    }
+
+    fn changes_linear(&self, layer: usize, site: LinearSite) -> bool {
+        self.method.changes_linear(layer, site)
+    }
+
+    fn linear(&self, layer: usize, site: LinearSite, x: &Tensor, y: &Tensor) -> Result<()> {
+        self.method.linear(layer, site, x, y)
     }
 }

@@ -1,15 +1,17 @@
-//! A prefix in the two public formats: PEFT's (`adapter_config.json`, `adapter_model.safetensors`) and THUDM's (`config.json`,
+//! Adapters in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), and a prefix in THUDM's as well (`config.json`,
 //! `pytorch_model.bin` with `transformer.prefix_encoder.*`).
 //!
-//! PEFT's file holds the prefix encoder's output, THUDM's the encoder itself. What this program knows beyond either format goes into
+//! Of a prefix PEFT's file holds the encoder's output, THUDM's the encoder itself. What this program knows beyond either format goes into
 //! a third file, [`ABOUT_FILE`]: PEFT warns at unknown keys in its configuration, and older versions refuse them.
 //!
 //! Shapes: P virtual tokens, W = 2 * layers * groups * kv; of a row, slot 2i is layer i's key and 2i+1 its value, `[groups, kv]` each.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::formats::{FormatError, TensorFile, safetensors, torch_pickle};
@@ -140,12 +142,72 @@ pub fn peft_files(shape: &PrefixShape, table: &Tensor, base_model: &str, about: 
         "task_type": "CAUSAL_LM",
         "token_dim": shape.token_dim(),
     });
-    let tensors = BTreeMap::from([(PEFT_TABLE.to_owned(), table.to_dtype(DType::F32)?)]);
+    peft_adapter(&config, &BTreeMap::from([(PEFT_TABLE.to_owned(), table.to_dtype(DType::F32)?)]), about)
+}
+
+/// The files of PEFT's format for its `adapter_config.json` and its tensors by name.
+///
+/// # Errors
+/// When a tensor cannot be read from its device.
+pub fn peft_adapter(config: &Value, tensors: &BTreeMap<String, Tensor>, about: &Value) -> Result<Files, ExportError> {
     Ok(vec![
-        (PEFT_CONFIG.to_owned(), pretty(&config)),
-        (PEFT_TENSORS.to_owned(), safetensors::to_bytes(&tensors)?),
+        (PEFT_CONFIG.to_owned(), pretty(config)),
+        (PEFT_TENSORS.to_owned(), safetensors::to_bytes(tensors)?),
         (ABOUT_FILE.to_owned(), pretty(about)),
     ])
+}
+
+/// An adapter in PEFT's format, opened.
+pub struct PeftFile {
+    /// Where `config` is from.
+    path: PathBuf,
+    pub config: Value,
+    tensors: TensorFile,
+}
+
+impl PeftFile {
+    /// # Errors
+    /// When a file is missing or not whole, or the adapter is not of `peft_type`.
+    pub fn open(dir: &Path, peft_type: &str) -> Result<Self, ExportError> {
+        let path = dir.join(PEFT_CONFIG);
+        let config = read_json(&path)?;
+        let expected = Value::from(peft_type);
+        if config.get("peft_type") != Some(&expected) {
+            return Err(key_error(&path, &config, "peft_type", expected.to_string()));
+        }
+        let file = [PEFT_TENSORS, PEFT_TENSORS_OLD].map(|name| dir.join(name)).into_iter().find(|file| file.exists());
+        let tensors = TensorFile::open(&file.unwrap_or_else(|| dir.join(PEFT_TENSORS)))?;
+        Ok(Self { path, config, tensors })
+    }
+
+    /// # Errors
+    /// When the key is there with another value.
+    pub fn expect(&self, key: &'static str, expected: &Value) -> Result<(), ExportError> {
+        if self.config.get(key).is_none_or(|found| found == expected) {
+            return Ok(());
+        }
+        Err(key_error(&self.path, &self.config, key, expected.to_string()))
+    }
+
+    /// # Errors
+    /// When the key is missing or has a value of another kind than `expected` says.
+    pub fn read<T: DeserializeOwned>(&self, key: &'static str, expected: &str) -> Result<T, ExportError> {
+        let found = self.config.get(key).and_then(|value| T::deserialize(value).ok());
+        found.ok_or_else(|| key_error(&self.path, &self.config, key, expected.to_owned()))
+    }
+
+    /// One tensor, in f32.
+    ///
+    /// # Errors
+    /// When it is missing or has another shape.
+    pub fn tensor(&self, name: &str, dims: &[usize]) -> Result<Tensor, ExportError> {
+        read_tensor(&self.tensors, name, dims)
+    }
+}
+
+fn key_error(path: &Path, config: &Value, key: &'static str, expected: String) -> ExportError {
+    let found = config.get(key).map_or("not there".to_owned(), Value::to_string);
+    ExportError::Key { path: path.to_owned(), key, expected, found }
 }
 
 /// Reads a prefix in PEFT's format.
@@ -153,28 +215,15 @@ pub fn peft_files(shape: &PrefixShape, table: &Tensor, base_model: &str, about: 
 /// # Errors
 /// When a file is missing or not whole, the adapter is of another kind, or sizes disagree.
 pub fn read_peft(dir: &Path) -> Result<PeftPrefix, ExportError> {
-    let path = dir.join(PEFT_CONFIG);
-    let config = read_json(&path)?;
-    let fail = |key, expected: &str, found: Option<&Value>| {
-        let found = found.map_or("not there".to_owned(), Value::to_string);
-        ExportError::Key { path: path.clone(), key, expected: expected.to_owned(), found }
-    };
-    if config.get("peft_type").and_then(Value::as_str) != Some("PREFIX_TUNING") {
-        return Err(fail("peft_type", "\"PREFIX_TUNING\"", config.get("peft_type")));
-    }
-    let size = |key| {
-        let found = config.get(key);
-        let size = found.and_then(Value::as_u64).filter(|size| (1..1 << 31).contains(size));
-        size.map(|size| size as usize).ok_or_else(|| fail(key, "a number above 0", found))
-    };
+    let file = PeftFile::open(dir, "PREFIX_TUNING")?;
+    let size = |key| file.read::<NonZeroU32>(key, "a number above 0").map(|size| size.get() as usize);
     let (groups, token_dim) = (size("num_attention_heads")?, size("token_dim")?);
     if token_dim % groups != 0 {
-        return Err(fail("token_dim", &format!("a multiple of `num_attention_heads` {groups}"), config.get("token_dim")));
+        let expected = format!("a multiple of `num_attention_heads` {groups}");
+        return Err(key_error(&file.path, &file.config, "token_dim", expected));
     }
     let shape = PrefixShape { layers: size("num_layers")?, groups, kv: token_dim / groups, virtual_tokens: size("num_virtual_tokens")? };
-    let file = [PEFT_TENSORS, PEFT_TENSORS_OLD].map(|name| dir.join(name)).into_iter().find(|file| file.exists());
-    let file = TensorFile::open(&file.unwrap_or_else(|| dir.join(PEFT_TENSORS)))?;
-    let table = read_tensor(&file, PEFT_TABLE, &[shape.virtual_tokens, shape.width()])?;
+    let table = file.tensor(PEFT_TABLE, &[shape.virtual_tokens, shape.width()])?;
     Ok(PeftPrefix { shape, table, about: read_about(dir)? })
 }
 

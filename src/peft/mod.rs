@@ -1,9 +1,10 @@
 //! Tuning methods. A method is a value: it owns its parameters and hands out [`Hooks`] for a micro-batch; the model names none of them.
 
 pub mod export;
+pub mod lora;
 pub mod ptuning_v2;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroUsize;
 use std::path::Path;
 
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use self::export::{ExportError, Files};
 use crate::model::ModelConfig;
-use crate::model::hooks::Hooks;
+use crate::model::hooks::{Hooks, LinearSite};
 use crate::params::ParamSet;
 
 /// Which method, and its sizes.
@@ -20,6 +21,7 @@ use crate::params::ParamSet;
 #[serde(tag = "name", rename_all = "snake_case")]
 pub enum MethodPlan {
     PtuningV2 { pre_seq_len: NonZeroUsize, prefix_projection: bool, prefix_dropout: f64 },
+    Lora { rank: NonZeroUsize, alpha: f64, dropout: f64, targets: BTreeSet<LinearSite>, use_rslora: bool },
 }
 
 /// What an exported adapter says of its base.
@@ -37,6 +39,8 @@ pub struct ExportContext<'a> {
 pub struct RowContext<'a> {
     /// Keys of the rows' random numbers (their positions in the training stream).
     pub stream_positions: &'a [u64],
+    /// Row r is the tokens `bounds[r]..bounds[r + 1]`.
+    pub row_bounds: &'a [usize],
     pub mode: Mode,
 }
 
@@ -83,10 +87,15 @@ pub trait PeftMethod {
 /// # Errors
 /// When the sizes do not fit the model.
 pub fn create(plan: &MethodPlan, config: &ModelConfig, seed: u64) -> Result<Box<dyn PeftMethod>> {
-    Ok(match *plan {
+    Ok(match plan {
         MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } => {
-            let shape = ptuning_v2::Shape::new(config, pre_seq_len.get(), prefix_projection);
-            Box::new(ptuning_v2::PtuningV2::new(shape, prefix_dropout, seed)?)
+            let shape = ptuning_v2::Shape::new(config, pre_seq_len.get(), *prefix_projection);
+            Box::new(ptuning_v2::PtuningV2::new(shape, *prefix_dropout, seed)?)
+        }
+        MethodPlan::Lora { rank, alpha, dropout, targets, use_rslora } => {
+            let shape = lora::Shape::new(config, rank.get(), targets);
+            let scale = lora::Scale { alpha: *alpha, use_rslora: *use_rslora };
+            Box::new(lora::Lora::new(shape, scale, *dropout, seed)?)
         }
     })
 }

@@ -28,7 +28,7 @@ impl SlotPass {
 /// # Errors
 /// When an id or a size does not fit the model.
 pub fn forward_backward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch, recompute: Recompute) -> Result<SlotPass> {
-    let mut hooks = method.hooks(RowContext { stream_positions: &batch.stream_positions, mode: Mode::Train })?;
+    let mut hooks = method.hooks(rows(batch, Mode::Train))?;
     let tokens = tokens(batch);
     let (hidden, tape) = model.forward(tokens, &*hooks, Keep::ForBackward(recompute))?;
     let (nll, dhidden) = loss::nll_and_gradient(model, &hidden, &batch.targets)?;
@@ -42,9 +42,13 @@ pub fn forward_backward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &Micro
 /// # Errors
 /// When an id or a size does not fit the model.
 pub fn forward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch) -> Result<f64> {
-    let hooks = method.hooks(RowContext { stream_positions: &batch.stream_positions, mode: Mode::Eval })?;
+    let hooks = method.hooks(rows(batch, Mode::Eval))?;
     let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
     Ok(sum(&loss::nll(model, &hidden, &batch.targets)?))
+}
+
+fn rows(batch: &MicroBatch, mode: Mode) -> RowContext<'_> {
+    RowContext { stream_positions: &batch.stream_positions, row_bounds: &batch.row_bounds, mode }
 }
 
 fn tokens(batch: &MicroBatch) -> Tokens<'_> {

@@ -204,10 +204,20 @@ fn arguments_that_would_change_results_are_refused_with_the_reason() {
     hint: leave `fp16` out
     ");
     insta::assert_snapshot!(refused("", &["--lora_rank", "8"]), @r"
-    error: `lora_rank` is not supported: only P-Tuning v2 is there yet
+    error: `method.lora_rank` contradicts `method.finetuning_type`: it belongs to lora, and the method is ptuning_v2
       --> command line, `--lora_rank`
 
-    hint: leave `lora_rank` out
+    hint: leave one of the two out
+    ");
+    insta::assert_snapshot!(refused("", &["--finetuning_type", "lora", "--lora_target", "qkv,dense"]), @r#"
+    error: `method.lora_target` is "qkv,dense", expected `all` or a list of query_key_value, dense, dense_h_to_4h, dense_4h_to_h, separated by commas
+      --> command line, `--lora_target`
+    "#);
+    insta::assert_snapshot!(refused("", &["--finetuning_type", "lora", "--prefix_projection"]), @r"
+    error: `method.prefix_projection` contradicts `method.finetuning_type`: it belongs to ptuning_v2, and the method is lora
+      --> command line, `--prefix_projection`
+
+    hint: leave one of the two out
     ");
     assert_eq!(glmddp_with("c.toml", PATHS, &["plan", "c.toml", "--fp16", "False"]).code, 0);
 }

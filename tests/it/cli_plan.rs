@@ -30,7 +30,7 @@ fn resolve(file: &Path, world_size: usize) -> Plan {
 #[test]
 fn every_file_in_configs_loads_and_resolves_on_1_2_and_4_ranks() {
     let files = configs();
-    assert!(files.len() >= 4, "configs/ has {} files", files.len());
+    assert!(files.len() >= 5, "configs/ has {} files", files.len());
     for file in files {
         for world_size in [1, 2, 4] {
             let plan = resolve(&file, world_size);

@@ -8,19 +8,20 @@ use glmddp::kernels::attention::Rows;
 use glmddp::kernels::rotary::{Angles, Precision, Table};
 use glmddp::model::block::{NoObserver, Observer};
 use glmddp::model::chatglm2::{Keep, Tokens};
-use glmddp::model::hooks::{Hooks, NoHooks};
+use glmddp::model::hooks::{Hooks, LinearSite, NoHooks};
 use glmddp::model::weights::WeightSource;
 use glmddp::model::{ChatGlm2, ModelConfig, Recompute, RopeTable, generate, loss};
+use glmddp::peft::lora::{self, Lora};
 use glmddp::peft::ptuning_v2::{EMBEDDING, PtuningV2, Shape};
-use glmddp::peft::{Mode, PeftMethod, RowContext, TrainHooks};
+use glmddp::peft::{ExportContext, Mode, PeftMethod, RowContext, TrainHooks};
 
 use crate::golden::{Case, Comparison, cases};
 use crate::support;
 
 /// Files of a case that the program has no method for yet; what is neither here nor compared is named by the coverage test.
-const OTHER_METHODS: [&str; 11] =
-    ["adapter", "dora", "freeze", "full_grads", "lora", "p_tuning", "prefix_tuning", "prompt_tuning", "quant", "rslora", "train_full"];
-const COMPARED: [&str; 11] = [
+const OTHER_METHODS: [&str; 9] =
+    ["adapter", "dora", "freeze", "full_grads", "p_tuning", "prefix_tuning", "prompt_tuning", "quant", "train_full"];
+const COMPARED: [&str; 20] = [
     "forward",
     "inputs",
     "ptuning",
@@ -32,6 +33,15 @@ const COMPARED: [&str; 11] = [
     "train_ptuning_proj",
     "generate",
     "f32_vs_f64",
+    "f32_vs_f64_methods",
+    "lora_qkv_fresh",
+    "lora_qkv_random",
+    "lora_all_fresh",
+    "lora_all_random",
+    "rslora_qkv_random",
+    "train_lora_qkv",
+    "train_lora_all",
+    "train_rslora_qkv",
 ];
 const VARIANTS: [&str; 4] = ["plain", "right_mask", "left_pad", "pos_shift"];
 
@@ -47,6 +57,24 @@ pub fn prefix(model: &ChatGlm2, golden: &BTreeMap<String, Tensor>) -> PtuningV2 
         golden.iter().filter(|(n, _)| n.starts_with("transformer.prefix_encoder.")).map(|(n, t)| (n.clone(), t.clone())).collect();
     let shape = Shape::new(&model.config, params[EMBEDDING].dim(0).unwrap(), params.len() > 1);
     PtuningV2::from_tensors(shape, 0.0, 0, &params).unwrap()
+}
+
+/// `...lora_A.weight` -> `A....`, as the golden files have it.
+pub fn golden_lora_name(name: &str) -> String {
+    let name = name.strip_suffix(".weight").unwrap();
+    name.strip_suffix(".lora_A").map_or_else(|| format!("B.{}", name.strip_suffix(".lora_B").unwrap()), |module| format!("A.{module}"))
+}
+
+/// The low-rank updates of a golden file (alpha 16), with the targets that it has.
+pub fn lora(model: &ChatGlm2, golden: &BTreeMap<String, Tensor>, use_rslora: bool) -> Lora {
+    let targets: BTreeSet<LinearSite> =
+        LinearSite::ALL.into_iter().filter(|site| golden.contains_key(&format!("A.{}", site.path(0)))).collect();
+    let first = golden.iter().find(|(name, _)| name.starts_with("A.")).unwrap().1;
+    let shape = lora::Shape::new(&model.config, first.dim(0).unwrap(), &targets);
+    let scale = lora::Scale { alpha: 16.0, use_rslora };
+    let names = Lora::new(shape.clone(), scale, 0.0, 0).unwrap();
+    let tensors = names.params().layout().iter().map(|(name, _)| (name.to_owned(), golden[&golden_lora_name(name)].clone())).collect();
+    Lora::from_tensors(shape, scale, 0.0, 0, &tensors).unwrap()
 }
 
 fn integers(t: &Tensor) -> Vec<i64> {
@@ -124,10 +152,11 @@ fn mean(nll: &[f32]) -> Tensor {
 fn check_variant(
     c: &mut Comparison,
     model: &ChatGlm2,
-    method: Option<(&PtuningV2, Box<dyn TrainHooks + '_>)>,
+    method: Option<(&dyn PeftMethod, Box<dyn TrainHooks + '_>)>,
     batch: &Batch,
     name: &str,
     recompute: Recompute,
+    gradient: &dyn Fn(&str) -> String,
 ) {
     let tokens = batch.tokens();
     let no_hooks: &dyn Hooks = &NoHooks;
@@ -147,12 +176,12 @@ fn check_variant(
     let site = (hooks.into_site_grad().unwrap() / nll.len() as f64).unwrap();
     let grads = method.params().layout().views(&method.param_grad(&site).unwrap()).unwrap();
     for (parameter, grad) in grads {
-        c.check(&format!("{name}.grad.{parameter}"), &grad);
+        c.check(&gradient(&parameter), &grad);
     }
 }
 
-fn eval_hooks(method: &PtuningV2) -> Box<dyn TrainHooks + '_> {
-    method.hooks(RowContext { stream_positions: &[], mode: Mode::Eval }).unwrap()
+fn eval_hooks(method: &dyn PeftMethod) -> Box<dyn TrainHooks + '_> {
+    method.hooks(RowContext { stream_positions: &[], row_bounds: &[], mode: Mode::Eval }).unwrap()
 }
 
 #[test]
@@ -161,7 +190,7 @@ fn golden_forward_of_the_base_in_four_variants() {
         let (model, inputs) = (model(&case), case.tensors("inputs").unwrap());
         let mut c = case.compare("forward").unwrap();
         for variant in VARIANTS {
-            check_variant(&mut c, &model, None, &Batch::new(&inputs, variant), variant, Recompute::None);
+            check_variant(&mut c, &model, None, &Batch::new(&inputs, variant), variant, Recompute::None, &str::to_owned);
         }
         c.finish();
     }
@@ -176,12 +205,73 @@ fn golden_prefix_logits_losses_and_gradients_in_four_variants_and_with_dropout()
                 let mut c = case.compare(file).unwrap();
                 let method = prefix(&model, &c.golden);
                 for variant in VARIANTS {
-                    check_variant(&mut c, &model, Some((&method, eval_hooks(&method))), &Batch::new(&inputs, variant), variant, recompute);
+                    let (batch, name) = (Batch::new(&inputs, variant), |p: &str| format!("{variant}.grad.{p}"));
+                    check_variant(&mut c, &model, Some((&method, eval_hooks(&method))), &batch, variant, recompute, &name);
                 }
                 let hooks = method.hooks_with_multiplier(&c.golden["dropout.multiplier"]).unwrap();
-                check_variant(&mut c, &model, Some((&method, hooks)), &Batch::new(&inputs, "plain"), "dropout", recompute);
+                let (batch, name) = (Batch::new(&inputs, "plain"), |p: &str| format!("dropout.grad.{p}"));
+                check_variant(&mut c, &model, Some((&method, hooks)), &batch, "dropout", recompute, &name);
                 c.finish();
             }
+        }
+    }
+}
+
+#[test]
+fn golden_low_rank_updates_logits_losses_and_gradients() {
+    for case in cases() {
+        let (model, inputs) = (model(&case), case.tensors("inputs").unwrap());
+        for file in ["lora_qkv_fresh", "lora_qkv_random", "lora_all_fresh", "lora_all_random", "rslora_qkv_random"] {
+            for recompute in [Recompute::None, Recompute::Block] {
+                let Some(mut c) = case.compare(file) else {
+                    println!("golden {:<12} {file} NOT RUN: the case does not have it", case.name());
+                    continue;
+                };
+                let method = lora(&model, &c.golden, file.starts_with("rs"));
+                let name = |parameter: &str| format!("grad.{}", golden_lora_name(parameter));
+                check_variant(
+                    &mut c,
+                    &model,
+                    Some((&method, eval_hooks(&method))),
+                    &Batch::new(&inputs, "plain"),
+                    "plain",
+                    recompute,
+                    &name,
+                );
+                c.finish();
+            }
+        }
+    }
+}
+
+#[test]
+fn golden_low_rank_updates_as_peft_saves_them_read_back() {
+    for case in cases() {
+        let model = model(&case);
+        for name in ["lora_qkv", "lora_all", "rslora_qkv"] {
+            let (dir, file) = (case.dir.join(format!("peft_{name}")), format!("{name}_random"));
+            let (true, Some(golden)) = (dir.exists(), case.tensors(&file)) else {
+                println!("golden {:<12} peft_{name} NOT RUN: the case does not have it", case.name());
+                continue;
+            };
+            let read = Lora::read_peft(&dir, &model.config).unwrap();
+            let expected = lora(&model, &golden, name.starts_with("rs"));
+            assert_eq!(read.sizes(), expected.sizes(), "{}", dir.display());
+            let bits = |m: &Lora| m.params().flat().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&read) == bits(&expected), "{}: other values", dir.display());
+            let about = serde_json::json!({});
+            let context = ExportContext { model_dir: &case.dir.join("hf"), config: &model.config, about: &about };
+            let again = tempfile::tempdir().unwrap();
+            for (name, bytes) in read.export(&context).unwrap() {
+                std::fs::write(again.path().join(name), bytes).unwrap();
+            }
+            let reread = Lora::read_peft(again.path(), &model.config).unwrap();
+            assert!(reread.sizes() == expected.sizes() && bits(&reread) == bits(&expected), "{}: written and read again", dir.display());
+            println!(
+                "golden {:<12} peft_{name:<19} {:>4} tensors equal, read, written and read again",
+                case.name(),
+                read.params().layout().iter().count()
+            );
         }
     }
 }
@@ -233,9 +323,16 @@ fn golden_greedy_tokens_of_base_and_prefixes_with_and_without_left_padding() {
         let mut compared = 0;
         for (name, golden) in generate.as_object().unwrap() {
             let file = name.trim_end_matches("_left_pad");
-            let method = match file {
+            let method: Option<Box<dyn PeftMethod>> = match file {
                 "base" => None,
-                _ if COMPARED.contains(&file) => Some(prefix(&model, &case.tensors(file).unwrap())),
+                "ptuning" | "ptuning_proj" => Some(Box::new(prefix(&model, &case.tensors(file).unwrap()))),
+                _ if file.starts_with("lora") && COMPARED.contains(&file) => match case.tensors(file) {
+                    Some(golden) => Some(Box::new(lora(&model, &golden, false))),
+                    None => {
+                        println!("golden {:<12} generate: {name} NOT RUN: the case has no {file}", case.name());
+                        continue;
+                    }
+                },
                 _ => {
                     println!("golden {:<12} generate: {name} NOT RUN (no such method yet)", case.name());
                     continue;
@@ -249,7 +346,7 @@ fn golden_greedy_tokens_of_base_and_prefixes_with_and_without_left_padding() {
             };
             for ((prompt, mask), expected) in ids("prompt").iter().zip(&masks).zip(ids("new_ids")) {
                 let prompt: Vec<u32> = prompt.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(id, _)| *id as u32).collect();
-                let hooks = method.as_ref().map(eval_hooks);
+                let hooks = method.as_deref().map(eval_hooks);
                 let hooks: &dyn Hooks = match &hooks {
                     Some(hooks) => &**hooks,
                     None => &NoHooks,

@@ -14,14 +14,14 @@ use glmddp::telemetry::PhaseTimer;
 use glmddp::train::step::{StepSettings, Trainer};
 
 use crate::golden::{ALLOWED, Case, Comparison, cases};
-use crate::golden_model::{model, prefix};
+use crate::golden_model::{golden_lora_name, lora, model, prefix};
 
 const ADAMW: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
 /// Relative noise of losses and gradient norms where training is not chaotic (golden README: 1e-5 is ample, ten times this).
 const SHARP: f64 = 1e-6;
 
 /// Rows `[.., S]` of ids and labels as one micro-batch: padding cut off, as the data pipeline makes it.
-fn micro_batch(ids: &Tensor, labels: &Tensor) -> MicroBatch {
+pub fn micro_batch(ids: &Tensor, labels: &Tensor) -> MicroBatch {
     let len = ids.dims()[ids.rank() - 1];
     let flat = |t: &Tensor| t.to_dtype(DType::I64).unwrap().flatten_all().unwrap().to_vec1::<i64>().unwrap();
     let (ids, labels) = (flat(ids), flat(labels));
@@ -52,12 +52,16 @@ struct Recipe<'a> {
     recompute: Recompute,
     /// (step, slot) -> its rows.
     slot: &'a (dyn Fn(usize, usize) -> MicroBatch + Sync),
+    /// The method at its start, its learning rate, and its parameters' names in the golden files.
+    method: &'a (dyn Fn() -> Box<dyn PeftMethod> + Sync),
+    lr: f64,
+    golden_name: fn(&str) -> String,
 }
 
-fn train(group: &dyn ProcessGroup, model: &ChatGlm2, initial: &BTreeMap<String, Tensor>, recipe: &Recipe) -> Run {
-    let mut method = prefix(model, initial);
+fn train(group: &dyn ProcessGroup, model: &ChatGlm2, recipe: &Recipe) -> Run {
+    let mut method = (recipe.method)();
     let mut optimizer = AdamW::new(ADAMW, method.params().layout().num_elements(), model.device()).unwrap();
-    let schedule = Schedule { kind: SchedulerType::Linear, base_lr: 2e-2, warmup_steps: 0, total_steps: recipe.steps as u64 };
+    let schedule = Schedule { kind: SchedulerType::Linear, base_lr: recipe.lr, warmup_steps: 0, total_steps: recipe.steps as u64 };
     let settings = StepSettings {
         num_slots: recipe.num_slots,
         recompute: recipe.recompute,
@@ -70,12 +74,12 @@ fn train(group: &dyn ProcessGroup, model: &ChatGlm2, initial: &BTreeMap<String, 
     for step in 0..recipe.steps {
         let mine = group.rank() * share..(group.rank() + 1) * share;
         let slots: Vec<_> = mine.map(|slot| (slot, (recipe.slot)(step, slot))).collect();
-        let mut trainer = Trainer { model, method: &mut method, optimizer: &mut optimizer, group, settings };
+        let mut trainer = Trainer { model, method: &mut *method, optimizer: &mut optimizer, group, settings };
         let outcome = trainer.step(&slots, schedule.lr(step as u64), &PhaseTimer::default()).unwrap();
         run.losses.push(outcome.loss);
         run.grad_norms.push(outcome.grad_norm);
         for (name, tensor) in method.params().tensors().unwrap() {
-            run.params.insert(format!("after{}.{name}", step + 1), tensor.copy().unwrap());
+            run.params.insert(format!("after{}.{}", step + 1, (recipe.golden_name)(&name)), tensor.copy().unwrap());
         }
     }
     run
@@ -112,13 +116,47 @@ fn golden_ten_training_steps_with_and_without_projection() {
         for (file, initial) in [("train_ptuning", "ptuning"), ("train_ptuning_proj", "ptuning_proj")] {
             let steps = inputs["tr_ids"].dim(0).unwrap();
             let initial = case.tensors(initial).unwrap();
-            let recipe = |recompute| Recipe { steps, num_slots: 1, loss_mean: LossMean::Token, recompute, slot: &slot };
-            let run = train(&Solo, &model, &initial, &recipe(Recompute::None));
-            check(&case, file, &run, true);
-            let again = train(&Solo, &model, &initial, &recipe(Recompute::Block));
-            assert_eq!(run.losses, again.losses, "recompute changes no bit");
+            let method = || -> Box<dyn PeftMethod> { Box::new(prefix(&model, &initial)) };
+            check_steps(&case, file, &model, &Steps { steps, slot: &slot, method: &method, lr: 2e-2, golden_name: str::to_owned });
         }
     }
+}
+
+#[test]
+fn golden_training_steps_of_low_rank_updates() {
+    for case in cases() {
+        let (model, inputs) = (model(&case), case.tensors("inputs").unwrap());
+        let slot = |step: usize, _: usize| micro_batch(&inputs["tr_ids"].get(step).unwrap(), &inputs["tr_labels"].get(step).unwrap());
+        for (file, initial) in
+            [("train_lora_qkv", "lora_qkv_fresh"), ("train_lora_all", "lora_all_fresh"), ("train_rslora_qkv", "lora_qkv_fresh")]
+        {
+            let (Some(json), Some(initial)) = (case.json(file), case.tensors(initial)) else {
+                println!("golden {:<12} {file} NOT RUN: the case does not have it", case.name());
+                continue;
+            };
+            let steps = json["loss"].as_array().unwrap().len();
+            let method = || -> Box<dyn PeftMethod> { Box::new(lora(&model, &initial, file == "train_rslora_qkv")) };
+            check_steps(&case, file, &model, &Steps { steps, slot: &slot, method: &method, lr: 1e-3, golden_name: golden_lora_name });
+        }
+    }
+}
+
+/// Runs of one micro-batch a step.
+struct Steps<'a> {
+    steps: usize,
+    slot: &'a (dyn Fn(usize, usize) -> MicroBatch + Sync),
+    method: &'a (dyn Fn() -> Box<dyn PeftMethod> + Sync),
+    lr: f64,
+    golden_name: fn(&str) -> String,
+}
+
+fn check_steps(case: &Case, file: &str, model: &ChatGlm2, of: &Steps) {
+    let &Steps { steps, slot, method, lr, golden_name } = of;
+    let recipe = |recompute| Recipe { steps, num_slots: 1, loss_mean: LossMean::Token, recompute, slot, method, lr, golden_name };
+    let run = train(&Solo, model, &recipe(Recompute::None));
+    check(case, file, &run, true);
+    let again = train(&Solo, model, &recipe(Recompute::Block));
+    assert_eq!(run.losses, again.losses, "recompute changes no bit");
 }
 
 #[test]
@@ -129,14 +167,17 @@ fn golden_data_parallel_means_on_one_and_two_ranks() {
         let at = |name: &str, step: usize, slot: usize| inputs[name].get(step).unwrap().get(slot / 2).unwrap().get(slot % 2).unwrap();
         let slot = |step: usize, slot: usize| micro_batch(&at("dp_ids", step, slot), &at("dp_labels", step, slot));
         for (file, loss_mean) in [("train_dp_mean_of_means", LossMean::MicroBatch), ("train_dp_token_mean", LossMean::Token)] {
-            let recipe = Recipe { steps: 5, num_slots: 4, loss_mean, recompute: Recompute::None, slot: &slot };
-            let solo = train(&Solo, &model, &initial, &recipe);
+            let method = || -> Box<dyn PeftMethod> { Box::new(prefix(&model, &initial)) };
+            let recompute = Recompute::None;
+            let recipe =
+                Recipe { steps: 5, num_slots: 4, loss_mean, recompute, slot: &slot, method: &method, lr: 2e-2, golden_name: str::to_owned };
+            let solo = train(&Solo, &model, &recipe);
             // The golden loss is the plain mean of the micro-batches' in both files.
             check(&case, file, &solo, loss_mean == LossMean::MicroBatch);
             for world_size in [2, 4] {
                 let runs = local::run(world_size, |group| {
                     Ok::<_, glmddp::dist::DistError>({
-                        let run = train(group, &model, &initial, &recipe);
+                        let run = train(group, &model, &recipe);
                         let bits: Vec<Vec<u32>> = run
                             .params
                             .values()

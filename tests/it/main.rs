@@ -17,6 +17,7 @@ mod kernels;
 mod layering;
 mod model_errors;
 mod mpi;
+mod peft;
 mod rust_source;
 mod support;
 mod train;

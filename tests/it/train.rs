@@ -11,6 +11,9 @@ use crate::support;
 
 /// Rows of a step: 12 micro-batches of 2, which 1, 2, 3 and 4 ranks share evenly.
 const BATCH: [&str; 4] = ["--per_device_train_batch_size", "2", "--global_batch_size", "24"];
+const PREFIX: [&str; 4] = ["--finetuning_type", "ptuning_v2", "--pre_seq_len", "8"];
+const LOW_RANK: [&str; 8] =
+    ["--finetuning_type", "lora", "--lora_rank", "4", "--lora_target", "query_key_value,dense_4h_to_h", "--lora_dropout", "0.1"];
 /// A job that fails must end within this time.
 const END: Duration = Duration::from_secs(10);
 
@@ -18,10 +21,11 @@ const END: Duration = Duration::from_secs(10);
 struct Setup {
     dir: tempfile::TempDir,
     train_file: PathBuf,
+    method: &'static [&'static str],
 }
 
 impl Setup {
-    fn new() -> Self {
+    fn new(method: &'static [&'static str]) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let mut init = vec!["init-model", "--preset", "tiny", "--num_layers", "4", "--output_dir", "model"];
         let tokenizer = support::shared("chatglm2/tokenizer.model").map(|p| p.canonicalize().unwrap().display().to_string());
@@ -37,7 +41,7 @@ impl Setup {
                 dir.path().join("data/train.jsonl")
             }
         };
-        Self { dir, train_file }
+        Self { dir, train_file, method }
     }
 
     /// `train` on `ranks` ranks into `output`; none, said loudly, where there is no mpirun and more than one rank is asked for.
@@ -55,19 +59,8 @@ impl Setup {
             command
         };
         command.args(["train", "--model_name_or_path", "model", "--output_dir", output, "--train_file"]).arg(&self.train_file);
-        command.args([
-            "--max_train_samples",
-            "60",
-            "--pre_seq_len",
-            "8",
-            "--max_source_length",
-            "32",
-            "--max_target_length",
-            "24",
-            "--threads",
-            "1",
-        ]);
-        command.args(BATCH).args(args).current_dir(self.dir.path()).env_remove("RUST_LOG").env("RUST_BACKTRACE", "0");
+        command.args(["--max_train_samples", "60", "--max_source_length", "32", "--max_target_length", "24", "--threads", "1"]);
+        command.args(BATCH).args(self.method).args(args).current_dir(self.dir.path()).env_remove("RUST_LOG").env("RUST_BACKTRACE", "0");
         Some(command)
     }
 
@@ -92,8 +85,17 @@ impl Setup {
 }
 
 #[test]
-fn mpirun_train_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
-    let setup = Setup::new();
+fn mpirun_train_of_a_prefix_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&PREFIX);
+}
+
+#[test]
+fn mpirun_train_of_low_rank_updates_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&LOW_RANK);
+}
+
+fn same_bits_on_1_to_4_ranks_and_over_resumes(method: &'static [&'static str]) {
+    let setup = Setup::new(method);
     let constant = ["--lr_scheduler_type", "constant", "--save_steps", "2"];
     let with = |steps: &'static str| [&constant[..], &["--max_steps", steps]].concat();
     setup.train(1, "one", &with("6"));
@@ -115,11 +117,13 @@ fn mpirun_train_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
 
 #[test]
 fn mpirun_train_with_recompute_gives_the_same_bits() {
-    let setup = Setup::new();
-    let steps = ["--max_steps", "2"];
-    setup.train(1, "kept", &steps);
-    setup.train(1, "recomputed", &[&steps[..], &["--recompute", "block"]].concat());
-    assert_eq!(setup.hashes("kept"), setup.hashes("recomputed"));
+    for method in [&PREFIX[..], &LOW_RANK] {
+        let setup = Setup::new(method);
+        let steps = ["--max_steps", "2"];
+        setup.train(1, "kept", &steps);
+        setup.train(1, "recomputed", &[&steps[..], &["--recompute", "block"]].concat());
+        assert_eq!(setup.hashes("kept"), setup.hashes("recomputed"));
+    }
 }
 
 /// Process ids of the ranks of this job, by rank.
@@ -152,7 +156,7 @@ fn wait_for_steps(setup: &Setup, output: &str, steps: usize, job: &mut Child) {
 
 #[test]
 fn mpirun_train_with_a_rank_killed_ends_in_time_names_it_and_resumes_to_the_same_bits() {
-    let setup = Setup::new();
+    let setup = Setup::new(&PREFIX);
     let args = ["--max_steps", "12", "--save_steps", "2"];
     let Some(mut command) = setup.command(2, "killed", &args) else { return };
     let mut job = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the launcher starts");
