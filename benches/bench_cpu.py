@@ -23,6 +23,7 @@ def arguments():
     p.add_argument("--glmddp", required=True, help="the binary")
     p.add_argument("--tokenizer", default=os.path.join(SHARED, "chatglm2/tokenizer.model"))
     p.add_argument("--train_file", default=os.path.join(SHARED, "data/advertisegen/train.jsonl"))
+    p.add_argument("--lora", type=int, default=0, metavar="RANK", help="LoRA on query_key_value in place of the prefix")
     p.add_argument("--rounds", type=int, default=5, help="runs of each contender")
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--warmup", type=int, default=2)
@@ -44,7 +45,9 @@ def commands(a):
     counts = ["--steps", str(a.steps), "--warmup", str(a.warmup), "--threads", str(a.threads)]
     torch = [sys.executable, os.path.join(HERE, "bench_torch_cpu.py"), "--tokenizer", a.tokenizer, "--data", a.train_file, *counts]
     shape = "--layers 8 --hidden 512 --ffn 1368 --heads 8 --groups 2 --kv 64 --vocab 65024 --pre_seq_len 128 --rows 4".split()
-    glmddp = [a.glmddp, "bench", "step", *shape, *counts, "--tokenizer", a.tokenizer, "--train_file", a.train_file, "--json"]
+    method = ["--lora", str(a.lora)]
+    torch += method
+    glmddp = [a.glmddp, "bench", "step", *shape, *counts, *method, "--tokenizer", a.tokenizer, "--train_file", a.train_file, "--json"]
     return {
         "torch_thudm": ([*torch, "--smart", "0", "--pad", "max"], TUNED_ALLOCATOR),
         "torch_best": ([*torch, "--smart", "1", "--pad", "batch", "--sdpa", "1"], TUNED_ALLOCATOR),

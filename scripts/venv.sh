@@ -3,6 +3,7 @@
 # scripts/setup.sh; sets $python. Training itself never needs Python.
 #
 # GLMDDP_VENV         an environment to use or to make (default: venv in the cache folder beside the builds)
+# GLMDDP_VENV_EXTRA   further packages that the sourcing script needs
 set -euo pipefail
 
 : "${root:?source scripts/setup.sh first}"
@@ -15,4 +16,7 @@ if ! "$python" -c 'import torch, numpy, safetensors, sentencepiece' 2>/dev/null;
     [ -x "$python" ] || python3 -m venv "$venv"
     "$python" -m pip install --quiet torch numpy safetensors sentencepiece >&2
 fi
+for package in ${GLMDDP_VENV_EXTRA:-}; do
+    "$python" -c "import $package" 2>/dev/null || "$python" -m pip install --quiet "$package" >&2
+done
 say "PyTorch $("$python" -c 'import torch; print(torch.__version__)') in $venv"

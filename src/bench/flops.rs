@@ -15,7 +15,7 @@ pub struct Flops {
     pub target_tokens: u64,
     /// What the kernels counted.
     pub counted: u64,
-    /// 4N (6N with recompute) of the blocks' weights a token, 4N of the head a target, attention: see `ideal`.
+    /// 4N (6N with recompute) of the blocks' weights a token, 4N of the head a target, attention, and low-rank updates.
     pub ideal: u64,
     /// What a gradient of every weight would cost on top, 2N a token; none of it may be in `counted`.
     pub weight_gradients: u64,
@@ -39,11 +39,18 @@ pub fn count(setup: &BenchSetup) -> Result<Flops, TrainError> {
     let counted = matmul::flops() - before;
     let (tokens, targets) = (batch.ids.len() as u64, batch.targets.len() as u64);
     let (block, head) = weights(setup);
-    let attention = attention::ideal_flops(&batch.row_bounds, setup.pre_seq_len, bench.model.heads()) * setup.layers as u64;
+    let attention = attention::ideal_flops(&batch.row_bounds, setup.prefix_len(), bench.model.heads()) * setup.layers as u64;
     let passes = if setup.recompute == Recompute::Block { 2 } else { 1 };
     // Forward 2N (twice with recompute) and 2N towards the input; attention's backward is two products where its forward has one.
-    let ideal = 2 * (passes + 1) * block * tokens + 4 * head * targets + (passes + 2) * attention;
+    let base = 2 * (passes + 1) * block * tokens + 4 * head * targets + (passes + 2) * attention;
+    let ideal = base + updates(setup, passes) * tokens;
     Ok(Flops { tokens, target_tokens: targets, counted, ideal, weight_gradients: 2 * block * tokens + 2 * head * targets })
+}
+
+/// FLOPs of a token in low-rank updates: x Aᵀ and B forward; x Aᵀ again, dA, dx (but in layer 0), dB and dy B backward.
+fn updates(s: &BenchSetup, passes: u64) -> u64 {
+    let (a, b) = ((s.lora * s.hidden) as u64, (s.lora * (s.heads + 2 * s.groups) * s.kv) as u64);
+    2 * s.layers as u64 * (passes * (a + b) + 3 * a + 2 * b) - 2 * a
 }
 
 /// Weights that a token passes: those of all blocks, and the head's.

@@ -52,6 +52,9 @@ pub struct SizeArgs {
     pub vocab: NonZeroUsize,
     #[arg(long, default_value = "128")]
     pub pre_seq_len: NonZeroUsize,
+    /// Rank of LoRA on query_key_value in place of the prefix [default: 0, the prefix]
+    #[arg(long, value_name = "RANK", default_value = "0", hide_default_value = true)]
+    pub lora: usize,
     /// Rows of a micro-batch
     #[arg(long, default_value = "4")]
     pub rows: NonZeroUsize,
@@ -131,6 +134,7 @@ impl SizeArgs {
             kv: self.kv.get(),
             vocab: self.vocab.get(),
             pre_seq_len: self.pre_seq_len.get(),
+            lora: self.lora,
             rows: self.rows,
             slots,
             recompute: if self.recompute { Recompute::Block } else { Recompute::None },
@@ -273,6 +277,7 @@ fn launch(args: &ScalingArgs, ranks: usize) -> anyhow::Result<StepTimes> {
         ("kv", z.kv.get()),
         ("vocab", z.vocab.get()),
         ("pre_seq_len", z.pre_seq_len.get()),
+        ("lora", z.lora),
         ("rows", z.rows.get()),
         ("seq", z.seq.get()),
         ("steps", s.steps.get()),
