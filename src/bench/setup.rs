@@ -75,7 +75,7 @@ impl Bench {
             let shape = lora::Shape::new(&config, setup.lora, &[LinearSite::QueryKeyValue].into());
             Box::new(Lora::new(shape, lora::Scale { alpha: 16.0, use_rslora: false }, 0.0, 0)?)
         } else {
-            Box::new(PtuningV2::new(ptuning_v2::Shape::new(&config, setup.pre_seq_len, false), 0.1, 0)?)
+            Box::new(PtuningV2::new(ptuning_v2::shape(&config, setup.pre_seq_len, false), 0.1, 0)?)
         };
         let adamw = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let optimizer = AdamW::new(adamw, method.params().layout().num_elements(), model.device())?;

@@ -113,6 +113,10 @@ fn method_text(plan: &Plan, arithmetic: Option<&Arithmetic>) -> String {
             let projection = if *prefix_projection { " through an MLP" } else { "" };
             format!("P-Tuning v2: {pre_seq_len} virtual tokens{projection}, dropout {prefix_dropout}")
         }
+        MethodPlan::PrefixTuning { pre_seq_len, prefix_projection, .. } => {
+            let projection = if *prefix_projection { " through an MLP" } else { "" };
+            format!("prefix tuning: {pre_seq_len} virtual tokens{projection}")
+        }
         MethodPlan::Lora { rank, alpha, dropout, targets, use_rslora } => {
             let (name, root) = if *use_rslora { ("rsLoRA", "sqrt(rank)") } else { ("LoRA", "rank") };
             let targets: Vec<_> = targets.iter().map(|site| site.module()).collect();

@@ -171,6 +171,14 @@ fn method_costs(shape: &ModelShape, method: &MethodPlan) -> MethodCosts {
             let prefix_tokens = pre_seq_len.get() as u64;
             MethodCosts { trainable_parameters: table + projection, site_elements: table, prefix_tokens, forward: 0, backward: 0 }
         }
+        MethodPlan::PrefixTuning { pre_seq_len, prefix_projection, encoder_hidden_size } => {
+            let (width, prefix_tokens, token_dim) = (shape.prefix_width(), pre_seq_len.get() as u64, shape.groups * shape.kv);
+            let hidden = encoder_hidden_size.map_or(token_dim, |hidden| hidden.get() as u64);
+            let table = prefix_tokens * width;
+            let trained =
+                if *prefix_projection { prefix_tokens * token_dim + hidden * (token_dim + 1) + width * (hidden + 1) } else { table };
+            MethodCosts { trainable_parameters: trained, site_elements: table, prefix_tokens, forward: 0, backward: 0 }
+        }
         MethodPlan::Lora { rank, targets, .. } => {
             let sizes = targets.iter().map(|&site| shape.linear(site));
             let (out, input) = sizes.fold((0, 0), |sum, (out, input)| (sum.0 + out, sum.1 + input));

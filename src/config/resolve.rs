@@ -133,6 +133,14 @@ impl Resolver<'_> {
                 prefix_projection: method.prefix_projection.unwrap_or(false),
                 prefix_dropout: self.share_below_one("method.prefix_dropout", method.prefix_dropout.unwrap_or(0.1))?,
             }),
+            FinetuningType::PrefixTuning => Ok(MethodPlan::PrefixTuning {
+                pre_seq_len: self.positive("method.pre_seq_len", method.pre_seq_len.unwrap_or(128))?,
+                prefix_projection: method.prefix_projection.unwrap_or(true),
+                encoder_hidden_size: method
+                    .encoder_hidden_size
+                    .map(|width| self.positive("method.encoder_hidden_size", width))
+                    .transpose()?,
+            }),
             FinetuningType::Lora => {
                 let rank = self.positive("method.lora_rank", method.lora_rank.unwrap_or(8))?;
                 let alpha = method.lora_alpha.unwrap_or(2.0 * rank.get() as f64);
@@ -162,20 +170,24 @@ impl Resolver<'_> {
 
     /// A key that the chosen method does not read would be silently without effect.
     fn refuse_keys_of_other_methods(&self, kind: FinetuningType) -> Result<(), ConfigError> {
+        const PREFIXES: &[FinetuningType] = &[FinetuningType::PtuningV2, FinetuningType::PrefixTuning];
+        const LORA: &[FinetuningType] = &[FinetuningType::Lora];
         let m = &self.config.method;
-        let keys = [
-            (FinetuningType::PtuningV2, "method.pre_seq_len", m.pre_seq_len.is_some()),
-            (FinetuningType::PtuningV2, "method.prefix_projection", m.prefix_projection.is_some()),
-            (FinetuningType::PtuningV2, "method.prefix_dropout", m.prefix_dropout.is_some()),
-            (FinetuningType::Lora, "method.lora_rank", m.lora_rank.is_some()),
-            (FinetuningType::Lora, "method.lora_alpha", m.lora_alpha.is_some()),
-            (FinetuningType::Lora, "method.lora_dropout", m.lora_dropout.is_some()),
-            (FinetuningType::Lora, "method.lora_target", m.lora_target.is_some()),
-            (FinetuningType::Lora, "method.use_rslora", m.use_rslora.is_some()),
+        let keys: [(&[FinetuningType], &str, bool); 9] = [
+            (PREFIXES, "method.pre_seq_len", m.pre_seq_len.is_some()),
+            (PREFIXES, "method.prefix_projection", m.prefix_projection.is_some()),
+            (&[FinetuningType::PrefixTuning], "method.encoder_hidden_size", m.encoder_hidden_size.is_some()),
+            (&[FinetuningType::PtuningV2], "method.prefix_dropout", m.prefix_dropout.is_some()),
+            (LORA, "method.lora_rank", m.lora_rank.is_some()),
+            (LORA, "method.lora_alpha", m.lora_alpha.is_some()),
+            (LORA, "method.lora_dropout", m.lora_dropout.is_some()),
+            (LORA, "method.lora_target", m.lora_target.is_some()),
+            (LORA, "method.use_rslora", m.use_rslora.is_some()),
         ];
-        match keys.into_iter().find(|&(owner, _, given)| given && owner != kind) {
-            Some((owner, key, _)) => {
-                let reason = format!("it belongs to {}, and the method is {}", name_of(&owner), name_of(&kind));
+        match keys.into_iter().find(|(owners, _, given)| *given && !owners.contains(&kind)) {
+            Some((owners, key, _)) => {
+                let owners: Vec<_> = owners.iter().map(name_of).collect();
+                let reason = format!("it belongs to {}, and the method is {}", owners.join(" and "), name_of(&kind));
                 Err(ConfigError::Contradiction { other: "method.finetuning_type", reason, place: self.place(key) })
             }
             None => Ok(()),
@@ -193,8 +205,9 @@ impl Resolver<'_> {
             (steps, _) => Warmup::Steps(steps),
         };
         let learning_rate = optim.learning_rate.unwrap_or(match self.finetuning_type() {
-            FinetuningType::PtuningV2 => 2e-2, // THUDM/ChatGLM2-6B, ptuning/train.sh
-            FinetuningType::Lora => 5e-4,      // THUDM/ChatGLM-6B, ptuning/README.md, comparison with LoRA
+            FinetuningType::PtuningV2 => 2e-2,    // THUDM/ChatGLM2-6B, ptuning/train.sh
+            FinetuningType::PrefixTuning => 1e-2, // PEFT, examples/conditional_generation/peft_prefix_tuning_seq2seq.ipynb
+            FinetuningType::Lora => 5e-4,         // THUDM/ChatGLM-6B, ptuning/README.md, comparison with LoRA
         });
         let adam_epsilon = optim.adam_epsilon.unwrap_or(1e-8);
         Ok(OptimPlan {

@@ -99,15 +99,18 @@ pub struct BatchConfig {
 #[command(next_help_heading = "Method", rename_all = "snake_case")]
 pub struct MethodConfig {
     /// Tuning method [default: ptuning_v2]
-    #[arg(long, value_name = "METHOD", value_parser = named::<FinetuningType>(&["ptuning_v2", "prefix", "lora"]))]
+    #[arg(long, value_name = "METHOD", value_parser = named::<FinetuningType>(&["ptuning_v2", "prefix", "prefix_tuning", "lora"]))]
     pub finetuning_type: Option<FinetuningType>,
     /// Virtual tokens of the prefix [default: 128]
     #[arg(long, value_name = "TOKENS")]
     pub pre_seq_len: Option<usize>,
-    /// Put the prefix through an MLP while training [default: false]
+    /// Put the prefix through an MLP while training [default: false; true for prefix_tuning]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub prefix_projection: Option<bool>,
-    /// Dropout on the prefix [default: 0.1]
+    /// Width of the MLP of prefix_tuning [default: that of one layer's keys]
+    #[arg(long, value_name = "WIDTH")]
+    pub encoder_hidden_size: Option<usize>,
+    /// Dropout on the prefix of ptuning_v2 [default: 0.1]
     #[arg(long, value_name = "SHARE")]
     pub prefix_dropout: Option<f64>,
     /// Rank of the updates of `lora` [default: 8]
@@ -131,7 +134,7 @@ pub struct MethodConfig {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
 #[command(next_help_heading = "Optimizer", rename_all = "snake_case")]
 pub struct OptimConfig {
-    /// Peak learning rate [default: 2e-2 for ptuning_v2, 5e-4 for lora]
+    /// Peak learning rate [default: 2e-2 for ptuning_v2, 1e-2 for prefix_tuning, 5e-4 for lora]
     #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
     /// AdamW's decay of the first moment [default: 0.9]

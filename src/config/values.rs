@@ -37,6 +37,8 @@ pub enum FinetuningType {
     /// Trainable keys and values in every layer (Liu et al. 2021).
     #[serde(alias = "prefix")]
     PtuningV2,
+    /// Trainable keys and values in every layer, by default behind a narrow MLP (Li and Liang 2021), as PEFT has it.
+    PrefixTuning,
     /// Low-rank updates of linear layers (Hu et al. 2021).
     Lora,
 }

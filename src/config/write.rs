@@ -98,6 +98,13 @@ impl From<&MethodPlan> for MethodConfig {
                 prefix_dropout: Some(*prefix_dropout),
                 ..Self::default()
             },
+            MethodPlan::PrefixTuning { pre_seq_len, prefix_projection, encoder_hidden_size } => Self {
+                finetuning_type: Some(FinetuningType::PrefixTuning),
+                pre_seq_len: Some(pre_seq_len.get()),
+                prefix_projection: Some(*prefix_projection),
+                encoder_hidden_size: encoder_hidden_size.map(|width| width.get()),
+                ..Self::default()
+            },
             MethodPlan::Lora { rank, alpha, dropout, targets, use_rslora } => Self {
                 finetuning_type: Some(FinetuningType::Lora),
                 lora_rank: Some(rank.get()),

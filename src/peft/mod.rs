@@ -2,6 +2,8 @@
 
 pub mod export;
 pub mod lora;
+pub mod prefix;
+pub mod prefix_tuning;
 pub mod ptuning_v2;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +23,7 @@ use crate::params::ParamSet;
 #[serde(tag = "name", rename_all = "snake_case")]
 pub enum MethodPlan {
     PtuningV2 { pre_seq_len: NonZeroUsize, prefix_projection: bool, prefix_dropout: f64 },
+    PrefixTuning { pre_seq_len: NonZeroUsize, prefix_projection: bool, encoder_hidden_size: Option<NonZeroUsize> },
     Lora { rank: NonZeroUsize, alpha: f64, dropout: f64, targets: BTreeSet<LinearSite>, use_rslora: bool },
 }
 
@@ -89,8 +92,13 @@ pub trait PeftMethod {
 pub fn create(plan: &MethodPlan, config: &ModelConfig, seed: u64) -> Result<Box<dyn PeftMethod>> {
     Ok(match plan {
         MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } => {
-            let shape = ptuning_v2::Shape::new(config, pre_seq_len.get(), *prefix_projection);
+            let shape = ptuning_v2::shape(config, pre_seq_len.get(), *prefix_projection);
             Box::new(ptuning_v2::PtuningV2::new(shape, *prefix_dropout, seed)?)
+        }
+        MethodPlan::PrefixTuning { pre_seq_len, prefix_projection, encoder_hidden_size } => {
+            let hidden = encoder_hidden_size.map(NonZeroUsize::get);
+            let shape = prefix_tuning::shape(config, pre_seq_len.get(), *prefix_projection, hidden);
+            Box::new(prefix_tuning::PrefixTuning::new(shape, seed)?)
         }
         MethodPlan::Lora { rank, alpha, dropout, targets, use_rslora } => {
             let shape = lora::Shape::new(config, rank.get(), targets);

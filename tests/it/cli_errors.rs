@@ -214,7 +214,7 @@ fn arguments_that_would_change_results_are_refused_with_the_reason() {
       --> command line, `--lora_target`
     "#);
     insta::assert_snapshot!(refused("", &["--finetuning_type", "lora", "--prefix_projection"]), @r"
-    error: `method.prefix_projection` contradicts `method.finetuning_type`: it belongs to ptuning_v2, and the method is lora
+    error: `method.prefix_projection` contradicts `method.finetuning_type`: it belongs to ptuning_v2 and prefix_tuning, and the method is lora
       --> command line, `--prefix_projection`
 
     hint: leave one of the two out

@@ -14,7 +14,7 @@ use glmddp::telemetry::PhaseTimer;
 use glmddp::train::step::{StepSettings, Trainer};
 
 use crate::golden::{ALLOWED, Case, Comparison, cases};
-use crate::golden_model::{golden_lora_name, lora, model, prefix};
+use crate::golden_model::{golden_lora_name, lora, model, prefix, prefix_tuning};
 
 const ADAMW: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
 /// Relative noise of losses and gradient norms where training is not chaotic (golden README: 1e-5 is ample, ten times this).
@@ -119,6 +119,21 @@ fn golden_ten_training_steps_with_and_without_projection() {
             let method = || -> Box<dyn PeftMethod> { Box::new(prefix(&model, &initial)) };
             check_steps(&case, file, &model, &Steps { steps, slot: &slot, method: &method, lr: 2e-2, golden_name: str::to_owned });
         }
+    }
+}
+
+#[test]
+fn golden_training_steps_of_prefix_tuning() {
+    for case in cases() {
+        let (model, inputs, file) = (model(&case), case.tensors("inputs").unwrap(), "train_prefix_tuning_proj");
+        let slot = |step: usize, _: usize| micro_batch(&inputs["tr_ids"].get(step).unwrap(), &inputs["tr_labels"].get(step).unwrap());
+        let (Some(json), Some(initial)) = (case.json(file), case.tensors("prefix_tuning_proj")) else {
+            println!("golden {:<12} {file} NOT RUN: the case does not have it", case.name());
+            continue;
+        };
+        let steps = json["loss"].as_array().unwrap().len();
+        let method = || -> Box<dyn PeftMethod> { Box::new(prefix_tuning(&model, &initial)) };
+        check_steps(&case, file, &model, &Steps { steps, slot: &slot, method: &method, lr: 1e-3, golden_name: str::to_owned });
     }
 }
 

@@ -12,6 +12,7 @@ use crate::support;
 /// Rows of a step: 12 micro-batches of 2, which 1, 2, 3 and 4 ranks share evenly.
 const BATCH: [&str; 4] = ["--per_device_train_batch_size", "2", "--global_batch_size", "24"];
 const PREFIX: [&str; 4] = ["--finetuning_type", "ptuning_v2", "--pre_seq_len", "8"];
+const PEFT_PREFIX: [&str; 4] = ["--finetuning_type", "prefix_tuning", "--pre_seq_len", "8"];
 const LOW_RANK: [&str; 8] =
     ["--finetuning_type", "lora", "--lora_rank", "4", "--lora_target", "query_key_value,dense_4h_to_h", "--lora_dropout", "0.1"];
 /// A job that fails must end within this time.
@@ -87,6 +88,11 @@ impl Setup {
 #[test]
 fn mpirun_train_of_a_prefix_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
     same_bits_on_1_to_4_ranks_and_over_resumes(&PREFIX);
+}
+
+#[test]
+fn mpirun_train_of_a_peft_prefix_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&PEFT_PREFIX);
 }
 
 #[test]

@@ -1,0 +1,96 @@
+//! Prefix tuning: trainable keys and values for every layer, by default behind an MLP (Li and Liang 2021, arXiv:2101.00190), with PEFT's names
+//! and sizes (peft/tuners/prefix_tuning/model.py, PrefixEncoder). Against P-Tuning v2 the MLP reads narrow rows, and nothing is dropped.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Result, Tensor};
+use serde_json::Value;
+
+use super::export::{self, ExportError, Files, PrefixShape};
+use super::prefix::{Names, PrefixEncoder, Projection, Shape};
+use super::{ExportContext, PeftMethod, RowContext, TrainHooks};
+use crate::model::ModelConfig;
+use crate::params::ParamSet;
+
+pub const NAME: &str = "prefix_tuning";
+/// PEFT's names of the parameters.
+pub const NAMES: Names = Names {
+    embedding: "embedding.weight",
+    first: ["transform.0.weight", "transform.0.bias"],
+    second: ["transform.2.weight", "transform.2.bias"],
+};
+
+/// Sizes of a prefix; PEFT's projection reads rows as wide as one layer's key (`token_dim`), and so is its hidden layer unless told otherwise.
+pub fn shape(config: &ModelConfig, virtual_tokens: usize, projection: bool, encoder_hidden_size: Option<usize>) -> Shape {
+    let token_dim = config.multi_query_group_num * config.kv_channels;
+    let mlp = Projection { input: token_dim, hidden: encoder_hidden_size.unwrap_or(token_dim) };
+    Shape::new(config, virtual_tokens, projection.then_some(mlp))
+}
+
+/// A prefix under PEFT's names.
+pub struct PrefixTuning {
+    encoder: PrefixEncoder,
+}
+
+impl PrefixTuning {
+    /// # Errors
+    /// When a tensor cannot be made.
+    pub fn new(shape: Shape, seed: u64) -> Result<Self> {
+        Ok(Self { encoder: PrefixEncoder::new(shape, &NAMES, 0.0, seed)? })
+    }
+
+    /// # Errors
+    /// As [`PrefixEncoder::from_tensors`].
+    pub fn from_tensors(shape: Shape, tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
+        Ok(Self { encoder: PrefixEncoder::from_tensors(shape, &NAMES, 0.0, 0, tensors)? })
+    }
+
+    /// What the model sees, `[P, W]`.
+    pub fn table(&self) -> &Tensor {
+        self.encoder.table()
+    }
+}
+
+impl PeftMethod for PrefixTuning {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn params(&self) -> &ParamSet {
+        self.encoder.params()
+    }
+
+    fn params_mut(&mut self) -> &mut ParamSet {
+        self.encoder.params_mut()
+    }
+
+    fn refresh(&mut self) -> Result<()> {
+        self.encoder.refresh()
+    }
+
+    fn hooks<'a>(&'a self, rows: RowContext<'a>) -> Result<Box<dyn TrainHooks + 'a>> {
+        self.encoder.hooks(rows)
+    }
+
+    fn site_len(&self) -> usize {
+        self.encoder.site_len()
+    }
+
+    fn param_grad(&self, site_grad: &Tensor) -> Result<Tensor> {
+        self.encoder.param_grad(site_grad)
+    }
+
+    fn sizes(&self) -> BTreeMap<String, Value> {
+        let shape = self.encoder.shape();
+        BTreeMap::from([
+            ("pre_seq_len".to_owned(), shape.virtual_tokens.into()),
+            ("encoder_hidden_size".to_owned(), shape.projection.map_or(Value::Null, |p| p.hidden.into())),
+        ])
+    }
+
+    /// The encoder's output: PEFT keeps no encoder, so a run goes on from a checkpoint and not from this.
+    fn export(&self, context: &ExportContext) -> std::result::Result<Files, ExportError> {
+        let shape = PrefixShape::of(context.config, self.encoder.shape().virtual_tokens);
+        export::peft_files(&shape, self.encoder.table(), &context.model_dir.display().to_string(), context.about)
+    }
+}
