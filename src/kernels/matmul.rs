@@ -1,7 +1,7 @@
 //! Matrix products, counted.
 //!
 //! `nt`: y = x Wᵀ, the forward of a linear layer whose weight is `[out, in]`. `nn`: dx = dy W, its backward towards the input.
-//! On a CPU they run [`super::gemm`]; a row's result depends neither on the other rows nor on the number of threads.
+//! On a CPU they run `gemm.rs`; a row's result depends neither on the other rows nor on the number of threads.
 #![allow(unsafe_code, reason = "products are written to memory that nobody cleared first")]
 
 use std::mem::MaybeUninit;
