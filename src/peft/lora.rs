@@ -115,13 +115,20 @@ impl Lora {
     pub fn read_peft(dir: &Path, config: &ModelConfig) -> std::result::Result<Self, ExportError> {
         let file = export::PeftFile::open(dir, "LORA")?;
         file.expect("bias", &json!("none"))?;
-        for key in ["use_dora", "fan_in_fan_out"] {
+        for key in ["use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"] {
             file.expect(key, &json!(false))?;
         }
         for key in ["rank_pattern", "alpha_pattern"] {
             file.expect(key, &json!({}))?;
         }
-        for key in ["layers_to_transform", "modules_to_save"] {
+        for key in [
+            "layers_to_transform",
+            "modules_to_save",
+            "layer_replication",
+            "exclude_modules",
+            "target_parameters",
+            "trainable_token_indices",
+        ] {
             file.expect(key, &Value::Null)?;
         }
         let targets: BTreeSet<LinearSite> = file.read("target_modules", "a list of linear layers of a block")?;
