@@ -123,9 +123,12 @@ impl ParamSet {
         self.layout.views(&self.flat)
     }
 
-    /// Replaces the values; names and shapes must be those of this set.
+    /// Replaces the values in place, so that every view sees them; names and shapes must be those of this set.
     pub fn load(&mut self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
-        self.flat = self.layout.flatten(tensors)?.to_device(self.flat.device())?;
+        let values = self.layout.flatten(tensors)?.to_device(self.flat.device())?;
+        if self.layout.num_elements() > 0 {
+            self.flat.slice_set(&values, 0, 0)?;
+        }
         Ok(())
     }
 }

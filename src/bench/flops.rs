@@ -3,8 +3,9 @@
 use serde::Serialize;
 
 use super::setup::{Bench, BenchSetup};
-use crate::kernels::{attention, matmul};
-use crate::model::Recompute;
+use crate::config::arithmetic::token_flops;
+use crate::kernels::matmul;
+use crate::model::shape::ModelShape;
 use crate::train::TrainError;
 use crate::train::backprop;
 
@@ -15,9 +16,9 @@ pub struct Flops {
     pub target_tokens: u64,
     /// What the kernels counted.
     pub counted: u64,
-    /// 4N (6N with recompute) of the blocks' weights a token, 4N of the head a target, attention, and low-rank updates.
+    /// 4N (6N with recompute) of the blocks' weights a token, 4N of the head a target, attention, and what the method adds or leaves out.
     pub ideal: u64,
-    /// What a gradient of every weight would cost on top, 2N a token; none of it may be in `counted`.
+    /// What a gradient of every weight costs on top, 2N a token.
     pub weight_gradients: u64,
 }
 
@@ -38,25 +39,12 @@ pub fn count(setup: &BenchSetup) -> Result<Flops, TrainError> {
     backprop::forward_backward(&bench.model, &*bench.method, &batch, setup.recompute)?;
     let counted = matmul::flops() - before;
     let (tokens, targets) = (batch.ids.len() as u64, batch.targets.len() as u64);
-    let (block, head) = weights(setup);
-    let attention = attention::ideal_flops(&batch.row_bounds, setup.prefix_len(), bench.model.heads()) * setup.layers as u64;
-    let passes = if setup.recompute == Recompute::Block { 2 } else { 1 };
-    // Forward 2N (twice with recompute) and 2N towards the input; attention's backward is two products where its forward has one.
-    let base = 2 * (passes + 1) * block * tokens + 4 * head * targets + (passes + 2) * attention;
-    let ideal = base + updates(setup, passes) * tokens;
+    let shape = ModelShape::from(&bench.model.config);
+    let costs = setup.method.settings().costs(&shape)?;
+    let per_token = token_flops(&shape, &costs, setup.recompute);
+    let rows: u64 =
+        batch.row_bounds.windows(2).map(|b| per_token.row(costs.soft_tokens + (b[1] - b[0]) as u64, 0, costs.prefix_tokens)).sum();
+    let ideal = rows + per_token.head * targets;
+    let (block, head) = (shape.trunk_weights(), shape.head_weights());
     Ok(Flops { tokens, target_tokens: targets, counted, ideal, weight_gradients: 2 * block * tokens + 2 * head * targets })
-}
-
-/// FLOPs of a token in low-rank updates: x Aᵀ and B forward; x Aᵀ again, dA, dx (but in layer 0), dB and dy B backward.
-fn updates(s: &BenchSetup, passes: u64) -> u64 {
-    let (a, b) = ((s.lora * s.hidden) as u64, (s.lora * (s.heads + 2 * s.groups) * s.kv) as u64);
-    2 * s.layers as u64 * (passes * (a + b) + 3 * a + 2 * b) - 2 * a
-}
-
-/// Weights that a token passes: those of all blocks, and the head's.
-fn weights(s: &BenchSetup) -> (u64, u64) {
-    let qkv = s.hidden * (s.heads + 2 * s.groups) * s.kv;
-    let dense = s.heads * s.kv * s.hidden;
-    let mlp = 3 * s.hidden * s.ffn;
-    ((s.layers * (qkv + dense + mlp)) as u64, (s.vocab * s.hidden) as u64)
 }

@@ -16,12 +16,9 @@ use crate::data::{self, Alone, Dataset, MicroBatch, collate::collate, demo};
 use crate::dist::Reduction;
 use crate::kernels::host;
 use crate::model::config::Rope;
-use crate::model::hooks::LinearSite;
 use crate::model::{ChatGlm2, ModelConfig, Recompute, RopeTable};
 use crate::optim::{AdamW, AdamWConfig};
-use crate::peft::PeftMethod;
-use crate::peft::lora::{self, Lora};
-use crate::peft::ptuning_v2::{self, PtuningV2};
+use crate::peft::{self, MethodPlan, PeftMethod};
 use crate::rng::{KeyedRng, Stream, name_key, unit};
 use crate::tokenizer::{GlmTokenizer, train_small};
 use crate::train::TrainError;
@@ -38,9 +35,7 @@ pub struct BenchSetup {
     pub groups: usize,
     pub kv: usize,
     pub vocab: usize,
-    pub pre_seq_len: usize,
-    /// Rank of updates of query_key_value in place of the prefix; 0: the prefix.
-    pub lora: usize,
+    pub method: MethodPlan,
     /// Rows of a micro-batch.
     pub rows: NonZeroUsize,
     /// Micro-batches of a step.
@@ -70,13 +65,9 @@ impl Bench {
     pub fn new(setup: &BenchSetup) -> Result<Self, TrainError> {
         let config = setup.config();
         let data = setup.data()?;
-        let model = ChatGlm2::from_tensors(config.clone(), RopeTable::Exact, random)?;
-        let method: Box<dyn PeftMethod> = if setup.lora > 0 {
-            let shape = lora::Shape::new(&config, setup.lora, &[LinearSite::QueryKeyValue].into());
-            Box::new(Lora::new(shape, lora::Scale { alpha: 16.0, use_rslora: false }, 0.0, 0)?)
-        } else {
-            Box::new(PtuningV2::new(ptuning_v2::shape(&config, setup.pre_seq_len, false), 0.1, 0)?)
-        };
+        let mut model = ChatGlm2::from_tensors(config, RopeTable::Exact, random)?;
+        let method = peft::create(&setup.method, &model, 0)?;
+        model.replace_weights(&method.trained_base_weights()?)?;
         let adamw = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let optimizer = AdamW::new(adamw, method.params().layout().num_elements(), model.device())?;
         let settings = StepSettings {
@@ -104,11 +95,6 @@ impl Bench {
 }
 
 impl BenchSetup {
-    /// Virtual tokens before each row.
-    pub fn prefix_len(&self) -> usize {
-        if self.lora > 0 { 0 } else { self.pre_seq_len }
-    }
-
     fn config(&self) -> ModelConfig {
         ModelConfig {
             name: "bench".to_owned(),
@@ -201,8 +187,6 @@ pub fn describe(setup: &BenchSetup) -> BTreeMap<&'static str, usize> {
         ("groups", setup.groups),
         ("kv", setup.kv),
         ("vocab", setup.vocab),
-        ("pre_seq_len", setup.prefix_len()),
-        ("lora", setup.lora),
         ("rows", setup.rows.get()),
         ("slots", setup.slots.get()),
     ])

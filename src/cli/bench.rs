@@ -14,6 +14,8 @@ use crate::bench::setup::{BenchSetup, describe};
 use crate::bench::step::{self, StepTimes};
 use crate::dist;
 use crate::model::Recompute;
+use crate::peft::keys::{MethodKeys, named};
+use crate::peft::{FinetuningType, METHOD_NAMES, MethodPlan};
 
 /// Measure a training step on a random model and real or demo rows
 #[derive(Clone, Debug, Args)]
@@ -50,11 +52,15 @@ pub struct SizeArgs {
     pub kv: NonZeroUsize,
     #[arg(long, default_value = "65024")]
     pub vocab: NonZeroUsize,
+    /// Tuning method, with its defaults but for dropout of LoRA: none
+    #[arg(long, default_value = "ptuning_v2", value_parser = named::<FinetuningType>(METHOD_NAMES))]
+    pub method: FinetuningType,
+    /// Virtual tokens of a prefix
     #[arg(long, default_value = "128")]
     pub pre_seq_len: NonZeroUsize,
-    /// Rank of LoRA on query_key_value in place of the prefix [default: 0, the prefix]
-    #[arg(long, value_name = "RANK", default_value = "0", hide_default_value = true)]
-    pub lora: usize,
+    /// LoRA of this rank on query_key_value, alpha 16
+    #[arg(long, value_name = "RANK", conflicts_with = "method")]
+    pub lora: Option<NonZeroUsize>,
     /// Rows of a micro-batch
     #[arg(long, default_value = "4")]
     pub rows: NonZeroUsize,
@@ -124,8 +130,21 @@ pub struct ScalingArgs {
 }
 
 impl SizeArgs {
-    fn setup(&self, slots: NonZeroUsize) -> BenchSetup {
-        BenchSetup {
+    fn method(&self) -> anyhow::Result<MethodPlan> {
+        let kind = if self.lora.is_some() { FinetuningType::Lora } else { self.method };
+        let reads = |key: &str| kind.keys().contains(&key);
+        let keys = MethodKeys {
+            pre_seq_len: reads("pre_seq_len").then_some(self.pre_seq_len.get()),
+            lora_rank: self.lora.map(NonZeroUsize::get),
+            lora_alpha: self.lora.map(|_| 16.0),
+            lora_dropout: reads("lora_dropout").then_some(0.0),
+            ..MethodKeys::default()
+        };
+        MethodPlan::resolve(kind, &keys).map_err(|e| anyhow::anyhow!("`{}` is {}, expected {}", e.key, e.found, e.expected))
+    }
+
+    fn setup(&self, slots: NonZeroUsize) -> anyhow::Result<BenchSetup> {
+        Ok(BenchSetup {
             layers: self.layers.get(),
             hidden: self.hidden.get(),
             ffn: self.ffn.get(),
@@ -133,15 +152,14 @@ impl SizeArgs {
             groups: self.groups.get(),
             kv: self.kv.get(),
             vocab: self.vocab.get(),
-            pre_seq_len: self.pre_seq_len.get(),
-            lora: self.lora,
+            method: self.method()?,
             rows: self.rows,
             slots,
             recompute: if self.recompute { Recompute::Block } else { Recompute::None },
             tokenizer: self.tokenizer.clone(),
             train_file: self.train_file.clone(),
             seq: self.seq.get(),
-        }
+        })
     }
 }
 
@@ -154,7 +172,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 fn count(args: &FlopsArgs) -> anyhow::Result<()> {
-    let mut setup = args.sizes.setup(NonZeroUsize::MIN);
+    let mut setup = args.sizes.setup(NonZeroUsize::MIN)?;
     let mut reports = Vec::new();
     for recompute in [Recompute::None, Recompute::Block] {
         setup.recompute = recompute;
@@ -176,7 +194,7 @@ fn flops_lines(recompute: Recompute, f: &Flops) -> String {
     format!(
         "recompute {name}: counted {} FLOPs for {} tokens, {} in the loss\n\
          {:>18} ideal {} ({n} + attention), counted / ideal {:.4}\n\
-         {:>18} gradients of frozen weights would be {} more: none computed\n",
+         {:>18} gradients of all weights are {} of a step that trains them\n",
         thousands(f.counted),
         f.tokens,
         f.target_tokens,
@@ -194,7 +212,7 @@ fn time(args: &StepArgs) -> anyhow::Result<()> {
     let threads = dist::plan_threads(&*group, args.threads)?;
     dist::install_thread_pool(threads.count)?;
     let slots = args.slots.unwrap_or(NonZeroUsize::new(group.world_size()).unwrap_or(NonZeroUsize::MIN));
-    let result = step::run(&args.sizes.setup(slots), &*group, args.warmup, args.steps.get());
+    let result = step::run(&args.sizes.setup(slots)?, &*group, args.warmup, args.steps.get());
     let times = match result {
         Ok(times) => times,
         Err(error) if group.world_size() > 1 => group.abort(&error.to_string()),
@@ -277,7 +295,6 @@ fn launch(args: &ScalingArgs, ranks: usize) -> anyhow::Result<StepTimes> {
         ("kv", z.kv.get()),
         ("vocab", z.vocab.get()),
         ("pre_seq_len", z.pre_seq_len.get()),
-        ("lora", z.lora),
         ("rows", z.rows.get()),
         ("seq", z.seq.get()),
         ("steps", s.steps.get()),
@@ -288,6 +305,10 @@ fn launch(args: &ScalingArgs, ranks: usize) -> anyhow::Result<StepTimes> {
     for (name, value) in numbers {
         command.arg(format!("--{name}={value}"));
     }
+    match z.lora {
+        Some(rank) => command.arg(format!("--lora={rank}")),
+        None => command.arg(format!("--method={}", z.method.name())),
+    };
     if z.recompute {
         command.arg("--recompute");
     }

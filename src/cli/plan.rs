@@ -8,13 +8,14 @@ use super::run_args::RunArgs;
 use super::text::{bytes, columns, si, thousands};
 use super::{environment, report};
 use crate::config::Plan;
-use crate::config::arithmetic::{Arithmetic, Length, ModelShape, plan_arithmetic, plan_length};
-use crate::config::plan::{BatchPlan, DataPlan, Duration, MethodPlan, Recompute, Resume};
+use crate::config::arithmetic::{Arithmetic, Length, plan_arithmetic, plan_length};
+use crate::config::plan::{BatchPlan, DataPlan, Duration, Recompute, Resume};
 use crate::config::values::name_of;
 use crate::data::DataError;
 use crate::data::record::Columns;
 use crate::data::rows::Rows;
 use crate::model::config::{ModelConfig, ModelError};
+use crate::model::shape::ModelShape;
 
 /// Show what a run would do: rows a step, steps, tokens, FLOPs, memory
 #[derive(Clone, Debug, Args)]
@@ -35,7 +36,7 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     let shape = model_shape(&plan.model.model_name_or_path)?;
-    let arithmetic = shape.as_ref().map(|shape| plan_arithmetic(shape, &plan));
+    let arithmetic = shape.as_ref().map(|shape| plan_arithmetic(shape, &plan)).transpose()?;
     let length = plan_length(&plan, num_train_rows(&plan.data)?);
     let text = if args.json {
         let json = serde_json::json!({ "plan": plan, "length": length, "shape": shape, "arithmetic": arithmetic });
@@ -108,21 +109,7 @@ fn model_text(plan: &Plan, costs: Option<(&ModelShape, &Arithmetic)>) -> String 
 }
 
 fn method_text(plan: &Plan, arithmetic: Option<&Arithmetic>) -> String {
-    let mut text = match &plan.method {
-        MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } => {
-            let projection = if *prefix_projection { " through an MLP" } else { "" };
-            format!("P-Tuning v2: {pre_seq_len} virtual tokens{projection}, dropout {prefix_dropout}")
-        }
-        MethodPlan::PrefixTuning { pre_seq_len, prefix_projection, .. } => {
-            let projection = if *prefix_projection { " through an MLP" } else { "" };
-            format!("prefix tuning: {pre_seq_len} virtual tokens{projection}")
-        }
-        MethodPlan::Lora { rank, alpha, dropout, targets, use_rslora } => {
-            let (name, root) = if *use_rslora { ("rsLoRA", "sqrt(rank)") } else { ("LoRA", "rank") };
-            let targets: Vec<_> = targets.iter().map(|site| site.module()).collect();
-            format!("{name}: rank {rank}, alpha {alpha} (counts alpha / {root}), dropout {dropout}, on {}", targets.join(", "))
-        }
-    };
+    let mut text = plan.method.settings().describe();
     if let Some(a) = arithmetic {
         let share = 100.0 * a.trainable_parameters as f64 / a.base_parameters as f64;
         text += &format!("\n{} trainable parameters = {share:.2} % of the base", thousands(a.trainable_parameters));

@@ -1,91 +1,19 @@
 //! What a plan costs: parameters, FLOPs a token, bytes a rank. Pure functions of the model's sizes and the plan.
 //!
-//! N below is the number of weights in matrix products (all linears, the head included, the embedding table not). Everything in the base
-//! is frozen, so the backward pass computes input gradients only: 2N forward, 2N backward, and 2N more where blocks are recomputed. The
+//! N below is the number of weights in matrix products (all linears, the head included, the embedding table not). Where the base
+//! is frozen, the backward pass computes input gradients only: 2N forward, 2N backward, and 2N more where blocks are recomputed. The
 //! head works on target positions only.
 
 use serde::Serialize;
 
-use crate::model::config::ModelConfig;
-use crate::model::hooks::LinearSite;
-
-use super::plan::{BatchPlan, MethodPlan, Plan, Recompute, Reduction};
+use super::plan::{BatchPlan, Plan, Recompute, Reduction};
+use crate::model::shape::ModelShape;
+use crate::peft::{Costs, MethodError};
 
 /// Logits are computed for so many target positions at a time.
 pub const LOGITS_CHUNK_ROWS: usize = 512;
 
 const F32_BYTES: u64 = 4;
-
-/// The sizes in config.json that costs depend on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct ModelShape {
-    pub layers: u64,
-    pub hidden: u64,
-    pub ffn: u64,
-    pub heads: u64,
-    pub groups: u64,
-    /// Channels of a head.
-    pub kv: u64,
-    pub vocab: u64,
-}
-
-impl From<&ModelConfig> for ModelShape {
-    fn from(config: &ModelConfig) -> Self {
-        Self {
-            layers: config.num_layers as u64,
-            hidden: config.hidden_size as u64,
-            ffn: config.ffn_hidden_size as u64,
-            heads: config.num_attention_heads as u64,
-            groups: config.multi_query_group_num as u64,
-            kv: config.kv_channels as u64,
-            vocab: config.padded_vocab_size as u64,
-        }
-    }
-}
-
-impl ModelShape {
-    /// Width of the joined query, key and value projection.
-    pub fn qkv_width(&self) -> u64 {
-        (self.heads + 2 * self.groups) * self.kv
-    }
-
-    /// (out, in) of a block's linear layer.
-    pub fn linear(&self, site: LinearSite) -> (u64, u64) {
-        match site {
-            LinearSite::QueryKeyValue => (self.qkv_width(), self.hidden),
-            LinearSite::Dense => (self.hidden, self.heads * self.kv),
-            LinearSite::DenseHTo4h => (2 * self.ffn, self.hidden),
-            LinearSite::Dense4hToH => (self.hidden, self.ffn),
-        }
-    }
-
-    /// Weights of the blocks' linears.
-    pub fn trunk_weights(&self) -> u64 {
-        self.layers * LinearSite::ALL.into_iter().map(|site| self.linear(site)).map(|(out, input)| out * input).sum::<u64>()
-    }
-
-    pub fn head_weights(&self) -> u64 {
-        self.vocab * self.hidden
-    }
-
-    /// All parameters: linears, query-key-value bias, norms, embedding table, head.
-    pub fn parameters(&self) -> u64 {
-        self.trunk_weights() + self.layers * (self.qkv_width() + 2 * self.hidden) + self.hidden + 2 * self.head_weights()
-    }
-
-    /// f32 values that the backward pass of one layer needs of one token.
-    pub fn saved_floats(&self, recompute: Recompute) -> u64 {
-        match recompute {
-            Recompute::None => self.hidden + self.qkv_width() + self.heads * self.kv + self.hidden + 2 * self.ffn,
-            Recompute::Block => self.hidden,
-        }
-    }
-
-    /// Keys and values of one virtual token in all layers.
-    pub fn prefix_width(&self) -> u64 {
-        2 * self.layers * self.groups * self.kv
-    }
-}
 
 /// FLOPs of one token in a training step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -141,6 +69,8 @@ pub struct Arithmetic {
     pub matmul_weights: u64,
     pub trainable_parameters: u64,
     pub prefix_tokens: u64,
+    /// Soft tokens before each row; they count as tokens.
+    pub soft_tokens: u64,
     /// Tokens of a row that the model sees, at most: prompt, answer and eos, less the last, which predicts nothing.
     pub max_row_tokens: u64,
     pub max_row_targets: u64,
@@ -148,51 +78,6 @@ pub struct Arithmetic {
     /// FLOPs of one step over all ranks if every row has the greatest length.
     pub max_step_flops: u64,
     pub rank_bytes: RankBytes,
-}
-
-/// What a method costs beyond the base.
-struct MethodCosts {
-    trainable_parameters: u64,
-    /// Elements of the gradient where the method meets the model.
-    site_elements: u64,
-    /// Virtual tokens before each row, in every layer.
-    prefix_tokens: u64,
-    /// FLOPs of a token in its own products.
-    forward: u64,
-    backward: u64,
-}
-
-fn method_costs(shape: &ModelShape, method: &MethodPlan) -> MethodCosts {
-    match method {
-        MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, .. } => {
-            let width = shape.prefix_width();
-            let table = pre_seq_len.get() as u64 * width;
-            let projection = if *prefix_projection { 2 * width * shape.hidden + shape.hidden + width } else { 0 };
-            let prefix_tokens = pre_seq_len.get() as u64;
-            MethodCosts { trainable_parameters: table + projection, site_elements: table, prefix_tokens, forward: 0, backward: 0 }
-        }
-        MethodPlan::PrefixTuning { pre_seq_len, prefix_projection, encoder_hidden_size } => {
-            let (width, prefix_tokens, token_dim) = (shape.prefix_width(), pre_seq_len.get() as u64, shape.groups * shape.kv);
-            let hidden = encoder_hidden_size.map_or(token_dim, |hidden| hidden.get() as u64);
-            let table = prefix_tokens * width;
-            let trained =
-                if *prefix_projection { prefix_tokens * token_dim + hidden * (token_dim + 1) + width * (hidden + 1) } else { table };
-            MethodCosts { trainable_parameters: trained, site_elements: table, prefix_tokens, forward: 0, backward: 0 }
-        }
-        MethodPlan::Lora { rank, targets, .. } => {
-            let sizes = targets.iter().map(|&site| shape.linear(site));
-            let (out, input) = sizes.fold((0, 0), |sum, (out, input)| (sum.0 + out, sum.1 + input));
-            let (b, a) = (shape.layers * rank.get() as u64 * out, shape.layers * rank.get() as u64 * input);
-            MethodCosts {
-                trainable_parameters: a + b,
-                site_elements: a + b,
-                prefix_tokens: 0,
-                forward: 2 * (a + b),
-                // x Aᵀ again, dA and dx; dB and dy B.
-                backward: 2 * (3 * a + 2 * b),
-            }
-        }
-    }
 }
 
 /// Gradients of slots that a rank holds at once, at most: one sum and the new one, or the open subtrees of its share of the slot tree.
@@ -204,46 +89,61 @@ fn gradient_buffers(batch: &BatchPlan, reduction: Reduction) -> u64 {
     }
 }
 
-pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Arithmetic {
-    let MethodCosts { trainable_parameters, site_elements, prefix_tokens, forward: own_forward, backward: own_backward } =
-        method_costs(shape, &plan.method);
-    let passes_recomputed = match plan.model.recompute {
+/// FLOPs of a token under a method with `costs`.
+pub fn token_flops(shape: &ModelShape, costs: &Costs, recompute: Recompute) -> TokenFlops {
+    let passes_recomputed = match recompute {
         Recompute::None => 0,
         Recompute::Block => 1,
     };
     let forward = 2 * shape.trunk_weights();
-    let token_flops = TokenFlops {
-        trunk_forward: forward + own_forward,
-        trunk_backward: forward + own_backward,
-        trunk_recompute: passes_recomputed * (forward + own_forward),
-        head: 4 * shape.head_weights(),
-        attention_per_key: (3 + passes_recomputed) * 4 * shape.layers * shape.heads * shape.kv,
-    };
+    let share = |flops: u64| flops / shape.layers.max(1) * (shape.layers - costs.lowest_layer);
+    let scores = 4 * shape.layers * shape.heads * shape.kv;
+    TokenFlops {
+        trunk_forward: forward + costs.forward,
+        trunk_backward: share(forward) + costs.backward,
+        trunk_recompute: passes_recomputed * (share(forward) + costs.forward),
+        head: 4 * shape.head_weights() + costs.head_backward,
+        attention_per_key: scores + share((2 + passes_recomputed) * scores),
+    }
+}
+
+/// # Errors
+/// When the method's settings name parts that the model does not have.
+pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, MethodError> {
+    let costs = plan.method.settings().costs(shape)?;
+    let token_flops = token_flops(shape, &costs, plan.model.recompute);
     let max_row_targets = plan.data.max_target_length as u64 + 1;
     let max_row_tokens = plan.data.max_source_length as u64 + max_row_targets - 1;
     let rows = plan.batch.rows_per_slot.get() as u64;
-    let micro_batch_tokens = rows * max_row_tokens;
+    let micro_batch_tokens = rows * (costs.soft_tokens + max_row_tokens);
+    let reached = shape.layers - costs.lowest_layer;
     let saved = match plan.model.recompute {
-        Recompute::None => shape.layers * shape.saved_floats(Recompute::None),
-        Recompute::Block => shape.layers * shape.saved_floats(Recompute::Block) + shape.saved_floats(Recompute::None),
+        Recompute::None => reached * shape.saved_floats(Recompute::None) + costs.saved_floats,
+        Recompute::Block => {
+            reached * shape.saved_floats(Recompute::Block) + shape.saved_floats(Recompute::None) + costs.saved_floats / shape.layers.max(1)
+        }
     };
-    Arithmetic {
+    // Trained weights of the base are counted among the trainable ones.
+    let weights = shape.parameters() - costs.trained_base_parameters;
+    Ok(Arithmetic {
         base_parameters: shape.parameters(),
         matmul_weights: shape.trunk_weights() + shape.head_weights(),
-        trainable_parameters,
-        prefix_tokens,
+        trainable_parameters: costs.trainable_parameters,
+        prefix_tokens: costs.prefix_tokens,
+        soft_tokens: costs.soft_tokens,
         max_row_tokens,
         max_row_targets,
         token_flops,
-        max_step_flops: plan.batch.rows_per_step() as u64 * token_flops.row(max_row_tokens, max_row_targets, prefix_tokens),
+        max_step_flops: plan.batch.rows_per_step() as u64
+            * token_flops.row(costs.soft_tokens + max_row_tokens, max_row_targets, costs.prefix_tokens),
         rank_bytes: RankBytes {
-            weights: F32_BYTES * shape.parameters(),
-            trainable: 4 * F32_BYTES * trainable_parameters,
-            slot_sums: F32_BYTES * site_elements * gradient_buffers(&plan.batch, plan.optim.reduction),
+            weights: F32_BYTES * weights,
+            trainable: 4 * F32_BYTES * costs.trainable_parameters,
+            slot_sums: F32_BYTES * costs.site_elements * gradient_buffers(&plan.batch, plan.optim.reduction),
             saved_activations: F32_BYTES * micro_batch_tokens * saved,
             logits: F32_BYTES * (LOGITS_CHUNK_ROWS as u64).min(rows * max_row_targets) * shape.vocab,
         },
-    }
+    })
 }
 
 /// Optimizer steps and, where the number of rows is known, passes over them.
@@ -278,7 +178,17 @@ pub fn plan_length(plan: &Plan, num_rows: Option<u64>) -> Length {
 mod tests {
     use super::*;
 
-    const CHATGLM2_6B: ModelShape = ModelShape { layers: 28, hidden: 4096, ffn: 13696, heads: 32, groups: 2, kv: 128, vocab: 65024 };
+    const CHATGLM2_6B: ModelShape = ModelShape {
+        layers: 28,
+        hidden: 4096,
+        ffn: 13696,
+        heads: 32,
+        groups: 2,
+        kv: 128,
+        vocab: 65024,
+        qkv_bias: true,
+        linear_bias: false,
+    };
 
     #[test]
     fn shape_of_chatglm2_6b_has_the_published_number_of_parameters() {

@@ -3,16 +3,13 @@
 //! The defaults are the published recipe for P-Tuning v2 (THUDM/ChatGLM2-6B `ptuning/train.sh`), with three differences: the loss is the
 //! mean over tokens, `答：` is never cut off, and a step has 16 rows whatever the number of ranks.
 
-use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use serde::Serialize;
-
 use super::plan::*;
-use super::values::{FinetuningType, name_of};
 use super::{ConfigError, Place, RunConfig, Sources};
-use crate::model::hooks::LinearSite;
+use crate::peft::FinetuningType;
+use crate::peft::keys::KeyError;
 
 const ROWS_PER_STEP: usize = 16;
 const MAX_STEPS: u64 = 3000;
@@ -25,14 +22,9 @@ impl RunConfig {
     /// When a needed key is absent, a value is out of its range, or the batch does not fit the ranks.
     pub fn resolve(&self, world_size: usize, sources: &Sources) -> Result<Plan, ConfigError> {
         let resolver = Resolver { config: self, sources, world_size: NonZeroUsize::new(world_size).unwrap_or(NonZeroUsize::MIN) };
-        Ok(Plan {
-            model: resolver.model()?,
-            data: resolver.data()?,
-            batch: resolver.batch()?,
-            method: resolver.method()?,
-            optim: resolver.optim()?,
-            run: resolver.run()?,
-        })
+        let (model, data, batch, method) = (resolver.model()?, resolver.data()?, resolver.batch()?, resolver.method()?);
+        let optim = resolver.optim(&method)?;
+        Ok(Plan { model, data, batch, method, optim, run: resolver.run()? })
     }
 }
 
@@ -124,77 +116,23 @@ impl Resolver<'_> {
     }
 
     fn method(&self) -> Result<MethodPlan, ConfigError> {
-        let method = &self.config.method;
-        let kind = self.finetuning_type();
+        let keys = &self.config.method;
+        let kind = keys.finetuning_type.unwrap_or(FinetuningType::PtuningV2);
         self.refuse_keys_of_other_methods(kind)?;
-        match kind {
-            FinetuningType::PtuningV2 => Ok(MethodPlan::PtuningV2 {
-                pre_seq_len: self.positive("method.pre_seq_len", method.pre_seq_len.unwrap_or(128))?,
-                prefix_projection: method.prefix_projection.unwrap_or(false),
-                prefix_dropout: self.share_below_one("method.prefix_dropout", method.prefix_dropout.unwrap_or(0.1))?,
-            }),
-            FinetuningType::PrefixTuning => Ok(MethodPlan::PrefixTuning {
-                pre_seq_len: self.positive("method.pre_seq_len", method.pre_seq_len.unwrap_or(128))?,
-                prefix_projection: method.prefix_projection.unwrap_or(true),
-                encoder_hidden_size: method
-                    .encoder_hidden_size
-                    .map(|width| self.positive("method.encoder_hidden_size", width))
-                    .transpose()?,
-            }),
-            FinetuningType::Lora => {
-                let rank = self.positive("method.lora_rank", method.lora_rank.unwrap_or(8))?;
-                let alpha = method.lora_alpha.unwrap_or(2.0 * rank.get() as f64);
-                Ok(MethodPlan::Lora {
-                    rank,
-                    alpha: self.within("method.lora_alpha", alpha, alpha > 0.0, "a number above 0")?,
-                    dropout: self.share_below_one("method.lora_dropout", method.lora_dropout.unwrap_or(0.1))?,
-                    targets: self.lora_targets(method.lora_target.as_deref().unwrap_or("query_key_value"))?,
-                    use_rslora: method.use_rslora.unwrap_or(false),
-                })
-            }
-        }
-    }
-
-    fn finetuning_type(&self) -> FinetuningType {
-        self.config.method.finetuning_type.unwrap_or(FinetuningType::PtuningV2)
-    }
-
-    fn lora_targets(&self, text: &str) -> Result<BTreeSet<LinearSite>, ConfigError> {
-        if text == "all" {
-            return Ok(LinearSite::ALL.into());
-        }
-        let sites: Option<BTreeSet<_>> = text.split(',').map(|name| named(&LinearSite::ALL, name.trim())).collect();
-        let expected = "`all` or a list of query_key_value, dense, dense_h_to_4h, dense_4h_to_h, separated by commas";
-        sites.ok_or_else(|| self.value("method.lora_target", format!("\"{text}\""), expected))
+        MethodPlan::resolve(kind, keys).map_err(|KeyError { key, found, expected }| self.value(&format!("method.{key}"), found, expected))
     }
 
     /// A key that the chosen method does not read would be silently without effect.
     fn refuse_keys_of_other_methods(&self, kind: FinetuningType) -> Result<(), ConfigError> {
-        const PREFIXES: &[FinetuningType] = &[FinetuningType::PtuningV2, FinetuningType::PrefixTuning];
-        const LORA: &[FinetuningType] = &[FinetuningType::Lora];
-        let m = &self.config.method;
-        let keys: [(&[FinetuningType], &str, bool); 9] = [
-            (PREFIXES, "method.pre_seq_len", m.pre_seq_len.is_some()),
-            (PREFIXES, "method.prefix_projection", m.prefix_projection.is_some()),
-            (&[FinetuningType::PrefixTuning], "method.encoder_hidden_size", m.encoder_hidden_size.is_some()),
-            (&[FinetuningType::PtuningV2], "method.prefix_dropout", m.prefix_dropout.is_some()),
-            (LORA, "method.lora_rank", m.lora_rank.is_some()),
-            (LORA, "method.lora_alpha", m.lora_alpha.is_some()),
-            (LORA, "method.lora_dropout", m.lora_dropout.is_some()),
-            (LORA, "method.lora_target", m.lora_target.is_some()),
-            (LORA, "method.use_rslora", m.use_rslora.is_some()),
-        ];
-        match keys.into_iter().find(|(owners, _, given)| *given && !owners.contains(&kind)) {
-            Some((owners, key, _)) => {
-                let owners: Vec<_> = owners.iter().map(name_of).collect();
-                let reason = format!("it belongs to {}, and the method is {}", owners.join(" and "), name_of(&kind));
-                Err(ConfigError::Contradiction { other: "method.finetuning_type", reason, place: self.place(key) })
-            }
-            None => Ok(()),
-        }
+        let given = toml::Table::try_from(&self.config.method).map_err(|e| ConfigError::NotText { message: e.to_string() })?;
+        let read = |key: &str, by: FinetuningType| key == "finetuning_type" || by.keys().contains(&key);
+        let Some(key) = given.keys().find(|key| !read(key, kind)) else { return Ok(()) };
+        let owners: Vec<_> = FinetuningType::ALL.iter().filter(|&&other| read(key, other)).map(|other| other.name()).collect();
+        let reason = format!("it belongs to {}, and the method is {}", owners.join(" and "), kind.name());
+        Err(ConfigError::Contradiction { other: "method.finetuning_type", reason, place: self.place(&format!("method.{key}")) })
     }
 
-    fn optim(&self) -> Result<OptimPlan, ConfigError> {
+    fn optim(&self, method: &MethodPlan) -> Result<OptimPlan, ConfigError> {
         let optim = &self.config.optim;
         let not_negative = |key, x: f64| self.within(key, x, x >= 0.0, "a number of 0 or more");
         let max_grad_norm = not_negative("optim.max_grad_norm", optim.max_grad_norm.unwrap_or(1.0))?;
@@ -204,11 +142,7 @@ impl Resolver<'_> {
             }
             (steps, _) => Warmup::Steps(steps),
         };
-        let learning_rate = optim.learning_rate.unwrap_or(match self.finetuning_type() {
-            FinetuningType::PtuningV2 => 2e-2,    // THUDM/ChatGLM2-6B, ptuning/train.sh
-            FinetuningType::PrefixTuning => 1e-2, // PEFT, examples/conditional_generation/peft_prefix_tuning_seq2seq.ipynb
-            FinetuningType::Lora => 5e-4,         // THUDM/ChatGLM-6B, ptuning/README.md, comparison with LoRA
-        });
+        let learning_rate = optim.learning_rate.unwrap_or(method.settings().learning_rate());
         let adam_epsilon = optim.adam_epsilon.unwrap_or(1e-8);
         Ok(OptimPlan {
             learning_rate: self.within("optim.learning_rate", learning_rate, learning_rate > 0.0, "a number above 0")?,
@@ -278,11 +212,6 @@ impl Resolver<'_> {
     fn share_below_one(&self, key: &str, value: f64) -> Result<f64, ConfigError> {
         self.within(key, value, (0.0..1.0).contains(&value), "a share of at least 0 and below 1")
     }
-}
-
-/// The one of `all` that serde writes as `name`.
-fn named<T: Serialize + Copy>(all: &[T], name: &str) -> Option<T> {
-    all.iter().copied().find(|value| name_of(value) == name)
 }
 
 fn required(key: &'static str, path: Option<&PathBuf>) -> Result<PathBuf, ConfigError> {

@@ -11,7 +11,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::plan::{LossMean, OnBadRow, Recompute, Reduction, RopeTable, SchedulerType, Truncation};
-use super::values::{FinetuningType, ResumeFrom, named};
+use super::values::{ResumeFrom, named};
+pub use crate::peft::keys::MethodKeys as MethodConfig;
 
 /// `[model]`
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
@@ -92,42 +93,6 @@ pub struct BatchConfig {
     /// Rows of a step over all ranks; the accumulation follows from it, and any number of ranks trains alike [default: 16]
     #[arg(long, value_name = "ROWS")]
     pub global_batch_size: Option<usize>,
-}
-
-/// `[method]`
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
-#[command(next_help_heading = "Method", rename_all = "snake_case")]
-pub struct MethodConfig {
-    /// Tuning method [default: ptuning_v2]
-    #[arg(long, value_name = "METHOD", value_parser = named::<FinetuningType>(&["ptuning_v2", "prefix", "prefix_tuning", "lora"]))]
-    pub finetuning_type: Option<FinetuningType>,
-    /// Virtual tokens of the prefix [default: 128]
-    #[arg(long, value_name = "TOKENS")]
-    pub pre_seq_len: Option<usize>,
-    /// Put the prefix through an MLP while training [default: false; true for prefix_tuning]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub prefix_projection: Option<bool>,
-    /// Width of the MLP of prefix_tuning [default: that of one layer's keys]
-    #[arg(long, value_name = "WIDTH")]
-    pub encoder_hidden_size: Option<usize>,
-    /// Dropout on the prefix of ptuning_v2 [default: 0.1]
-    #[arg(long, value_name = "SHARE")]
-    pub prefix_dropout: Option<f64>,
-    /// Rank of the updates of `lora` [default: 8]
-    #[arg(long, value_name = "RANK")]
-    pub lora_rank: Option<usize>,
-    /// The updates count alpha / rank times [default: twice the rank]
-    #[arg(long, value_name = "ALPHA")]
-    pub lora_alpha: Option<f64>,
-    /// Dropout before the updates [default: 0.1]
-    #[arg(long, value_name = "SHARE")]
-    pub lora_dropout: Option<f64>,
-    /// Linear layers that get updates, separated by commas: query_key_value, dense, dense_h_to_4h, dense_4h_to_h or all [default: query_key_value]
-    #[arg(long, value_name = "LAYERS")]
-    pub lora_target: Option<String>,
-    /// Let the updates count alpha / sqrt(rank) times [default: false]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub use_rslora: Option<bool>,
 }
 
 /// `[optim]`

@@ -4,43 +4,18 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use serde::de::value::{Error as NameError, StrDeserializer};
-use serde::de::{DeserializeOwned, IntoDeserializer};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::plan::Resume;
+pub use crate::peft::FinetuningType;
+pub use crate::peft::keys::named;
 
-/// Reads one of `names` on the command line, as serde reads it in a file; help and completions list them.
-pub fn named<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
-where
-    T: DeserializeOwned + Clone + Send + Sync + 'static,
-{
-    PossibleValuesParser::new(names).try_map(|name| {
-        let name: StrDeserializer<'_, NameError> = name.as_str().into_deserializer();
-        T::deserialize(name)
-    })
-}
-
-/// The name by which a user gives `value`: the inverse of [`named`].
+/// The name by which a user gives `value`: the inverse of [`named()`].
 pub fn name_of(value: &impl Serialize) -> String {
     match toml::Value::try_from(value) {
         Ok(toml::Value::String(name)) => name,
         _ => String::new(),
     }
-}
-
-/// The tuning method as users name it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FinetuningType {
-    /// Trainable keys and values in every layer (Liu et al. 2021).
-    #[serde(alias = "prefix")]
-    PtuningV2,
-    /// Trainable keys and values in every layer, by default behind a narrow MLP (Li and Liang 2021), as PEFT has it.
-    PrefixTuning,
-    /// Low-rank updates of linear layers (Hu et al. 2021).
-    Lora,
 }
 
 /// `resume_from_checkpoint`: a path, or `true` / `latest` for the newest checkpoint of `output_dir`, or `false`.

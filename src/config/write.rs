@@ -2,7 +2,7 @@
 
 use super::plan::*;
 use super::sections::*;
-use super::values::{FinetuningType, ResumeFrom, name_of};
+use super::values::ResumeFrom;
 use super::{ConfigError, RunConfig};
 
 impl From<&Plan> for RunConfig {
@@ -45,7 +45,7 @@ impl From<&Plan> for RunConfig {
                 gradient_accumulation_steps: None,
                 global_batch_size: Some(batch.rows_per_step()),
             },
-            method: method.into(),
+            method: method.settings().keys(),
             optim: OptimConfig {
                 learning_rate: Some(optim.learning_rate),
                 adam_beta1: Some(optim.adam_beta1),
@@ -85,35 +85,5 @@ impl Plan {
     /// When a path is not UTF-8.
     pub fn to_toml(&self) -> Result<String, ConfigError> {
         toml::to_string(&RunConfig::from(self)).map_err(|e| ConfigError::NotText { message: e.to_string() })
-    }
-}
-
-impl From<&MethodPlan> for MethodConfig {
-    fn from(plan: &MethodPlan) -> Self {
-        match plan {
-            MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } => Self {
-                finetuning_type: Some(FinetuningType::PtuningV2),
-                pre_seq_len: Some(pre_seq_len.get()),
-                prefix_projection: Some(*prefix_projection),
-                prefix_dropout: Some(*prefix_dropout),
-                ..Self::default()
-            },
-            MethodPlan::PrefixTuning { pre_seq_len, prefix_projection, encoder_hidden_size } => Self {
-                finetuning_type: Some(FinetuningType::PrefixTuning),
-                pre_seq_len: Some(pre_seq_len.get()),
-                prefix_projection: Some(*prefix_projection),
-                encoder_hidden_size: encoder_hidden_size.map(|width| width.get()),
-                ..Self::default()
-            },
-            MethodPlan::Lora { rank, alpha, dropout, targets, use_rslora } => Self {
-                finetuning_type: Some(FinetuningType::Lora),
-                lora_rank: Some(rank.get()),
-                lora_alpha: Some(*alpha),
-                lora_dropout: Some(*dropout),
-                lora_target: Some(targets.iter().map(name_of).collect::<Vec<_>>().join(",")),
-                use_rslora: Some(*use_rslora),
-                ..Self::default()
-            },
-        }
     }
 }

@@ -139,12 +139,6 @@ pub fn bwd(
     Ok(Grads { dqkv: dqkv.map(|v| host::tensor(v, &[t, width])).transpose()?, dprefix })
 }
 
-/// Floating point operations of [`fwd`] if no masked score were computed: two products for every visible (query, key) pair, of unpadded rows.
-pub fn ideal_flops(bounds: &[usize], prefix_len: usize, heads: Heads) -> u64 {
-    let pairs: usize = bounds.windows(2).map(|b| b[1] - b[0]).map(|n| n * prefix_len + n * (n + 1) / 2).sum();
-    (4 * pairs * heads.num_heads * heads.head_dim) as u64
-}
-
 fn check(qkv: &Tensor, prefix: Option<Prefix>, rows: Rows, heads: Heads) -> Result<usize> {
     host::check(qkv, "attention")?;
     let (t, width) = qkv.dims2()?;

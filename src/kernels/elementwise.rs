@@ -1,4 +1,6 @@
 //! Additions in place.
+//!
+//! Sums over rows run in the rows' order, whatever the number of threads.
 
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
@@ -7,6 +9,8 @@ use super::host::{F32View, with_f32_mut};
 
 /// Elements a task works on.
 const CHUNK: usize = 1 << 14;
+/// Columns whose sums a task computes.
+const COLUMNS: usize = 64;
 
 /// acc += x, elementwise; same shape.
 ///
@@ -34,6 +38,44 @@ pub fn add_bias_(x_TN: &Tensor, bias_N: &Tensor) -> Result<()> {
     let bias = F32View::new(bias_N)?;
     with_f32_mut(x_TN, "add_bias", |x| {
         x.par_chunks_mut(n).with_min_len(CHUNK.div_ceil(n)).for_each(|row| row.iter_mut().zip(bias.iter()).for_each(|(a, b)| *a += b));
+    })
+}
+
+/// sum `[n]` += the rows of x `[T, n]`.
+///
+/// # Errors
+/// When the widths differ.
+pub fn add_row_sum_(sum_N: &Tensor, x_TN: &Tensor) -> Result<()> {
+    let (_, n) = x_TN.dims2()?;
+    if sum_N.dims() != [n] {
+        bail!("add_row_sum: rows have {n} values, their sum {:?}", sum_N.dims());
+    }
+    let x = F32View::new(x_TN)?;
+    with_f32_mut(sum_N, "add_row_sum", |sum| {
+        sum.par_chunks_mut(COLUMNS).enumerate().for_each(|(i, sum)| {
+            let (first, width) = (i * COLUMNS, sum.len());
+            x.chunks_exact(n).for_each(|row| sum.iter_mut().zip(&row[first..first + width]).for_each(|(a, b)| *a += b));
+        });
+    })
+}
+
+/// table `[V, H]`: row `ids[t]` += row t of x `[T, H]`, in the order of t.
+///
+/// # Errors
+/// When the sizes differ or an id is not below V.
+pub fn scatter_add_rows_(table_VH: &Tensor, ids: &[u32], x_TH: &Tensor) -> Result<()> {
+    let ((v, h), (t, width)) = (table_VH.dims2()?, x_TH.dims2()?);
+    if h != width || ids.len() != t {
+        bail!("scatter_add_rows: table [{v}, {h}], {} ids, rows [{t}, {width}]", ids.len());
+    }
+    if let Some(&bad) = ids.iter().find(|&&id| id as usize >= v) {
+        bail!("scatter_add_rows: id {bad} is not below {v}");
+    }
+    let x = F32View::new(x_TH)?;
+    with_f32_mut(table_VH, "scatter_add_rows", |table| {
+        for (&id, row) in ids.iter().zip(x.chunks_exact(h)) {
+            table[id as usize * h..][..h].iter_mut().zip(row).for_each(|(a, b)| *a += b);
+        }
     })
 }
 

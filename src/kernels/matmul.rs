@@ -1,6 +1,7 @@
 //! Matrix products, counted.
 //!
-//! `nt`: y = x Wᵀ, the forward of a linear layer whose weight is `[out, in]`. `nn`: dx = dy W, its backward towards the input.
+//! `nt`: y = x Wᵀ, the forward of a linear layer whose weight is `[out, in]`. `nn`: dx = dy W, its backward towards the input. `tn`: dyᵀ x, its
+//! backward towards the weight.
 //! On a CPU they run `gemm.rs`; a row's result depends neither on the other rows nor on the number of threads.
 #![allow(unsafe_code, reason = "products are written to memory that nobody cleared first")]
 
@@ -67,6 +68,23 @@ pub fn tn(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         fresh_product(Mat::rows(&a, m).t(), Mat::rows(&b, n), (m, n, k))
     };
     host::tensor(out, &[m, n])
+}
+
+/// out `[m, n]` += aᵀ b, of a `[k, m]` and b `[k, n]`: [`tn`] into a gradient that is summed up.
+///
+/// # Errors
+/// When the sizes do not fit or the tensors are not on a supported device.
+pub fn tn_add_(out: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    let ((k, m), (k2, n)) = (a.dims2()?, b.dims2()?);
+    if k != k2 || out.dims() != [m, n] {
+        bail!("matmul: a is [{k}, {m}], b is [{k2}, {n}] and the sum {:?}", out.dims());
+    }
+    host::check(out, "matmul")?;
+    let (a, b) = (F32View::new(a)?, F32View::new(b)?);
+    let threads = rayon::current_num_threads();
+    host::with_f32_mut(out, "matmul", |out| {
+        run(Mat::rows(&a, m).t(), Mat::rows(&b, n), MatMut::rows(out, n), (m, n, k), Write::Add, threads);
+    })
 }
 
 /// A matrix in a slice: element (i, j) is at `i * row_stride + j * col_stride`.

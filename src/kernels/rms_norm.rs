@@ -8,6 +8,8 @@ use super::simd::{dot, vectorize};
 
 /// Rows a task works on.
 const ROWS: usize = 8;
+/// Columns whose sums a task computes.
+const COLUMNS: usize = 64;
 
 /// x `[T, H]`, w `[H]` -> (y `[T, H]`, 1 / rms `[T]`).
 ///
@@ -63,6 +65,30 @@ pub fn bwd_add_(dx_TH: &Tensor, dy_TH: &Tensor, x_TH: &Tensor, rstd_T: &Tensor, 
                     }
                 }
             });
+        });
+    })
+}
+
+/// Adds the gradient towards w to `dw` `[H]`: dw += sum over rows, in their order, of dy x rstd.
+///
+/// # Shapes
+/// dy, x `[T, H]`, rstd `[T]`.
+///
+/// # Errors
+/// When the sizes differ.
+pub fn bwd_weight_add_(dw_H: &Tensor, dy_TH: &Tensor, x_TH: &Tensor, rstd_T: &Tensor) -> Result<()> {
+    let (_, h) = sizes(x_TH, dw_H)?;
+    if dy_TH.dims() != x_TH.dims() {
+        bail!("rms_norm: dy {:?} and x {:?} differ", dy_TH.dims(), x_TH.dims());
+    }
+    let (dy, x, rstd) = (F32View::new(dy_TH)?, F32View::new(x_TH)?, F32View::new(rstd_T)?);
+    with_f32_mut(dw_H, "rms_norm_bwd_weight", |dw| {
+        dw.par_chunks_mut(COLUMNS).enumerate().for_each(|(i, dw)| {
+            let (first, width) = (i * COLUMNS, dw.len());
+            for ((dy, x), r) in dy.chunks_exact(h).zip(x.chunks_exact(h)).zip(rstd.iter()) {
+                let (dy, x) = (&dy[first..first + width], &x[first..first + width]);
+                dw.iter_mut().zip(dy).zip(x).for_each(|((dw, dy), x)| *dw += dy * (x * r));
+            }
         });
     })
 }

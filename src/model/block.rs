@@ -1,11 +1,11 @@
 //! One transformer block, forward and backward.
 //!
-//! x1 = x + attention(norm(x)); y = x1 + mlp(norm(x1)). What the backward pass needs is in [`Saved`]; with frozen weights no layer's input has to
-//! be kept for a weight gradient.
+//! x1 = x + attention(norm(x)); y = x1 + mlp(norm(x1)). What the backward pass needs is in [`Saved`]; no linear layer's input has to be kept for a
+//! weight gradient: it is cheap to compute again.
 
 use candle_core::{Result, Tensor};
 
-use super::hooks::{Hooks, LinearSite, PrefixKv, Reach};
+use super::hooks::{BaseWeight, Hooks, InputGradient, LinearBackward, LinearSite, PrefixKv, Reach, Sublayer};
 use super::linear::Linear;
 use crate::kernels::attention::{self, Grads, Heads, Prefix, Rows, Wanted};
 use crate::kernels::rotary::{self, Direction, Table};
@@ -32,7 +32,7 @@ pub struct Block {
     pub dense_4h_to_h: Linear,
 }
 
-/// What the backward pass of a block needs: H + (N + 2G) D + N D + H + 2F values a token, and N + 2 statistics.
+/// What the backward pass of a block needs: H + (N + 2G) D + N D + H + 2F values a token, N + 2 statistics, and what the hooks keep.
 #[derive(Debug)]
 pub struct Saved {
     x_TH: Tensor,
@@ -44,6 +44,16 @@ pub struct Saved {
     x1_TH: Tensor,
     rstd2_T: Tensor,
     gate_up_T2F: Tensor,
+    hooks: KeptByHooks,
+}
+
+/// What the hooks asked to keep.
+#[derive(Debug, Default)]
+struct KeptByHooks {
+    /// In the order of [`LinearSite::ALL`].
+    linear: [Option<Tensor>; 4],
+    attention: Option<Tensor>,
+    mlp: Option<Tensor>,
 }
 
 /// Intermediate results by name, for those who look inside (parity tests).
@@ -67,58 +77,85 @@ impl Block {
     /// # Source
     /// THUDM modeling_chatglm.py, GLMBlock.forward and SelfAttention.forward.
     pub fn forward(&self, x_TH: &Tensor, pass: Pass, hooks: &dyn Hooks, observer: &mut dyn Observer) -> Result<(Tensor, Saved)> {
+        let mut kept = KeptByHooks::default();
         let (h_TH, rstd1_T) = rms_norm::fwd(x_TH, &self.input_layernorm_H, self.norm_eps)?;
-        let qkv_TN = self.linear(LinearSite::QueryKeyValue, &h_TH, hooks)?;
+        let qkv_TN = self.linear(LinearSite::QueryKeyValue, &h_TH, hooks, &mut kept)?;
         rotary::rotate_(&qkv_TN, pass.rotary, self.rotated_heads(), self.heads.head_dim, Direction::Forward)?;
         let prefix = hooks.prefix_kv(self.layer)?;
         let (attn_TN, lse_TN) = attention::fwd(&qkv_TN, prefix.as_ref().map(as_prefix), pass.rows, self.heads)?;
-        let x1_TH = self.linear(LinearSite::Dense, &attn_TN, hooks)?;
+        let x1_TH = self.linear(LinearSite::Dense, &attn_TN, hooks, &mut kept)?;
         observer.observe(self.layer, "attn_out", &x1_TH)?;
+        kept.attention = hooks.sublayer(self.layer, Sublayer::Attention, x_TH, &x1_TH)?;
         elementwise::add_(&x1_TH, x_TH)?;
         let (h_TH, rstd2_T) = rms_norm::fwd(&x1_TH, &self.post_attention_layernorm_H, self.norm_eps)?;
-        let gate_up_T2F = self.linear(LinearSite::DenseHTo4h, &h_TH, hooks)?;
-        let y_TH = self.linear(LinearSite::Dense4hToH, &swiglu::fwd(&gate_up_T2F)?, hooks)?;
+        let gate_up_T2F = self.linear(LinearSite::DenseHTo4h, &h_TH, hooks, &mut kept)?;
+        let y_TH = self.linear(LinearSite::Dense4hToH, &swiglu::fwd(&gate_up_T2F)?, hooks, &mut kept)?;
         observer.observe(self.layer, "mlp_out", &y_TH)?;
+        kept.mlp = hooks.sublayer(self.layer, Sublayer::Mlp, &x1_TH, &y_TH)?;
         elementwise::add_(&y_TH, &x1_TH)?;
         observer.observe(self.layer, "out", &y_TH)?;
-        Ok((y_TH, Saved { x_TH: x_TH.clone(), rstd1_T, qkv_TN, attn_TN, lse_TN, x1_TH, rstd2_T, gate_up_T2F }))
+        Ok((y_TH, Saved { x_TH: x_TH.clone(), rstd1_T, qkv_TN, attn_TN, lse_TN, x1_TH, rstd2_T, gate_up_T2F, hooks: kept }))
     }
 
-    /// dy `[T, H]` -> dx `[T, H]`, unless nothing below the attention is trained. The memory of `dy` is used for the result of the first half.
+    /// dy `[T, H]` -> dx `[T, H]`, unless the hooks need nothing that far down. The memory of `dy` is used for the result of the first half.
     pub fn backward(&self, dy_TH: Tensor, saved: Saved, pass: Pass, hooks: &mut dyn Hooks) -> Result<Option<Tensor>> {
-        let dact_TF = self.linear_backward(LinearSite::Dense4hToH, &dy_TH, || swiglu::fwd(&saved.gate_up_T2F), hooks)?;
-        let dgate_up_T2F = swiglu::bwd(&saved.gate_up_T2F, &dact_TF)?;
-        let h_TH = || Ok(rms_norm::fwd(&saved.x1_TH, &self.post_attention_layernorm_H, self.norm_eps)?.0);
-        let dh_TH = self.linear_backward(LinearSite::DenseHTo4h, &dgate_up_T2F, h_TH, hooks)?;
-        let dx1_TH = dy_TH;
-        rms_norm::bwd_add_(&dx1_TH, &dh_TH, &saved.x1_TH, &saved.rstd2_T, &self.post_attention_layernorm_H)?;
+        let (layer, reach) = (self.layer, hooks.reach(self.layer));
+        let beyond = |level| if reach > level { InputGradient::Wanted } else { InputGradient::Unwanted };
+        let Saved { x_TH, rstd1_T, qkv_TN, attn_TN, lse_TN, x1_TH, rstd2_T, gate_up_T2F, hooks: kept } = saved;
 
-        let dattn_TN = self.linear_backward(LinearSite::Dense, &dx1_TH, || Ok(saved.attn_TN.clone()), hooks)?;
-        let prefix = hooks.prefix_kv(self.layer)?;
-        let reach = hooks.reach(self.layer);
+        let through = hooks.sublayer_grad(layer, Sublayer::Mlp, kept.mlp.as_ref(), &dy_TH)?;
+        let (dz_TH, dx1_extra) = through.map_or_else(|| (dy_TH.clone(), None), |grad| (grad.dy_TH, grad.dx_TH));
+        let x = || swiglu::fwd(&gate_up_T2F);
+        let dact_TF = self.linear_backward(LinearSite::Dense4hToH, &dz_TH, &x, &kept, beyond(Reach::MlpOutput), hooks)?;
+        let Some(dact_TF) = dact_TF else { return Ok(None) };
+        let dgate_up_T2F = swiglu::bwd(&gate_up_T2F, &dact_TF)?;
+        let x = || Ok(rms_norm::fwd(&x1_TH, &self.post_attention_layernorm_H, self.norm_eps)?.0);
+        let dw_H = hooks.weight_grad(BaseWeight::PostAttentionLayernorm(layer))?;
+        let input = if dw_H.is_some() { InputGradient::Wanted } else { beyond(Reach::Mlp) };
+        let dh_TH = self.linear_backward(LinearSite::DenseHTo4h, &dgate_up_T2F, &x, &kept, input, hooks)?;
+        let Some(dh_TH) = dh_TH else { return Ok(None) };
+        if let Some(dw_H) = dw_H {
+            rms_norm::bwd_weight_add_(&dw_H, &dh_TH, &x1_TH, &rstd2_T)?;
+        }
+        if reach <= Reach::Mlp {
+            return Ok(None);
+        }
+        drop(dz_TH);
+        let dx1_TH = dy_TH;
+        if let Some(extra) = dx1_extra {
+            elementwise::add_(&dx1_TH, &extra)?;
+        }
+        rms_norm::bwd_add_(&dx1_TH, &dh_TH, &x1_TH, &rstd2_T, &self.post_attention_layernorm_H)?;
+
+        let through = hooks.sublayer_grad(layer, Sublayer::Attention, kept.attention.as_ref(), &dx1_TH)?;
+        let (dz_TH, dx_extra) = through.map_or_else(|| (dx1_TH.clone(), None), |grad| (grad.dy_TH, grad.dx_TH));
+        let x = || Ok(attn_TN.clone());
+        let dattn_TN = self.linear_backward(LinearSite::Dense, &dz_TH, &x, &kept, beyond(Reach::AttentionOutput), hooks)?;
+        let Some(dattn_TN) = dattn_TN else { return Ok(None) };
+        let prefix = hooks.prefix_kv(layer)?;
         let wanted = if reach >= Reach::QueryKeyValue { Wanted::All } else { Wanted::PrefixOnly };
-        let Saved { x_TH, rstd1_T, qkv_TN, attn_TN, lse_TN, .. } = saved;
         let grads = attention::bwd(&dattn_TN, &qkv_TN, prefix.as_ref().map(as_prefix), &attn_TN, &lse_TN, pass.rows, self.heads, wanted)?;
         let Grads { dqkv, dprefix } = grads;
         if let Some((k_RGPD, v_RGPD)) = dprefix {
-            hooks.prefix_kv_grad(self.layer, PrefixKv { k_RGPD, v_RGPD })?;
+            hooks.prefix_kv_grad(layer, PrefixKv { k_RGPD, v_RGPD })?;
         }
         let Some(dqkv_TN) = dqkv else { return Ok(None) };
         rotary::rotate_(&dqkv_TN, pass.rotary, self.rotated_heads(), self.heads.head_dim, Direction::Inverse)?;
-        let h_TH = || Ok(rms_norm::fwd(&x_TH, &self.input_layernorm_H, self.norm_eps)?.0);
-        if reach == Reach::QueryKeyValue {
-            if hooks.changes_linear(self.layer, LinearSite::QueryKeyValue) {
-                hooks.linear_grad(self.layer, LinearSite::QueryKeyValue, &h_TH()?, &dqkv_TN)?;
-            }
-            return Ok(None);
+        let x = || Ok(rms_norm::fwd(&x_TH, &self.input_layernorm_H, self.norm_eps)?.0);
+        let dh_TH = self.linear_backward(LinearSite::QueryKeyValue, &dqkv_TN, &x, &kept, beyond(Reach::QueryKeyValue), hooks)?;
+        let Some(dh_TH) = dh_TH else { return Ok(None) };
+        if let Some(dw_H) = hooks.weight_grad(BaseWeight::InputLayernorm(layer))? {
+            rms_norm::bwd_weight_add_(&dw_H, &dh_TH, &x_TH, &rstd1_T)?;
         }
-        let dh_TH = self.linear_backward(LinearSite::QueryKeyValue, &dqkv_TN, h_TH, hooks)?;
         let dx_TH = dx1_TH;
+        if let Some(extra) = dx_extra {
+            elementwise::add_(&dx_TH, &extra)?;
+        }
         rms_norm::bwd_add_(&dx_TH, &dh_TH, &x_TH, &rstd1_T, &self.input_layernorm_H)?;
         Ok(Some(dx_TH))
     }
 
-    fn weights_of(&self, site: LinearSite) -> &Linear {
+    pub(super) fn weights_of(&self, site: LinearSite) -> &Linear {
         match site {
             LinearSite::QueryKeyValue => &self.query_key_value,
             LinearSite::Dense => &self.dense,
@@ -128,21 +165,33 @@ impl Block {
     }
 
     /// x `[T, in]` -> y `[T, out]`, as the hooks want it.
-    fn linear(&self, site: LinearSite, x: &Tensor, hooks: &dyn Hooks) -> Result<Tensor> {
-        let y = self.weights_of(site).forward(x)?;
-        if hooks.changes_linear(self.layer, site) {
-            hooks.linear(self.layer, site, x, &y)?;
-        }
+    fn linear(&self, site: LinearSite, x: &Tensor, hooks: &dyn Hooks, kept: &mut KeptByHooks) -> Result<Tensor> {
+        let (y, keep) = hooks.linear(self.layer, site, self.weights_of(site), x)?;
+        kept.linear[site as usize] = keep;
         Ok(y)
     }
 
-    /// dy `[T, out]` -> dx `[T, in]`; `x` computes the layer's input again where the hooks need it.
-    fn linear_backward(&self, site: LinearSite, dy: &Tensor, x: impl FnOnce() -> Result<Tensor>, hooks: &mut dyn Hooks) -> Result<Tensor> {
-        let dx = self.weights_of(site).backward(dy)?;
-        if hooks.changes_linear(self.layer, site) {
-            elementwise::add_(&dx, &hooks.linear_grad(self.layer, site, &x()?, dy)?)?;
+    /// dy `[T, out]` -> dx `[T, in]`, if it is wanted; `x` computes the layer's input again where the hooks need it.
+    fn linear_backward(
+        &self,
+        site: LinearSite,
+        dy: &Tensor,
+        x: &dyn Fn() -> Result<Tensor>,
+        kept: &KeptByHooks,
+        input: InputGradient,
+        hooks: &mut dyn Hooks,
+    ) -> Result<Option<Tensor>> {
+        let kept = kept.linear[site as usize].as_ref();
+        hooks.linear_grad(LinearBackward { layer: self.layer, site, base: self.weights_of(site), x, dy, kept, input })
+    }
+
+    pub(super) fn weights_of_mut(&mut self, site: LinearSite) -> &mut Linear {
+        match site {
+            LinearSite::QueryKeyValue => &mut self.query_key_value,
+            LinearSite::Dense => &mut self.dense,
+            LinearSite::DenseHTo4h => &mut self.dense_h_to_4h,
+            LinearSite::Dense4hToH => &mut self.dense_4h_to_h,
         }
-        Ok(dx)
     }
 
     /// Query heads and key groups turn, values do not.

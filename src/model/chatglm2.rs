@@ -1,16 +1,19 @@
 //! ChatGLM2: embedding, blocks, final norm; the head lives in [`super::loss`].
 
-use candle_core::{DType, Device, Result, Tensor};
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::ModelError;
 use super::block::{Block, NoObserver, Observer, Pass, Saved};
 use super::config::ModelConfig;
-use super::hooks::{Hooks, Reach};
+use super::hooks::{BaseWeight, Hooks, Reach};
 use super::linear::Linear;
+use super::soft::Extended;
 use super::weights::WeightSource;
 use crate::kernels::attention::{Heads, Rows};
-use crate::kernels::rms_norm;
 use crate::kernels::rotary::{Angles, Precision, Table};
+use crate::kernels::{elementwise, rms_norm};
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -42,7 +45,7 @@ pub struct Tokens<'a> {
     pub rows: Rows<'a>,
 }
 
-/// A frozen ChatGLM2 on one device.
+/// A ChatGLM2 on one device. Cloning it copies no weight.
 #[derive(Clone, Debug)]
 pub struct ChatGlm2 {
     pub config: ModelConfig,
@@ -57,6 +60,8 @@ pub struct ChatGlm2 {
 pub struct Tape {
     layers: Vec<Option<Kept>>,
     rotary: Table,
+    /// The rows with their soft tokens, where there are some.
+    extended: Option<Extended>,
 }
 
 enum Kept {
@@ -165,11 +170,16 @@ impl ChatGlm2 {
     pub fn forward_observed(&self, tokens: Tokens, hooks: &dyn Hooks, keep: Keep, observer: &mut dyn Observer) -> Result<(Tensor, Tape)> {
         let ids = Tensor::new(tokens.ids, self.device())?;
         let mut x_TH = self.embedding_VH.index_select(&ids, 0)?;
-        let rotary = Table::new(tokens.positions, self.config.kv_channels, self.angles);
+        let soft_PH = hooks.soft_tokens()?;
+        let extended = soft_PH.as_ref().map(|soft_PH| Ok::<_, candle_core::Error>(Extended::new(tokens, soft_PH.dim(0)?))).transpose()?;
+        if let (Some(extended), Some(soft_PH)) = (&extended, &soft_PH) {
+            x_TH = extended.join(soft_PH, &x_TH)?;
+        }
+        let (positions, rows) = extended.as_ref().map_or((tokens.positions, tokens.rows), |e| (e.positions(), e.rows()));
+        let rotary = Table::new(positions, self.config.kv_channels, self.angles);
         let mut layers = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
-            let pass = Pass { rows: tokens.rows, rotary: &rotary };
-            let (y_TH, saved) = block.forward(&x_TH, pass, hooks, observer)?;
+            let (y_TH, saved) = block.forward(&x_TH, Pass { rows, rotary: &rotary }, hooks, observer)?;
             let reached = hooks.reach(block.layer) != Reach::Nothing;
             layers.push(match keep {
                 Keep::All => Some(Kept::All(Box::new(saved))),
@@ -179,7 +189,10 @@ impl ChatGlm2 {
             });
             x_TH = y_TH;
         }
-        Ok((x_TH, Tape { layers, rotary }))
+        if let Some(extended) = &extended {
+            x_TH = extended.split(&x_TH)?.1;
+        }
+        Ok((x_TH, Tape { layers, rotary, extended }))
     }
 
     /// Takes the gradient towards the hidden states, `[T, H]`, down to the lowest trained place; the hooks receive theirs on the way.
@@ -187,16 +200,73 @@ impl ChatGlm2 {
     /// # Errors
     /// When a hook fails.
     pub fn backward(&self, dx_TH: Tensor, tape: Tape, tokens: Tokens, hooks: &mut dyn Hooks) -> Result<()> {
-        let Tape { layers, rotary } = tape;
-        let pass = Pass { rows: tokens.rows, rotary: &rotary };
-        let mut dx_TH = Some(dx_TH);
+        let Tape { layers, rotary, extended } = tape;
+        let rows = extended.as_ref().map_or(tokens.rows, Extended::rows);
+        let pass = Pass { rows, rotary: &rotary };
+        let mut dx_TH = Some(match (&extended, hooks.soft_tokens()?) {
+            // Nothing is predicted from a soft token.
+            (Some(extended), Some(soft_PH)) => extended.join(&soft_PH.zeros_like()?, &dx_TH)?,
+            _ => dx_TH,
+        });
         for (block, kept) in self.blocks.iter().zip(layers).rev() {
-            let (Some(dy_TH), Some(kept)) = (dx_TH.take(), kept) else { break };
+            let (Some(dy_TH), Some(kept)) = (dx_TH.take(), kept) else { return Ok(()) };
             let saved = match kept {
                 Kept::All(saved) => *saved,
                 Kept::Input(x_TH) => block.forward(&x_TH, pass, hooks, &mut NoObserver)?.1,
             };
             dx_TH = block.backward(dy_TH, saved, pass, hooks)?;
+        }
+        let Some(mut dx_TH) = dx_TH else { return Ok(()) };
+        if let Some(extended) = &extended {
+            let (dsoft_RPH, own_TH) = extended.split(&dx_TH)?;
+            hooks.soft_tokens_grad(&dsoft_RPH)?;
+            dx_TH = own_TH;
+        }
+        if let Some(dembedding_VH) = hooks.weight_grad(BaseWeight::Embedding)? {
+            elementwise::scatter_add_rows_(&dembedding_VH, tokens.ids, &dx_TH)?;
+        }
+        Ok(())
+    }
+
+    /// A parameter of the base; none where the model has no such part.
+    pub fn weight(&self, weight: BaseWeight) -> Option<&Tensor> {
+        let block = |layer: usize| self.blocks.get(layer);
+        match weight {
+            BaseWeight::Embedding => Some(&self.embedding_VH),
+            BaseWeight::InputLayernorm(layer) => block(layer).map(|b| &b.input_layernorm_H),
+            BaseWeight::PostAttentionLayernorm(layer) => block(layer).map(|b| &b.post_attention_layernorm_H),
+            BaseWeight::Weight(layer, site) => block(layer).map(|b| b.weights_of(site).weight()),
+            BaseWeight::Bias(layer, site) => block(layer).and_then(|b| b.weights_of(site).bias()),
+            BaseWeight::FinalLayernorm => self.final_layernorm_H.as_ref(),
+            BaseWeight::OutputLayer => Some(self.output_layer.weight()),
+        }
+    }
+
+    /// Every parameter that the model has.
+    pub fn weights(&self) -> impl Iterator<Item = (BaseWeight, &Tensor)> {
+        BaseWeight::all(self.blocks.len()).filter_map(|weight| Some((weight, self.weight(weight)?)))
+    }
+
+    /// Puts tensors in the place of parameters; the rest stays as it is. A clone made before keeps the old ones.
+    ///
+    /// # Errors
+    /// When the model has no such part, or a tensor has another shape.
+    pub fn replace_weights(&mut self, weights: &BTreeMap<BaseWeight, Tensor>) -> Result<()> {
+        for (&weight, tensor) in weights {
+            let place = match weight {
+                BaseWeight::Embedding => Some(&mut self.embedding_VH),
+                BaseWeight::FinalLayernorm => self.final_layernorm_H.as_mut(),
+                BaseWeight::OutputLayer => Some(self.output_layer.weight_mut()),
+                BaseWeight::InputLayernorm(layer) => self.blocks.get_mut(layer).map(|b| &mut b.input_layernorm_H),
+                BaseWeight::PostAttentionLayernorm(layer) => self.blocks.get_mut(layer).map(|b| &mut b.post_attention_layernorm_H),
+                BaseWeight::Weight(layer, site) => self.blocks.get_mut(layer).map(|b| b.weights_of_mut(site).weight_mut()),
+                BaseWeight::Bias(layer, site) => self.blocks.get_mut(layer).and_then(|b| b.weights_of_mut(site).bias_mut()),
+            };
+            match place {
+                Some(old) if old.dims() == tensor.dims() => *old = tensor.clone(),
+                Some(old) => bail!("`{}` has shape {:?}, expected {:?}", weight.name(), tensor.dims(), old.dims()),
+                None => bail!("the model has no `{}`", weight.name()),
+            }
         }
         Ok(())
     }

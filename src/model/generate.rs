@@ -3,7 +3,8 @@
 use candle_core::{Result, Tensor, bail};
 
 use super::chatglm2::{ChatGlm2, Keep, Tokens};
-use super::hooks::{Hooks, LinearSite, PrefixKv};
+use super::hooks::{Hooks, LinearSite, PrefixKv, Sublayer};
+use super::linear::Linear;
 use super::loss;
 use crate::kernels::attention::Rows;
 use crate::kernels::cross_entropy;
@@ -28,7 +29,8 @@ pub fn greedy(model: &ChatGlm2, hooks: &dyn Hooks, prompt: &[u32], max_new_token
         bail!("generate: the prompt is empty");
     }
     let layers = (0..model.config.num_layers).map(|layer| hooks.prefix_kv(layer)).collect::<Result<_>>()?;
-    let mut cache = Cache { method: hooks, layers };
+    let mut cache = Cache { method: hooks, layers, has_soft_tokens: false };
+    let num_soft = hooks.soft_tokens()?.map_or(Ok(0), |soft_PH| soft_PH.dim(0))? as u32;
     let mut decoded = Decoded { ids: Vec::new(), margins: Vec::new() };
     let mut input = prompt.to_vec();
     let mut position = 0;
@@ -49,7 +51,9 @@ pub fn greedy(model: &ChatGlm2, hooks: &dyn Hooks, prompt: &[u32], max_new_token
         if stop == Some(id) {
             break;
         }
-        position += input.len() as u32;
+        // The soft tokens of the first pass moved its positions; in later passes they are cache.
+        position += input.len() as u32 + if cache.has_soft_tokens { 0 } else { num_soft };
+        cache.has_soft_tokens = true;
         input = vec![id];
     }
     Ok(decoded)
@@ -59,6 +63,8 @@ pub fn greedy(model: &ChatGlm2, hooks: &dyn Hooks, prompt: &[u32], max_new_token
 struct Cache<'a> {
     method: &'a dyn Hooks,
     layers: Vec<Option<PrefixKv>>,
+    /// The method's soft tokens are in the cache already.
+    has_soft_tokens: bool,
 }
 
 impl Cache<'_> {
@@ -81,11 +87,15 @@ impl Hooks for Cache<'_> {
         Ok(self.layers[layer].clone())
     }
 
-    fn changes_linear(&self, layer: usize, site: LinearSite) -> bool {
-        self.method.changes_linear(layer, site)
+    fn soft_tokens(&self) -> Result<Option<Tensor>> {
+        if self.has_soft_tokens { Ok(None) } else { self.method.soft_tokens() }
     }
 
-    fn linear(&self, layer: usize, site: LinearSite, x: &Tensor, y: &Tensor) -> Result<()> {
-        self.method.linear(layer, site, x, y)
+    fn linear(&self, layer: usize, site: LinearSite, base: &Linear, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        self.method.linear(layer, site, base, x)
+    }
+
+    fn sublayer(&self, layer: usize, which: Sublayer, x: &Tensor, y: &Tensor) -> Result<Option<Tensor>> {
+        self.method.sublayer(layer, which, x, y)
     }
 }

@@ -3,6 +3,9 @@
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::linear::Linear;
+use crate::kernels::{elementwise, matmul};
+
 /// Keys and values that stand before a row's own tokens in one layer. Not rotated.
 #[derive(Clone, Debug)]
 pub struct PrefixKv {
@@ -41,25 +44,164 @@ impl LinearSite {
     pub fn path(self, layer: usize) -> String {
         format!("transformer.encoder.layers.{layer}.{}", self.module())
     }
+
+    /// How far down its gradient has to reach, where nothing below is trained.
+    pub fn reach(self) -> Reach {
+        match self {
+            Self::QueryKeyValue => Reach::QueryKeyValue,
+            Self::Dense => Reach::AttentionOutput,
+            Self::DenseHTo4h => Reach::Mlp,
+            Self::Dense4hToH => Reach::MlpOutput,
+        }
+    }
 }
 
-/// How far down a layer's backward pass has to go.
+/// One of a block's two halves; its output is added to the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sublayer {
+    Attention,
+    Mlp,
+}
+
+/// A parameter of the base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum BaseWeight {
+    /// `[V, H]`
+    Embedding,
+    /// `[H]`, before a layer's attention.
+    InputLayernorm(usize),
+    /// `[out, in]`
+    Weight(usize, LinearSite),
+    /// `[out]`
+    Bias(usize, LinearSite),
+    /// `[H]`, before a layer's MLP.
+    PostAttentionLayernorm(usize),
+    /// `[H]`
+    FinalLayernorm,
+    /// `[V, H]`
+    OutputLayer,
+}
+
+impl BaseWeight {
+    /// All that a model of `num_layers` layers may have.
+    pub fn all(num_layers: usize) -> impl Iterator<Item = Self> {
+        let of_layer = |layer| {
+            let linears = LinearSite::ALL.into_iter().flat_map(move |site| [Self::Weight(layer, site), Self::Bias(layer, site)]);
+            [Self::InputLayernorm(layer), Self::PostAttentionLayernorm(layer)].into_iter().chain(linears)
+        };
+        [Self::Embedding, Self::FinalLayernorm, Self::OutputLayer].into_iter().chain((0..num_layers).flat_map(of_layer))
+    }
+
+    /// Its name in the hub's checkpoints.
+    pub fn name(self) -> String {
+        match self {
+            Self::Embedding => "transformer.embedding.word_embeddings.weight".to_owned(),
+            Self::InputLayernorm(layer) => format!("transformer.encoder.layers.{layer}.input_layernorm.weight"),
+            Self::Weight(layer, site) => format!("{}.weight", site.path(layer)),
+            Self::Bias(layer, site) => format!("{}.bias", site.path(layer)),
+            Self::PostAttentionLayernorm(layer) => format!("transformer.encoder.layers.{layer}.post_attention_layernorm.weight"),
+            Self::FinalLayernorm => "transformer.encoder.final_layernorm.weight".to_owned(),
+            Self::OutputLayer => "transformer.output_layer.weight".to_owned(),
+        }
+    }
+
+    /// The layer that it belongs to; none for what stands before or behind the layers.
+    pub fn layer(self) -> Option<usize> {
+        match self {
+            Self::InputLayernorm(layer) | Self::Weight(layer, _) | Self::Bias(layer, _) | Self::PostAttentionLayernorm(layer) => {
+                Some(layer)
+            }
+            Self::Embedding | Self::FinalLayernorm | Self::OutputLayer => None,
+        }
+    }
+
+    /// How far down in its layer the gradient has to reach for it alone; `Nothing` for what belongs to no layer.
+    pub fn reach(self) -> Reach {
+        match self {
+            Self::InputLayernorm(_) => Reach::Input,
+            Self::Weight(_, site) | Self::Bias(_, site) => site.reach(),
+            Self::PostAttentionLayernorm(_) => Reach::Mlp,
+            Self::Embedding | Self::FinalLayernorm | Self::OutputLayer => Reach::Nothing,
+        }
+    }
+}
+
+/// How far down a layer's backward pass has to go, from its top.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reach {
     /// Nothing in this layer or below is trained.
     Nothing,
-    /// The prefix of this layer is trained, and nothing below its attention.
+    /// To the MLP's output and its last linear layer.
+    MlpOutput,
+    /// Through all of the MLP, the norm before it included.
+    Mlp,
+    /// To the attention's output and its last linear layer.
+    AttentionOutput,
+    /// To the prefix of this layer's attention.
     Prefix,
-    /// The gradient has to reach what the layer's query-key-value product gives, and nothing below.
+    /// To what the layer's query-key-value product gives.
     QueryKeyValue,
-    /// The gradient has to reach the layer's input.
+    /// To the layer's input.
     Input,
+}
+
+/// Whether somebody below needs the gradient towards a linear layer's input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputGradient {
+    Wanted,
+    Unwanted,
+}
+
+/// The backward pass of one linear layer as [`Hooks::linear_grad`] sees it.
+pub struct LinearBackward<'a> {
+    pub layer: usize,
+    pub site: LinearSite,
+    pub base: &'a Linear,
+    /// Computes the layer's input `[T, in]` again.
+    pub x: &'a dyn Fn() -> Result<Tensor>,
+    /// `[T, out]`
+    pub dy: &'a Tensor,
+    /// What [`Hooks::linear`] asked to keep.
+    pub kept: Option<&'a Tensor>,
+    pub input: InputGradient,
+}
+
+impl LinearBackward<'_> {
+    /// dy W, where it is wanted.
+    ///
+    /// # Errors
+    /// When the sizes do not fit.
+    pub fn base_input_grad(&self) -> Result<Option<Tensor>> {
+        match self.input {
+            InputGradient::Wanted => self.base.backward(self.dy).map(Some),
+            InputGradient::Unwanted => Ok(None),
+        }
+    }
+}
+
+/// What [`Hooks::sublayer_grad`] makes of the gradient towards what it gave.
+pub struct SublayerGrad {
+    /// Towards the sublayer's own output, `[T, H]`.
+    pub dy_TH: Tensor,
+    /// Towards the residual stream that went in, on top of what it gets anyway, `[T, H]`.
+    pub dx_TH: Option<Tensor>,
 }
 
 /// One method's hands in the passes over one micro-batch. The default is identity and costs nothing.
 ///
 /// The forward part of a block may run twice (recompute): a hook gives the same answer both times.
 pub trait Hooks {
+    /// Rows `[P, H]` that stand before each row's own tokens from the embedding on. They are ordinary tokens at positions 0 to P - 1; the row's own
+    /// positions count from P.
+    fn soft_tokens(&self) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// Takes the gradient of the loss sum with respect to the soft tokens of each row, `[R, P, H]`.
+    fn soft_tokens_grad(&mut self, _grad_RPH: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
     /// What layer `layer` sees before each row's own tokens.
     fn prefix_kv(&self, _layer: usize) -> Result<Option<PrefixKv>> {
         Ok(None)
@@ -70,19 +212,36 @@ pub trait Hooks {
         Ok(())
     }
 
-    /// Whether [`Self::linear`] has something to say about a linear layer.
-    fn changes_linear(&self, _layer: usize, _site: LinearSite) -> bool {
-        false
+    /// x `[T, in]` -> (y `[T, out]`, what [`Self::linear_grad`] wants kept).
+    fn linear(&self, _layer: usize, _site: LinearSite, base: &Linear, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        Ok((base.forward(x)?, None))
     }
 
-    /// x `[T, in]`, y `[T, out]` as the base has it: changes y in place.
-    fn linear(&self, _layer: usize, _site: LinearSite, _x: &Tensor, _y: &Tensor) -> Result<()> {
-        Ok(())
+    /// Takes the gradient of a linear layer and gives dx `[T, in]`, where it is wanted.
+    fn linear_grad(&mut self, of: LinearBackward) -> Result<Option<Tensor>> {
+        if let Some(dw) = self.weight_grad(BaseWeight::Weight(of.layer, of.site))? {
+            matmul::tn_add_(&dw, of.dy, &(of.x)()?)?;
+        }
+        if let Some(db) = self.weight_grad(BaseWeight::Bias(of.layer, of.site))? {
+            elementwise::add_row_sum_(&db, of.dy)?;
+        }
+        of.base_input_grad()
     }
 
-    /// x `[T, in]`, dy `[T, out]`: takes the gradient of what [`Self::linear`] added and gives its part of dx, `[T, in]`.
-    fn linear_grad(&mut self, _layer: usize, _site: LinearSite, x: &Tensor, _dy: &Tensor) -> Result<Tensor> {
-        x.zeros_like()
+    /// x `[T, H]` the residual stream, y `[T, H]` what a sublayer is about to add to it: changes y in place, and gives what
+    /// [`Self::sublayer_grad`] wants kept.
+    fn sublayer(&self, _layer: usize, _which: Sublayer, _x: &Tensor, _y: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// dy `[T, H]` towards what [`Self::sublayer`] left in y; none where it left y alone.
+    fn sublayer_grad(&mut self, _layer: usize, _which: Sublayer, _kept: Option<&Tensor>, _dy: &Tensor) -> Result<Option<SublayerGrad>> {
+        Ok(None)
+    }
+
+    /// Where the gradient of a parameter of the base is to be added, in the parameter's shape; none where it is not trained.
+    fn weight_grad(&mut self, _weight: BaseWeight) -> Result<Option<Tensor>> {
+        Ok(None)
     }
 
     /// How far down the backward pass of `layer` has to go; layers from the top down to the last that is not `Nothing` are asked.

@@ -194,7 +194,7 @@ fn hub_config(sizes: &Sizes, vocabulary: usize) -> Value {
 }
 
 /// The model's tensors in shards of at most [`MAX_SHARD_BYTES`], and at least two.
-fn shards(config: &ModelConfig, dtype: Dtype) -> Vec<Vec<safetensors::Announced>> {
+pub fn shards(config: &ModelConfig, dtype: Dtype) -> Vec<Vec<safetensors::Announced>> {
     let shapes = config.parameter_shapes();
     let num_bytes = |shape: &[usize]| shape.iter().product::<usize>() * dtype.bitsize() / 8;
     let half = shapes.values().map(|shape| num_bytes(shape)).sum::<usize>().div_ceil(2);

@@ -1,4 +1,4 @@
-//! A frozen linear layer: no gradient of its weight is ever computed.
+//! A linear layer. The gradient of its weight is the hooks' business, and computed only where it is trained.
 
 use candle_core::{Result, Tensor};
 
@@ -25,6 +25,32 @@ impl Linear {
             elementwise::add_bias_(&y, bias)?;
         }
         Ok(y)
+    }
+
+    /// x Wᵀ alone.
+    ///
+    /// # Errors
+    /// When the sizes do not fit.
+    pub fn product(&self, x: &Tensor) -> Result<Tensor> {
+        matmul::nt(x, &self.weight)
+    }
+
+    /// `[out, in]`
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// `[out]`
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    pub(super) fn weight_mut(&mut self) -> &mut Tensor {
+        &mut self.weight
+    }
+
+    pub(super) fn bias_mut(&mut self) -> Option<&mut Tensor> {
+        self.bias.as_mut()
     }
 
     /// dy `[T, out]` -> dx `[T, in]`.

@@ -3,7 +3,9 @@
 use candle_core::{Result, Tensor};
 
 use super::chatglm2::ChatGlm2;
+use super::hooks::{BaseWeight, Hooks};
 use crate::kernels::cross_entropy::{self, Logits};
+use crate::kernels::{matmul, rms_norm};
 
 /// Positions whose logits are held at once: 133 MB in f32 at ChatGLM2's vocabulary. A weight of the head is packed once a chunk, so smaller
 /// chunks cost time.
@@ -31,11 +33,12 @@ pub fn nll(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Resu
     Ok(losses)
 }
 
-/// As [`nll`], and the gradient of their sum towards the hidden states, `[T, H]`.
+/// As [`nll`], and the gradient of their sum towards the hidden states, `[T, H]`; the hooks receive that of the head and the final norm, where they
+/// train them.
 ///
 /// # Errors
 /// As [`nll`].
-pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Result<(Vec<f32>, Tensor)> {
+pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)], hooks: &mut dyn Hooks) -> Result<(Vec<f32>, Tensor)> {
     let mut losses = Vec::with_capacity(targets.len());
     let mut dx_TH = hidden_TH.zeros_like()?;
     for chunk in targets.chunks(CHUNK) {
@@ -45,7 +48,13 @@ pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u
         let (h_NH, rstd) = model.final_norm(&x_NH)?;
         let logits_NV = model.output_layer().forward(&h_NH)?;
         losses.extend(cross_entropy::nll_(&logits_NV, &ids, Logits::ToGradient)?);
+        if let Some(dw_VH) = hooks.weight_grad(BaseWeight::OutputLayer)? {
+            matmul::tn_add_(&dw_VH, &logits_NV, &h_NH)?;
+        }
         let dh_NH = model.output_layer().backward(&logits_NV)?;
+        if let (Some(rstd), Some(dw_H)) = (&rstd, hooks.weight_grad(BaseWeight::FinalLayernorm)?) {
+            rms_norm::bwd_weight_add_(&dw_H, &dh_NH, &x_NH, rstd)?;
+        }
         dx_TH = dx_TH.index_add(&index, &model.final_norm_backward(dh_NH, &x_NH, rstd.as_ref())?, 0)?;
     }
     Ok((losses, dx_TH))

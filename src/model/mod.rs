@@ -13,6 +13,8 @@ pub mod hooks;
 pub mod init;
 pub mod linear;
 pub mod loss;
+pub mod shape;
+mod soft;
 pub mod weights;
 
 pub use chatglm2::{ChatGlm2, Recompute, RopeTable};

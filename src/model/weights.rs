@@ -64,6 +64,18 @@ impl WeightSource {
         Ok(view.to_tensor(dtype, device)?)
     }
 
+    /// The type that one parameter is stored in.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn dtype(&self, name: &str, shape: &[usize]) -> Result<DType, ModelError> {
+        Ok(match self.view(name, shape)?.dtype() {
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            _ => DType::F32, // `view` refuses all others
+        })
+    }
+
     /// Holds names, shapes and dtypes against config.json's before anything is loaded.
     ///
     /// # Errors

@@ -196,6 +196,22 @@ impl PeftFile {
         found.ok_or_else(|| key_error(&self.path, &self.config, key, expected.to_owned()))
     }
 
+    /// `target_modules` and its like: a list of names, as [`super::select::Selector`] writes it, or a pattern.
+    ///
+    /// # Errors
+    /// When the key is missing or neither.
+    pub fn names_or_pattern(&self, key: &'static str) -> Result<String, ExportError> {
+        match self.config.get(key) {
+            Some(Value::String(pattern)) => Ok(pattern.clone()),
+            _ => Ok(self.read::<Vec<String>>(key, "a list of names or a pattern")?.join(",")),
+        }
+    }
+
+    /// A key that has another value than it should.
+    pub fn key_error(&self, key: &'static str, expected: String) -> ExportError {
+        key_error(&self.path, &self.config, key, expected)
+    }
+
     /// One tensor, in f32.
     ///
     /// # Errors
@@ -304,7 +320,7 @@ fn read_tensor(file: &TensorFile, name: &str, dims: &[usize]) -> Result<Tensor, 
     Ok(view.to_tensor(DType::F32, &Device::Cpu)?)
 }
 
-fn check_shape(name: &str, tensor: &Tensor, dims: &[usize], path: Option<&Path>) -> Result<(), ExportError> {
+pub(super) fn check_shape(name: &str, tensor: &Tensor, dims: &[usize], path: Option<&Path>) -> Result<(), ExportError> {
     if tensor.dims() == dims { Ok(()) } else { Err(wrong_shape(name, &format!("{dims:?}"), &format!("{:?}", tensor.dims()), path)) }
 }
 
@@ -322,7 +338,7 @@ fn read_about(dir: &Path) -> Result<Option<Value>, ExportError> {
     path.exists().then(|| read_json(&path)).transpose()
 }
 
-fn pretty(value: &Value) -> Vec<u8> {
+pub(super) fn pretty(value: &Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 

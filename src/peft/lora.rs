@@ -1,25 +1,31 @@
 //! LoRA: low-rank updates of linear layers, y += s x Aᵀ Bᵀ (Hu et al. 2021, arXiv:2106.09685), with s = alpha / r, or alpha / √r for
-//! rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). Names, start and file format are PEFT's.
+//! rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). DoRA (Liu et al. 2024, arXiv:2402.09353) trains the size m of each output's weights apart:
+//! y = m / n (x Wᵀ + s x Aᵀ Bᵀ) + b, with n the row norms of W + s B A, a constant in the backward pass; dropout acts before A alone.
+//! Names, start and file format are PEFT's.
 //!
-//! Shapes: r rank, T tokens; A `[r, in]`, B `[out, r]`. The site is A and B themselves.
-#![allow(non_snake_case, reason = "A, B and their gradients are the paper's names")]
+//! Shapes: r rank, T tokens; A `[r, in]`, B `[out, r]`, m `[out]`. The sites are the parameters themselves.
+#![allow(non_snake_case, reason = "A and B are the paper's names")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::export::{self, ExportError, Files};
-use super::{ExportContext, Mode, PeftMethod, RowContext, TrainHooks};
+use super::export::{self, ExportError, Files, PeftFile};
+use super::keys::{KeyError, MethodKeys, positive, share_below_one, within};
+use super::low_rank::LoraHooks;
+use super::select::Selector;
+use super::{Costs, ExportContext, MethodError, Mode, PeftMethod, RowContext, TrainHooks};
 use crate::kernels::host::{F32View, tensor};
-use crate::kernels::{elementwise, matmul};
-use crate::model::ModelConfig;
-use crate::model::hooks::{Hooks, LinearSite, Reach};
+use crate::model::ChatGlm2;
+use crate::model::hooks::{BaseWeight, LinearSite, Reach};
+use crate::model::shape::ModelShape;
 use crate::params::ParamSet;
-use crate::rng::{KeyedRng, Stream, name_key, unit};
+use crate::rng::{KeyedRng, Stream, name_key};
 
 pub const NAME: &str = "lora";
 /// What PEFT puts before the base's names.
@@ -33,89 +39,227 @@ pub fn name_of_B(layer: usize, site: LinearSite) -> String {
     format!("{}.lora_B.weight", site.path(layer))
 }
 
-/// Which linear layers are updated, and how large they are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shape {
-    pub rank: usize,
-    pub layers: usize,
-    /// Target -> (out, in).
-    pub targets: BTreeMap<LinearSite, (usize, usize)>,
+pub fn name_of_magnitude(layer: usize, site: LinearSite) -> String {
+    format!("{}.lora_magnitude_vector", site.path(layer))
 }
 
-impl Shape {
-    pub fn new(config: &ModelConfig, rank: usize, targets: &BTreeSet<LinearSite>) -> Self {
-        let sizes = config.parameter_shapes();
-        let size = |site: LinearSite| match sizes.get(&format!("{}.weight", site.path(0))).map(Vec::as_slice) {
-            Some(&[out, input]) => (out, input),
-            _ => (0, 0), // a model without layers
-        };
-        Self { rank, layers: config.num_layers, targets: targets.iter().map(|&site| (site, size(site))).collect() }
-    }
-
-    fn parameter_shapes(&self) -> BTreeMap<String, Vec<usize>> {
-        let each = (0..self.layers).flat_map(|layer| self.targets.iter().map(move |(&site, &size)| (layer, site, size)));
-        each.flat_map(|(layer, site, (out, input))| {
-            [(name_of_A(layer, site), vec![self.rank, input]), (name_of_B(layer, site), vec![out, self.rank])]
-        })
-        .collect()
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scale {
+/// As PEFT's `LoraConfig` has them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    pub rank: NonZeroUsize,
     pub alpha: f64,
+    pub dropout: f64,
+    pub targets: Selector,
     /// alpha / √r in place of alpha / r.
     pub use_rslora: bool,
+    pub use_dora: bool,
 }
 
-/// The updates of all targets in all layers.
+impl Settings {
+    pub const KEYS: &[&str] = &["lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora", "use_dora"];
+
+    /// # Errors
+    /// When a value is out of its range.
+    pub fn resolve(keys: &MethodKeys) -> std::result::Result<Self, KeyError> {
+        let rank = positive("lora_rank", keys.lora_rank.unwrap_or(8))?;
+        let alpha = keys.lora_alpha.unwrap_or(2.0 * rank.get() as f64);
+        let target = match keys.lora_target.as_deref() {
+            Some("all" | "all-linear") => all_sites(),
+            other => other.unwrap_or("query_key_value").to_owned(),
+        };
+        let expected = "`all`, names of linear layers separated by commas, or a regular expression for whole names";
+        Ok(Self {
+            rank,
+            alpha: within("lora_alpha", alpha, alpha > 0.0, "a number above 0")?,
+            dropout: share_below_one("lora_dropout", keys.lora_dropout.unwrap_or(0.1))?,
+            targets: Selector::new(&target).map_err(|_| KeyError::new("lora_target", format!("\"{target}\""), expected))?,
+            use_rslora: keys.use_rslora.unwrap_or(false),
+            use_dora: keys.use_dora.unwrap_or(false),
+        })
+    }
+
+    fn targets(&self, shape: &ModelShape) -> std::result::Result<Targets, MethodError> {
+        Targets::new(shape, &self.targets).map_err(|reason| MethodError::Setting {
+            key: "lora_target",
+            found: self.targets.text().to_owned(),
+            reason,
+            hint: format!(
+                "a linear layer's whole name is like `{}`; its last part may be one of {}",
+                LinearSite::Dense.path(0),
+                all_sites()
+            ),
+        })
+    }
+}
+
+fn all_sites() -> String {
+    LinearSite::ALL.map(site_name).join(",")
+}
+
+/// The last part of its name.
+fn site_name(site: LinearSite) -> &'static str {
+    site.module().rsplit('.').next().unwrap_or_default()
+}
+
+impl super::Settings for Settings {
+    fn keys(&self) -> MethodKeys {
+        MethodKeys {
+            finetuning_type: Some(super::FinetuningType::Lora),
+            lora_rank: Some(self.rank.get()),
+            lora_alpha: Some(self.alpha),
+            lora_dropout: Some(self.dropout),
+            lora_target: Some(self.targets.text().to_owned()),
+            use_rslora: Some(self.use_rslora),
+            use_dora: Some(self.use_dora),
+            ..MethodKeys::default()
+        }
+    }
+
+    fn describe(&self) -> String {
+        let (name, root) = if self.use_rslora { ("rsLoRA", "sqrt(rank)") } else { ("LoRA", "rank") };
+        let name = if self.use_dora { name.replace("LoRA", "DoRA") } else { name.to_owned() };
+        let Self { rank, alpha, dropout, targets, .. } = self;
+        format!("{name}: rank {rank}, alpha {alpha} (counts alpha / {root}), dropout {dropout}, on {}", targets.text().replace(',', ", "))
+    }
+
+    fn learning_rate(&self) -> f64 {
+        5e-4 // THUDM/ChatGLM-6B, ptuning/README.md, comparison with LoRA
+    }
+
+    fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError> {
+        let targets = self.targets(shape)?;
+        let rank = self.rank.get() as u64;
+        let (out, input) = targets.0.values().fold((0, 0), |sum, &(out, input)| (sum.0 + out as u64, sum.1 + input as u64));
+        let (a, b, m) = (rank * input, rank * out, if self.use_dora { out } else { 0 });
+        Ok(Costs {
+            trainable_parameters: a + b + m,
+            site_elements: a + b + m,
+            forward: 2 * (a + b),
+            backward: 2 * (3 * a + 2 * b), // x Aᵀ again, dA and dx; dB and dy B
+            lowest_layer: targets.lowest_layer() as u64,
+            saved_floats: m,
+            ..Costs::default()
+        })
+    }
+
+    fn create(&self, base: &ChatGlm2, seed: u64) -> std::result::Result<Box<dyn PeftMethod>, MethodError> {
+        let targets = self.targets(&ModelShape::from(&base.config))?;
+        Ok(Box::new(Lora::new(self.clone(), targets, base, seed)?))
+    }
+}
+
+/// Linear layers that are updated -> (out, in).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Targets(BTreeMap<(usize, LinearSite), (usize, usize)>);
+
+impl Targets {
+    fn new(shape: &ModelShape, selector: &Selector) -> std::result::Result<Self, String> {
+        let all = (0..shape.layers as usize).flat_map(|layer| LinearSite::ALL.map(|site| (site.path(layer), (layer, site))));
+        let all: BTreeMap<String, (usize, LinearSite)> = all.collect();
+        let chosen = selector.select(&all.keys().map(String::as_str).collect::<Vec<_>>())?;
+        let size = |site| {
+            let (out, input) = shape.linear(site);
+            (out as usize, input as usize)
+        };
+        Ok(Self(chosen.into_iter().map(|name| (all[name], size(all[name].1))).collect()))
+    }
+
+    /// As PEFT's `target_modules` can say it: the last parts of names where those mean the same in a model of `layers` layers, else whole names.
+    fn names(&self, layers: usize) -> Vec<String> {
+        let sites: Vec<_> = LinearSite::ALL.into_iter().filter(|&site| self.0.keys().any(|(_, s)| *s == site)).collect();
+        if self.0.len() == layers * sites.len() {
+            sites.into_iter().map(|site| site_name(site).to_owned()).collect()
+        } else {
+            self.0.keys().map(|(layer, site)| site.path(*layer)).collect()
+        }
+    }
+
+    fn lowest_layer(&self) -> usize {
+        self.0.keys().next().map_or(0, |(layer, _)| *layer)
+    }
+}
+
+/// The base's weights under DoRA, and what follows from them and the parameters.
+struct Magnitudes {
+    weights: BTreeMap<(usize, LinearSite), Tensor>,
+    /// Row norms of W + s B A, `[out]` each.
+    norms: BTreeMap<(usize, LinearSite), Vec<f32>>,
+}
+
+/// The updates of all targets.
 pub struct Lora {
-    shape: Shape,
-    scale: Scale,
-    dropout: f32,
+    settings: Settings,
+    targets: Targets,
+    num_layers: usize,
     seed: u64,
     params: ParamSet,
+    magnitudes: Option<Magnitudes>,
 }
 
 impl Lora {
-    /// A fresh update, which changes nothing: A uniform within ±1/√in (PEFT's `kaiming_uniform_(a=√5)`), B zero.
+    /// A fresh update, which changes nothing: A uniform within ±1/√in (PEFT's `kaiming_uniform_(a=√5)`), B zero, m the row norms of W.
     ///
     /// # Errors
-    /// When a tensor cannot be made.
-    pub fn new(shape: Shape, scale: Scale, dropout: f64, seed: u64) -> Result<Self> {
-        let init = |(name, dims): (String, Vec<usize>)| {
-            let n: usize = dims.iter().product();
-            let values = if name.ends_with("lora_A.weight") {
-                let rng = KeyedRng::new(seed, Stream::ParameterInit, name_key(&name));
-                let bound = 1.0 / (dims[1] as f32).sqrt();
-                (0..n as u64).map(|i| (2.0 * rng.uniform(i) - 1.0) * bound).collect()
-            } else {
-                vec![0.0; n]
-            };
-            Ok((name, tensor(values, &dims)?))
+    /// When a tensor cannot be made, or a row of W is zero and has no direction.
+    pub fn new(settings: Settings, targets: Targets, base: &ChatGlm2, seed: u64) -> Result<Self> {
+        let mut tensors = BTreeMap::new();
+        for (&(layer, site), &(out, input)) in &targets.0 {
+            let (a, b) = (name_of_A(layer, site), name_of_B(layer, site));
+            let rng = KeyedRng::new(seed, Stream::ParameterInit, name_key(&a));
+            let (rank, bound) = (settings.rank.get(), 1.0 / (input as f32).sqrt());
+            let values = (0..(rank * input) as u64).map(|i| (2.0 * rng.uniform(i) - 1.0) * bound).collect();
+            tensors.insert(a, tensor(values, &[rank, input])?);
+            tensors.insert(b, tensor(vec![0.0; out * rank], &[out, rank])?);
+            if settings.use_dora {
+                tensors.insert(name_of_magnitude(layer, site), tensor(vec![0.0; out], &[out])?);
+            }
+        }
+        let magnitudes = if settings.use_dora {
+            let weight =
+                |&(layer, site): &(usize, LinearSite)| base.weight(BaseWeight::Weight(layer, site)).map(|w| ((layer, site), w.clone()));
+            Some(Magnitudes { weights: targets.0.keys().filter_map(weight).collect(), norms: BTreeMap::new() })
+        } else {
+            None
         };
-        let params = ParamSet::new(&shape.parameter_shapes().into_iter().map(init).collect::<Result<_>>()?)?;
-        Ok(Self { shape, scale, dropout: dropout as f32, seed, params })
+        let num_layers = base.config.num_layers;
+        let mut method = Self { settings, targets, num_layers, seed, params: ParamSet::new(&tensors)?, magnitudes };
+        method.refresh()?;
+        if let Some(magnitudes) = &method.magnitudes {
+            for (&(layer, site), norms) in &magnitudes.norms {
+                if let Some(row) = norms.iter().position(|&n| n == 0.0) {
+                    bail!("row {row} of `{}.weight` is zero, and DoRA needs its direction", site.path(layer));
+                }
+                tensors.insert(name_of_magnitude(layer, site), tensor(norms.clone(), &[norms.len()])?);
+            }
+            method.params.load(&tensors)?;
+        }
+        Ok(method)
     }
 
     /// An update with given values.
     ///
     /// # Errors
-    /// When a name is missing or unknown or has another shape than `shape` says.
-    pub fn from_tensors(shape: Shape, scale: Scale, dropout: f64, seed: u64, tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
-        let mut method = Self::new(shape, scale, dropout, seed)?;
+    /// When the settings do not fit, or a name is missing or unknown or has another shape.
+    pub fn from_tensors(
+        settings: &Settings,
+        base: &ChatGlm2,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> std::result::Result<Self, MethodError> {
+        let targets = settings.targets(&ModelShape::from(&base.config))?;
+        let mut method = Self::new(settings.clone(), targets, base, 0)?;
         method.params.load(tensors)?;
+        method.refresh()?;
         Ok(method)
     }
 
-    /// Reads an adapter that PEFT saved for a model with `config`.
+    /// Reads an adapter that PEFT saved for `base`.
     ///
     /// # Errors
     /// When a file is missing or not whole, the adapter is of another kind or uses what this program does not compute, or sizes disagree.
-    pub fn read_peft(dir: &Path, config: &ModelConfig) -> std::result::Result<Self, ExportError> {
-        let file = export::PeftFile::open(dir, "LORA")?;
+    pub fn read_peft(dir: &Path, base: &ChatGlm2) -> std::result::Result<Self, MethodError> {
+        let file = PeftFile::open(dir, "LORA")?;
         file.expect("bias", &json!("none"))?;
-        for key in ["use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"] {
+        for key in ["fan_in_fan_out", "lora_bias", "use_qalora"] {
             file.expect(key, &json!(false))?;
         }
         for key in ["rank_pattern", "alpha_pattern"] {
@@ -131,24 +275,84 @@ impl Lora {
         ] {
             file.expect(key, &Value::Null)?;
         }
-        let targets: BTreeSet<LinearSite> = file.read("target_modules", "a list of linear layers of a block")?;
-        let shape = Shape::new(config, file.read::<NonZeroUsize>("r", "a number above 0")?.get(), &targets);
-        let scale = Scale {
-            alpha: file.read("lora_alpha", "a number")?,
-            use_rslora: file.config.get("use_rslora").is_some_and(|v| v == &json!(true)),
+        let flag = |key: &str| file.config.get(key).is_some_and(|v| v == &json!(true));
+        let target = match file.names_or_pattern("target_modules")? {
+            all if all == "all-linear" => all_sites(),
+            target => target,
         };
-        let dropout = file.read("lora_dropout", "a share")?;
-        let tensors = shape.parameter_shapes().into_iter().map(|(name, dims)| {
-            let value = file.tensor(&format!("{PEFT_PREFIX}{name}"), &dims)?;
-            Ok((name, value))
+        let settings = Settings {
+            rank: file.read("r", "a number above 0")?,
+            alpha: file.read("lora_alpha", "a number")?,
+            dropout: file.read("lora_dropout", "a share")?,
+            targets: Selector::new(&target)
+                .map_err(|reason| file.key_error("target_modules", format!("names or a valid pattern ({reason})")))?,
+            use_rslora: flag("use_rslora"),
+            use_dora: flag("use_dora"),
+        };
+        let targets = settings.targets(&ModelShape::from(&base.config))?;
+        let method = Self::new(settings.clone(), targets, base, 0)?;
+        let tensors = method.params.layout().iter().map(|(name, entry)| {
+            let value = file.tensor(&format!("{PEFT_PREFIX}{name}"), &entry.shape)?;
+            Ok((name.to_owned(), value))
         });
-        let tensors = tensors.collect::<std::result::Result<_, ExportError>>()?;
-        Ok(Self::from_tensors(shape, scale, dropout, 0, &tensors)?)
+        Self::from_tensors(&settings, base, &tensors.collect::<std::result::Result<_, ExportError>>()?)
     }
 
-    fn factor(&self) -> f32 {
-        let rank = self.shape.rank as f64;
-        (self.scale.alpha / if self.scale.use_rslora { rank.sqrt() } else { rank }) as f32
+    pub(super) fn factor(&self) -> f32 {
+        let rank = self.settings.rank.get() as f64;
+        (self.settings.alpha / if self.settings.use_rslora { rank.sqrt() } else { rank }) as f32
+    }
+
+    pub(super) fn dropout(&self) -> f32 {
+        self.settings.dropout as f32
+    }
+
+    pub(super) fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    pub(super) fn parameters(&self) -> &ParamSet {
+        &self.params
+    }
+
+    pub(super) fn is_target(&self, layer: usize, site: LinearSite) -> bool {
+        self.targets.0.contains_key(&(layer, site))
+    }
+
+    pub(super) fn has_magnitudes(&self) -> bool {
+        self.magnitudes.is_some()
+    }
+
+    pub(super) fn reach(&self, layer: usize) -> Reach {
+        let lowest = self.targets.lowest_layer();
+        let here = self.targets.0.keys().filter(|(l, _)| *l == layer).map(|(_, site)| site.reach()).max();
+        if layer > lowest { Reach::Input } else { here.unwrap_or(Reach::Nothing) }
+    }
+
+    /// n and m / n of a target, `[out]` each.
+    pub(super) fn norms_and_gains(&self, layer: usize, site: LinearSite) -> Result<(&[f32], Vec<f32>)> {
+        let Some(norms) = self.magnitudes.as_ref().and_then(|m| m.norms.get(&(layer, site))) else {
+            bail!("DoRA has no norms of {site:?}")
+        };
+        let magnitude = self.params.get(&name_of_magnitude(layer, site))?;
+        let gains = F32View::new(&magnitude)?.iter().zip(norms).map(|(m, n)| m / n).collect();
+        Ok((norms, gains))
+    }
+
+    /// W + s B A, `[out, in]`.
+    fn updated(&self, layer: usize, site: LinearSite, weight: &Tensor) -> Result<Vec<f32>> {
+        let (A, B) = (self.params.get(&name_of_A(layer, site))?, self.params.get(&name_of_B(layer, site))?);
+        let (rank, input) = A.dims2()?;
+        let (A, B, weight, factor) = (F32View::new(&A)?, F32View::new(&B)?, F32View::new(weight)?, self.factor());
+        let mut rows = weight.to_vec();
+        rows.par_chunks_mut(input).zip(B.par_chunks(rank)).for_each(|(row, b)| {
+            let mut update = vec![0f32; input];
+            for (b, a) in b.iter().zip(A.chunks_exact(input)) {
+                update.iter_mut().zip(a).for_each(|(u, a)| *u += b * a);
+            }
+            row.iter_mut().zip(update).for_each(|(w, u)| *w += factor * u);
+        });
+        Ok(rows)
     }
 }
 
@@ -166,34 +370,35 @@ impl PeftMethod for Lora {
     }
 
     fn refresh(&mut self) -> Result<()> {
+        let Some(magnitudes) = &self.magnitudes else { return Ok(()) };
+        let mut norms = BTreeMap::new();
+        for (&(layer, site), weight) in &magnitudes.weights {
+            let norm = |row: &[f32]| row.iter().map(|&w| f64::from(w) * f64::from(w)).sum::<f64>().sqrt() as f32;
+            let rows = self.updated(layer, site, weight)?;
+            norms.insert((layer, site), rows.par_chunks(weight.dim(1)?).map(norm).collect());
+        }
+        if let Some(magnitudes) = &mut self.magnitudes {
+            magnitudes.norms = norms;
+        }
         Ok(())
     }
 
     fn hooks<'a>(&'a self, rows: RowContext<'a>) -> Result<Box<dyn TrainHooks + 'a>> {
-        let drops = rows.mode == Mode::Train && self.dropout > 0.0;
-        Ok(Box::new(LoraHooks { method: self, rows: drops.then_some(rows), grad: vec![0.0; self.site_len()] }))
-    }
-
-    fn site_len(&self) -> usize {
-        self.params.layout().num_elements()
-    }
-
-    fn param_grad(&self, site_grad: &Tensor) -> Result<Tensor> {
-        Ok(site_grad.clone())
+        let drops = rows.mode == Mode::Train && self.settings.dropout > 0.0;
+        Ok(Box::new(LoraHooks::new(self, drops.then_some(rows), self.site_len())))
     }
 
     fn sizes(&self) -> BTreeMap<String, Value> {
-        let targets: Vec<_> = self.shape.targets.keys().collect();
         BTreeMap::from([
-            ("lora_rank".to_owned(), self.shape.rank.into()),
-            ("lora_alpha".to_owned(), self.scale.alpha.into()),
-            ("lora_target".to_owned(), json!(targets)),
-            ("use_rslora".to_owned(), self.scale.use_rslora.into()),
+            ("lora_rank".to_owned(), self.settings.rank.get().into()),
+            ("lora_alpha".to_owned(), self.settings.alpha.into()),
+            ("lora_target".to_owned(), json!(self.targets.names(self.num_layers))),
+            ("use_rslora".to_owned(), self.settings.use_rslora.into()),
+            ("use_dora".to_owned(), self.settings.use_dora.into()),
         ])
     }
 
     fn export(&self, context: &ExportContext) -> std::result::Result<Files, ExportError> {
-        let targets: Vec<_> = self.shape.targets.keys().collect();
         let config = json!({
             "auto_mapping": null,
             "base_model_name_or_path": context.model_dir.display().to_string(),
@@ -201,103 +406,33 @@ impl PeftMethod for Lora {
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": true,
-            "lora_alpha": self.scale.alpha,
-            "lora_dropout": f64::from(self.dropout),
+            "lora_alpha": self.settings.alpha,
+            "lora_dropout": self.settings.dropout,
             "modules_to_save": null,
             "peft_type": "LORA",
-            "r": self.shape.rank,
+            "r": self.settings.rank.get(),
             "revision": null,
-            "target_modules": targets,
+            "target_modules": self.targets.names(self.num_layers),
             "task_type": "CAUSAL_LM",
-            "use_rslora": self.scale.use_rslora,
+            "use_dora": self.settings.use_dora,
+            "use_rslora": self.settings.use_rslora,
         });
         let tensors = self.params.tensors()?.into_iter().map(|(name, value)| (format!("{PEFT_PREFIX}{name}"), value)).collect();
         export::peft_adapter(&config, &tensors, context.about)
     }
-}
 
-struct LoraHooks<'a> {
-    method: &'a Lora,
-    /// Rows whose inputs are dropped from; none where nothing is dropped.
-    rows: Option<RowContext<'a>>,
-    grad: Vec<f32>,
-}
-
-impl LoraHooks<'_> {
-    /// 0 or 1 / (1 - p) for each element of an input `[T, in]`: the same whatever the row is packed with, and in a second forward pass.
-    fn multiplier(&self, layer: usize, site: LinearSite, width: usize) -> Result<Option<Tensor>> {
-        let Some(rows) = self.rows else { return Ok(None) };
-        let (p, kept) = (self.method.dropout, 1.0 / (1.0 - self.method.dropout));
-        let blocks = width.div_ceil(4);
-        let mut out = Vec::new();
-        for (bounds, &position) in rows.row_bounds.windows(2).zip(rows.stream_positions) {
-            let rng = KeyedRng::new(self.method.seed, Stream::LowRankDropout, (position << 12) + (layer * 4 + site as usize) as u64);
-            out.par_extend((0..(bounds[1] - bounds[0]) * width).into_par_iter().map(|i| {
-                let (token, channel) = (i / width, i % width);
-                let bits = rng.block((token * blocks + channel / 4) as u32)[channel % 4];
-                if unit(bits) < p { 0.0 } else { kept }
-            }));
+    fn merged_base_weights(&self, base: &ChatGlm2) -> Result<Option<BTreeMap<BaseWeight, Tensor>>> {
+        let mut merged = BTreeMap::new();
+        for (&(layer, site), &(out, input)) in &self.targets.0 {
+            let place = BaseWeight::Weight(layer, site);
+            let Some(weight) = base.weight(place) else { bail!("the model has no `{}`", place.name()) };
+            let mut rows = self.updated(layer, site, weight)?;
+            if self.has_magnitudes() {
+                let (_, gains) = self.norms_and_gains(layer, site)?;
+                rows.chunks_exact_mut(input).zip(gains).for_each(|(row, gain)| row.iter_mut().for_each(|w| *w *= gain));
+            }
+            merged.insert(place, tensor(rows, &[out, input])?);
         }
-        let tokens = out.len() / width;
-        Ok(Some(tensor(out, &[tokens, width])?))
-    }
-
-    /// A and B.
-    fn pair(&self, layer: usize, site: LinearSite) -> Result<(Tensor, Tensor)> {
-        let params = &self.method.params;
-        Ok((params.get(&name_of_A(layer, site))?, params.get(&name_of_B(layer, site))?))
-    }
-
-    /// Adds to the gradient of a parameter; `value(i)` is its element i.
-    fn add(&mut self, name: &str, value: impl Fn(usize) -> f32) {
-        if let Some(entry) = self.method.params.layout().get(name) {
-            let part = &mut self.grad[entry.offset..entry.offset + entry.num_elements()];
-            part.iter_mut().enumerate().for_each(|(i, g)| *g += value(i));
-        }
-    }
-}
-
-impl Hooks for LoraHooks<'_> {
-    fn changes_linear(&self, _layer: usize, site: LinearSite) -> bool {
-        self.method.shape.targets.contains_key(&site)
-    }
-
-    fn linear(&self, layer: usize, site: LinearSite, x: &Tensor, y: &Tensor) -> Result<()> {
-        let (A, B) = self.pair(layer, site)?;
-        let u_Tr = match self.multiplier(layer, site, x.dim(1)?)? {
-            Some(multiplier) => matmul::nt(&(x * multiplier)?, &A)?,
-            None => matmul::nt(x, &A)?,
-        };
-        elementwise::scale_(&u_Tr, self.method.factor())?;
-        elementwise::add_(y, &matmul::nt(&u_Tr, &B)?)
-    }
-
-    fn linear_grad(&mut self, layer: usize, site: LinearSite, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        let (A, B) = self.pair(layer, site)?;
-        let multiplier = self.multiplier(layer, site, x.dim(1)?)?;
-        let x = multiplier.as_ref().map_or_else(|| Ok(x.clone()), |m| x * m)?;
-        let u_Tr = matmul::nt(&x, &A)?;
-        elementwise::scale_(&u_Tr, self.method.factor())?;
-        let dB_transposed = matmul::tn(&u_Tr, dy)?;
-        let du_Tr = matmul::nn(dy, &B)?;
-        elementwise::scale_(&du_Tr, self.method.factor())?;
-        let dA = matmul::tn(&du_Tr, &x)?;
-        let (rank, out) = dB_transposed.dims2()?;
-        let (dA, dB) = (F32View::new(&dA)?, F32View::new(&dB_transposed)?);
-        self.add(&name_of_A(layer, site), |i| dA[i]);
-        self.add(&name_of_B(layer, site), |i| dB[i % rank * out + i / rank]);
-        let dx = matmul::nn(&du_Tr, &A)?;
-        multiplier.map_or_else(|| Ok(dx.clone()), |m| &dx * m)
-    }
-
-    fn reach(&self, layer: usize) -> Reach {
-        if layer == 0 { Reach::QueryKeyValue } else { Reach::Input }
-    }
-}
-
-impl TrainHooks for LoraHooks<'_> {
-    fn into_site_grad(self: Box<Self>) -> Result<Tensor> {
-        let len = self.grad.len();
-        tensor(self.grad, &[len])
+        Ok(Some(merged))
     }
 }

@@ -1,30 +1,139 @@
 //! Tuning methods. A method is a value: it owns its parameters and hands out [`Hooks`] for a micro-batch; the model names none of them.
+//!
+//! A method's file has its [`Settings`] (from a user's keys to sizes, costs and the method itself) and its [`PeftMethod`]. `methods!` below is the
+//! one place where methods are listed.
 
+pub mod adapter;
+pub mod base_weights;
+mod error;
 pub mod export;
+pub mod export_model;
+pub mod keys;
 pub mod lora;
+mod low_rank;
+pub mod p_tuning;
 pub mod prefix;
 pub mod prefix_tuning;
+pub mod prompt_tuning;
 pub mod ptuning_v2;
+pub mod select;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::num::NonZeroUsize;
+pub mod freeze;
+pub mod full;
+
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
+pub use self::error::MethodError;
 use self::export::{ExportError, Files};
-use crate::model::ModelConfig;
-use crate::model::hooks::{Hooks, LinearSite};
+use self::keys::{KeyError, MethodKeys};
+use crate::model::hooks::{BaseWeight, Hooks};
+use crate::model::shape::ModelShape;
+use crate::model::{ChatGlm2, ModelConfig};
 use crate::params::ParamSet;
 
-/// Which method, and its sizes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "name", rename_all = "snake_case")]
-pub enum MethodPlan {
-    PtuningV2 { pre_seq_len: NonZeroUsize, prefix_projection: bool, prefix_dropout: f64 },
-    PrefixTuning { pre_seq_len: NonZeroUsize, prefix_projection: bool, encoder_hidden_size: Option<NonZeroUsize> },
-    Lora { rank: NonZeroUsize, alpha: f64, dropout: f64, targets: BTreeSet<LinearSite>, use_rslora: bool },
+/// From `Variant = module` to what the rest of the program asks for by method.
+macro_rules! methods {
+    ($($(#[$attribute:meta])* $variant:ident = $module:ident),+ $(,)?) => {
+        /// The tuning method as users name it.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum FinetuningType {
+            $($(#[$attribute])* $variant),+
+        }
+
+        /// Which method, and its settings.
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = "name", rename_all = "snake_case")]
+        pub enum MethodPlan {
+            $($variant($module::Settings)),+
+        }
+
+        /// What `finetuning_type` may be.
+        pub const METHOD_NAMES: &[&str] = &["prefix", $($module::NAME),+];
+
+        impl FinetuningType {
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $module::NAME),+ }
+            }
+
+            /// The keys that the method reads.
+            pub fn keys(self) -> &'static [&'static str] {
+                match self { $(Self::$variant => $module::Settings::KEYS),+ }
+            }
+        }
+
+        impl MethodPlan {
+            /// # Errors
+            /// When a key's value is out of its range, or one is missing.
+            pub fn resolve(kind: FinetuningType, keys: &MethodKeys) -> std::result::Result<Self, KeyError> {
+                Ok(match kind { $(FinetuningType::$variant => Self::$variant($module::Settings::resolve(keys)?)),+ })
+            }
+
+            pub fn kind(&self) -> FinetuningType {
+                match self { $(Self::$variant(_) => FinetuningType::$variant),+ }
+            }
+
+            pub fn settings(&self) -> &dyn Settings {
+                match self { $(Self::$variant(settings) => settings),+ }
+            }
+        }
+    };
+}
+
+methods! {
+    #[serde(alias = "prefix")]
+    PtuningV2 = ptuning_v2,
+    PrefixTuning = prefix_tuning,
+    Lora = lora,
+    Freeze = freeze,
+    Full = full,
+}
+
+/// A method as a user has set it, before there is a model. A settings type also has `KEYS` and `resolve`.
+pub trait Settings {
+    /// The keys that resolve to these settings again.
+    fn keys(&self) -> MethodKeys;
+    /// What a person reads in the plan, without the number of parameters.
+    fn describe(&self) -> String;
+    /// The published recipe's, or the nearest to one.
+    fn learning_rate(&self) -> f64;
+    /// # Errors
+    /// When the settings name parts that the model does not have.
+    fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError>;
+    /// The method with fresh parameters.
+    ///
+    /// # Errors
+    /// When the settings do not fit the model, or a file that they name cannot be read.
+    fn create(&self, base: &ChatGlm2, seed: u64) -> std::result::Result<Box<dyn PeftMethod>, MethodError>;
+}
+
+/// What a method costs beyond the frozen base.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Costs {
+    pub trainable_parameters: u64,
+    /// Those of them that stand in the place of the base's own.
+    pub trained_base_parameters: u64,
+    /// Elements of the gradient where the method meets the model.
+    pub site_elements: u64,
+    /// Virtual tokens before each row, in every layer.
+    pub prefix_tokens: u64,
+    /// Soft tokens before each row: they pass all layers as a row's own.
+    pub soft_tokens: u64,
+    /// FLOPs of a token in the method's own products.
+    pub forward: u64,
+    pub backward: u64,
+    /// FLOPs of a target token in the gradient of the head's weights.
+    pub head_backward: u64,
+    /// The backward pass ends in this layer.
+    pub lowest_layer: u64,
+    /// f32 values that the method keeps of one token for the backward pass, over all layers.
+    pub saved_floats: u64,
 }
 
 /// What an exported adapter says of its base.
@@ -72,38 +181,40 @@ pub trait PeftMethod {
     fn params(&self) -> &ParamSet;
     fn params_mut(&mut self) -> &mut ParamSet;
     /// Computes what depends on the parameters alone; called after every change of them.
-    fn refresh(&mut self) -> Result<()>;
+    fn refresh(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Hands for one micro-batch.
     fn hooks<'a>(&'a self, rows: RowContext<'a>) -> Result<Box<dyn TrainHooks + 'a>>;
     /// Elements of the site gradient.
-    fn site_len(&self) -> usize;
-    /// Gradient of the parameters, flat in their order, from the summed site gradient.
-    fn param_grad(&self, site_grad: &Tensor) -> Result<Tensor>;
+    fn site_len(&self) -> usize {
+        self.params().layout().num_elements()
+    }
+    /// Gradient of the parameters, flat in their order, from the mean site gradient.
+    fn param_grad(&self, site_grad: &Tensor) -> Result<Tensor> {
+        Ok(site_grad.clone())
+    }
+    /// Parameters of the base that the method trains, sharing memory with [`Self::params`]: they stand in the model's place of them.
+    fn trained_base_weights(&self) -> Result<BTreeMap<BaseWeight, Tensor>> {
+        Ok(BTreeMap::new())
+    }
     /// Sizes that a checkpoint must agree on, name -> value.
     fn sizes(&self) -> BTreeMap<String, serde_json::Value>;
     /// The files of the adapter in the public formats that know it, relative path and content.
     fn export(&self, context: &ExportContext) -> std::result::Result<Files, ExportError>;
+    /// Parameters of the base with the method's changes folded in; none where they cannot be told from the base's weights alone.
+    ///
+    /// # Errors
+    /// When a tensor cannot be made.
+    fn merged_base_weights(&self, _base: &ChatGlm2) -> Result<Option<BTreeMap<BaseWeight, Tensor>>> {
+        Ok(None)
+    }
 }
 
 /// The method that `plan` asks for, with fresh parameters.
 ///
 /// # Errors
-/// When the sizes do not fit the model.
-pub fn create(plan: &MethodPlan, config: &ModelConfig, seed: u64) -> Result<Box<dyn PeftMethod>> {
-    Ok(match plan {
-        MethodPlan::PtuningV2 { pre_seq_len, prefix_projection, prefix_dropout } => {
-            let shape = ptuning_v2::shape(config, pre_seq_len.get(), *prefix_projection);
-            Box::new(ptuning_v2::PtuningV2::new(shape, *prefix_dropout, seed)?)
-        }
-        MethodPlan::PrefixTuning { pre_seq_len, prefix_projection, encoder_hidden_size } => {
-            let hidden = encoder_hidden_size.map(NonZeroUsize::get);
-            let shape = prefix_tuning::shape(config, pre_seq_len.get(), *prefix_projection, hidden);
-            Box::new(prefix_tuning::PrefixTuning::new(shape, seed)?)
-        }
-        MethodPlan::Lora { rank, alpha, dropout, targets, use_rslora } => {
-            let shape = lora::Shape::new(config, rank.get(), targets);
-            let scale = lora::Scale { alpha: *alpha, use_rslora: *use_rslora };
-            Box::new(lora::Lora::new(shape, scale, *dropout, seed)?)
-        }
-    })
+/// When the settings do not fit the model, or a file that they name cannot be read.
+pub fn create(plan: &MethodPlan, base: &ChatGlm2, seed: u64) -> std::result::Result<Box<dyn PeftMethod>, MethodError> {
+    plan.settings().create(base, seed)
 }

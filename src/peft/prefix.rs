@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Mode, RowContext, TrainHooks};
+use super::{Costs, Mode, RowContext, TrainHooks};
 use crate::kernels::host::{F32View, tensor};
 use crate::kernels::{elementwise, matmul};
 use crate::model::ModelConfig;
@@ -65,6 +65,13 @@ impl Shape {
         let all = mlp.chain([(names.embedding, vec![self.virtual_tokens, e])]);
         all.map(|(name, shape)| (name.to_owned(), shape)).collect()
     }
+}
+
+/// Costs of P virtual tokens with table rows of `width`, behind an MLP of (E, M) where there is one.
+pub(super) fn costs(virtual_tokens: u64, width: u64, projection: Option<(u64, u64)>) -> Costs {
+    let table = virtual_tokens * width;
+    let trained = projection.map_or(table, |(e, m)| virtual_tokens * e + m * (e + 1) + width * (m + 1));
+    Costs { trainable_parameters: trained, site_elements: table, prefix_tokens: virtual_tokens, ..Costs::default() }
 }
 
 /// The prefix, its optional projection MLP, and the table that they give.

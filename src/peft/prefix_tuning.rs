@@ -2,14 +2,18 @@
 //! and sizes (peft/tuners/prefix_tuning/model.py, PrefixEncoder). Against P-Tuning v2 the MLP reads narrow rows, and nothing is dropped.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 
 use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::export::{self, ExportError, Files, PrefixShape};
-use super::prefix::{Names, PrefixEncoder, Projection, Shape};
-use super::{ExportContext, PeftMethod, RowContext, TrainHooks};
-use crate::model::ModelConfig;
+use super::keys::{KeyError, MethodKeys, positive};
+use super::prefix::{self, Names, PrefixEncoder, Projection, Shape};
+use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
+use crate::model::shape::ModelShape;
+use crate::model::{ChatGlm2, ModelConfig};
 use crate::params::ParamSet;
 
 pub const NAME: &str = "prefix_tuning";
@@ -19,6 +23,60 @@ pub const NAMES: Names = Names {
     first: ["transform.0.weight", "transform.0.bias"],
     second: ["transform.2.weight", "transform.2.bias"],
 };
+
+/// As PEFT's `PrefixTuningConfig` has them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    pub pre_seq_len: NonZeroUsize,
+    pub prefix_projection: bool,
+    pub encoder_hidden_size: Option<NonZeroUsize>,
+}
+
+impl Settings {
+    pub const KEYS: &[&str] = &["pre_seq_len", "prefix_projection", "encoder_hidden_size"];
+
+    /// # Errors
+    /// When a value is out of its range.
+    pub fn resolve(keys: &MethodKeys) -> std::result::Result<Self, KeyError> {
+        Ok(Self {
+            pre_seq_len: positive("pre_seq_len", keys.pre_seq_len.unwrap_or(128))?,
+            prefix_projection: keys.prefix_projection.unwrap_or(true),
+            encoder_hidden_size: keys.encoder_hidden_size.map(|width| positive("encoder_hidden_size", width)).transpose()?,
+        })
+    }
+}
+
+impl super::Settings for Settings {
+    fn keys(&self) -> MethodKeys {
+        MethodKeys {
+            finetuning_type: Some(super::FinetuningType::PrefixTuning),
+            pre_seq_len: Some(self.pre_seq_len.get()),
+            prefix_projection: Some(self.prefix_projection),
+            encoder_hidden_size: self.encoder_hidden_size.map(NonZeroUsize::get),
+            ..MethodKeys::default()
+        }
+    }
+
+    fn describe(&self) -> String {
+        let projection = if self.prefix_projection { " through an MLP" } else { "" };
+        format!("prefix tuning: {} virtual tokens{projection}", self.pre_seq_len)
+    }
+
+    fn learning_rate(&self) -> f64 {
+        1e-2 // PEFT, examples/conditional_generation/peft_prefix_tuning_seq2seq.ipynb
+    }
+
+    fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError> {
+        let token_dim = shape.groups * shape.kv;
+        let hidden = self.encoder_hidden_size.map_or(token_dim, |hidden| hidden.get() as u64);
+        Ok(prefix::costs(self.pre_seq_len.get() as u64, shape.prefix_width(), self.prefix_projection.then_some((token_dim, hidden))))
+    }
+
+    fn create(&self, base: &ChatGlm2, seed: u64) -> std::result::Result<Box<dyn PeftMethod>, MethodError> {
+        let hidden = self.encoder_hidden_size.map(NonZeroUsize::get);
+        Ok(Box::new(PrefixTuning::new(shape(&base.config, self.pre_seq_len.get(), self.prefix_projection, hidden), seed)?))
+    }
+}
 
 /// Sizes of a prefix; PEFT's projection reads rows as wide as one layer's key (`token_dim`), and so is its hidden layer unless told otherwise.
 pub fn shape(config: &ModelConfig, virtual_tokens: usize, projection: bool, encoder_hidden_size: Option<usize>) -> Shape {

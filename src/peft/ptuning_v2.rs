@@ -1,13 +1,17 @@
 //! P-Tuning v2: trainable keys and values for every layer (Liu et al. 2021, arXiv:2110.07602), with THUDM's names and sizes.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 
 use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
 
 use super::export::{self, ExportError, Files, PrefixShape};
-use super::prefix::{Names, PrefixEncoder, Projection, Shape};
-use super::{ExportContext, PeftMethod, RowContext, TrainHooks};
-use crate::model::ModelConfig;
+use super::keys::{KeyError, MethodKeys, positive, share_below_one};
+use super::prefix::{self, Names, PrefixEncoder, Projection, Shape};
+use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
+use crate::model::shape::ModelShape;
+use crate::model::{ChatGlm2, ModelConfig};
 use crate::params::ParamSet;
 
 pub const NAME: &str = "ptuning_v2";
@@ -17,6 +21,60 @@ pub const NAMES: Names = Names {
     first: ["transformer.prefix_encoder.trans.0.weight", "transformer.prefix_encoder.trans.0.bias"],
     second: ["transformer.prefix_encoder.trans.2.weight", "transformer.prefix_encoder.trans.2.bias"],
 };
+
+/// As THUDM's arguments have them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    pub pre_seq_len: NonZeroUsize,
+    pub prefix_projection: bool,
+    pub prefix_dropout: f64,
+}
+
+impl Settings {
+    pub const KEYS: &[&str] = &["pre_seq_len", "prefix_projection", "prefix_dropout"];
+
+    /// # Errors
+    /// When a value is out of its range.
+    pub fn resolve(keys: &MethodKeys) -> std::result::Result<Self, KeyError> {
+        Ok(Self {
+            pre_seq_len: positive("pre_seq_len", keys.pre_seq_len.unwrap_or(128))?,
+            prefix_projection: keys.prefix_projection.unwrap_or(false),
+            prefix_dropout: share_below_one("prefix_dropout", keys.prefix_dropout.unwrap_or(0.1))?,
+        })
+    }
+}
+
+impl super::Settings for Settings {
+    fn keys(&self) -> MethodKeys {
+        MethodKeys {
+            finetuning_type: Some(super::FinetuningType::PtuningV2),
+            pre_seq_len: Some(self.pre_seq_len.get()),
+            prefix_projection: Some(self.prefix_projection),
+            prefix_dropout: Some(self.prefix_dropout),
+            ..MethodKeys::default()
+        }
+    }
+
+    fn describe(&self) -> String {
+        let projection = if self.prefix_projection { " through an MLP" } else { "" };
+        format!("P-Tuning v2: {} virtual tokens{projection}, dropout {}", self.pre_seq_len, self.prefix_dropout)
+    }
+
+    fn learning_rate(&self) -> f64 {
+        2e-2 // THUDM/ChatGLM2-6B, ptuning/train.sh
+    }
+
+    fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError> {
+        let width = shape.prefix_width();
+        let projection = self.prefix_projection.then_some((width, shape.hidden));
+        Ok(prefix::costs(self.pre_seq_len.get() as u64, width, projection))
+    }
+
+    fn create(&self, base: &ChatGlm2, seed: u64) -> std::result::Result<Box<dyn PeftMethod>, MethodError> {
+        let shape = shape(&base.config, self.pre_seq_len.get(), self.prefix_projection);
+        Ok(Box::new(PtuningV2::new(shape, self.prefix_dropout, seed)?))
+    }
+}
 
 /// Sizes of a prefix; THUDM's projection reads rows as wide as the table's and has the model's hidden width.
 pub fn shape(config: &ModelConfig, virtual_tokens: usize, projection: bool) -> Shape {

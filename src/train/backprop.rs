@@ -31,7 +31,7 @@ pub fn forward_backward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &Micro
     let mut hooks = method.hooks(rows(batch, Mode::Train))?;
     let tokens = tokens(batch);
     let (hidden, tape) = model.forward(tokens, &*hooks, Keep::ForBackward(recompute))?;
-    let (nll, dhidden) = loss::nll_and_gradient(model, &hidden, &batch.targets)?;
+    let (nll, dhidden) = loss::nll_and_gradient(model, &hidden, &batch.targets, &mut *hooks)?;
     drop(hidden);
     model.backward(dhidden, tape, tokens, &mut *hooks)?;
     Ok(SlotPass { nll, site_grad: hooks.into_site_grad()? })

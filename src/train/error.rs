@@ -7,6 +7,7 @@ use crate::data::DataError;
 use crate::dist::{AgreedError, DistError};
 use crate::model::ModelError;
 use crate::optim::OptimError;
+use crate::peft::MethodError;
 use crate::peft::export::ExportError;
 use crate::telemetry::TelemetryError;
 use crate::tokenizer::TokenizerError;
@@ -44,6 +45,8 @@ pub enum TrainError {
     #[error(transparent)]
     Export(#[from] ExportError),
     #[error(transparent)]
+    Method(#[from] MethodError),
+    #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
     Optim(#[from] OptimError),
@@ -71,6 +74,7 @@ impl TrainError {
             Self::Data(e) => e.hint(),
             Self::Dist(e) => e.hint(),
             Self::Export(e) => e.hint(),
+            Self::Method(e) => e.hint(),
             Self::Model(e) => e.hint(),
             Self::Telemetry(e) => e.hint(),
             Self::Tokenizer(e) => e.hint(),

@@ -84,14 +84,14 @@ impl<'a> Job<'a> {
             Ok((tokenizer, config))
         })?;
         let (train, validation) = load_data(plan, &tokenizer, group)?;
-        let (model, fingerprint) = together(group, || {
+        let (mut model, fingerprint) = together(group, || {
             let source = WeightSource::open(dir)?;
             // One rank of each machine reads every byte: the others have the same files.
             let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
             Ok((ChatGlm2::load(config.clone(), &source, plan.model.rope_table, &Device::Cpu)?, fingerprint))
         })?;
         let base_fingerprint = same_base(group, &fingerprint)?;
-        let mut method = peft::create(&plan.method, &config, plan.run.seed)?;
+        let mut method = together(group, || Ok(peft::create(&plan.method, &model, plan.run.seed)?))?;
         let o = &plan.optim;
         let adamw = AdamWConfig { beta1: o.adam_beta1, beta2: o.adam_beta2, epsilon: o.adam_epsilon, weight_decay: o.weight_decay };
         let mut optimizer = AdamW::new(adamw, method.params().layout().num_elements(), model.device())?;
@@ -124,6 +124,7 @@ impl<'a> Job<'a> {
             );
             Ok(progress)
         })?;
+        model.replace_weights(&method.trained_base_weights()?)?;
         tracing::info!(
             "{}: {} layers, hidden {}, {} trainable parameters ({})",
             config.name,

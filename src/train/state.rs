@@ -92,7 +92,9 @@ impl Saver<'_> {
             method.params().tensors()?.into_iter().map(|(name, tensor)| (format!("{PARAMETER}{name}"), tensor)).collect();
         tensors.extend(optimizer.export(method.params().layout())?);
         let output_dir = &self.plan.run.output_dir;
-        let path = checkpoint::save(self.disk, output_dir, &header, &tensors, &self.adapter_files(method)?)?;
+        // What a method that trains the base exports is a whole model: the state above has all of it that can change.
+        let adapter = if method.trained_base_weights()?.is_empty() { self.adapter_files(method)? } else { Vec::new() };
+        let path = checkpoint::save(self.disk, output_dir, &header, &tensors, &adapter)?;
         if let Some(limit) = self.plan.run.save_total_limit {
             checkpoint::retention(self.disk, output_dir, limit)?;
         }

@@ -8,44 +8,21 @@ use glmddp::kernels::attention::Rows;
 use glmddp::kernels::rotary::{Angles, Precision, Table};
 use glmddp::model::block::{NoObserver, Observer};
 use glmddp::model::chatglm2::{Keep, Tokens};
-use glmddp::model::hooks::{Hooks, LinearSite, NoHooks};
+use glmddp::model::hooks::{Hooks, NoHooks};
 use glmddp::model::weights::WeightSource;
 use glmddp::model::{ChatGlm2, ModelConfig, Recompute, RopeTable, generate, loss};
 use glmddp::peft::export::read_peft;
-use glmddp::peft::lora::{self, Lora};
-use glmddp::peft::prefix_tuning::{self, PrefixTuning};
-use glmddp::peft::ptuning_v2::{self, NAMES, PtuningV2};
-use glmddp::peft::{ExportContext, Mode, PeftMethod, RowContext, TrainHooks};
+use glmddp::peft::{Mode, PeftMethod, RowContext, TrainHooks};
 
 use crate::golden::{Case, Comparison, cases};
+use crate::golden_methods::{SUBJECTS, TRAININGS, exact_zero, lora, peft_prefix, thudm_prefix};
 use crate::support;
 
 /// Files of a case that the program has no method for yet; what is neither here nor compared is named by the coverage test.
-const OTHER_METHODS: [&str; 8] = ["adapter", "dora", "freeze", "full_grads", "p_tuning", "prompt_tuning", "quant", "train_full"];
-const COMPARED: [&str; 22] = [
-    "forward",
-    "inputs",
-    "ptuning",
-    "ptuning_proj",
-    "taps",
-    "train_dp_mean_of_means",
-    "train_dp_token_mean",
-    "train_ptuning",
-    "train_ptuning_proj",
-    "generate",
-    "f32_vs_f64",
-    "f32_vs_f64_methods",
-    "lora_qkv_fresh",
-    "lora_qkv_random",
-    "lora_all_fresh",
-    "lora_all_random",
-    "rslora_qkv_random",
-    "prefix_tuning_proj",
-    "train_prefix_tuning_proj",
-    "train_lora_qkv",
-    "train_lora_all",
-    "train_rslora_qkv",
-];
+const OTHER_METHODS: [&str; 5] = ["adapter", "p_tuning", "prompt_tuning", "quant", "train_quant"];
+/// Compared here and in `golden_train.rs`; those of the tables of `golden_methods.rs` come on top.
+const COMPARED: [&str; 8] =
+    ["forward", "inputs", "taps", "train_dp_mean_of_means", "train_dp_token_mean", "generate", "f32_vs_f64", "f32_vs_f64_methods"];
 const VARIANTS: [&str; 4] = ["plain", "right_mask", "left_pad", "pos_shift"];
 
 pub fn model(case: &Case) -> ChatGlm2 {
@@ -54,48 +31,12 @@ pub fn model(case: &Case) -> ChatGlm2 {
     ChatGlm2::load(config, &WeightSource::open(&dir).unwrap(), RopeTable::Exact, &Device::Cpu).unwrap()
 }
 
-/// The prefix of a golden file, with or without projection as its names say.
-pub fn prefix(model: &ChatGlm2, golden: &BTreeMap<String, Tensor>) -> PtuningV2 {
-    let params: BTreeMap<String, Tensor> =
-        golden.iter().filter(|(n, _)| n.starts_with("transformer.prefix_encoder.")).map(|(n, t)| (n.clone(), t.clone())).collect();
-    let shape = ptuning_v2::shape(&model.config, params[NAMES.embedding].dim(0).unwrap(), params.len() > 1);
-    PtuningV2::from_tensors(shape, 0.0, 0, &params).unwrap()
-}
-
-/// The prefix of a golden file under PEFT's names, behind its projection.
-pub fn prefix_tuning(model: &ChatGlm2, golden: &BTreeMap<String, Tensor>) -> PrefixTuning {
-    let names = prefix_tuning::NAMES;
-    let params: BTreeMap<String, Tensor> =
-        names.first.into_iter().chain(names.second).chain([names.embedding]).map(|name| (name.to_owned(), golden[name].clone())).collect();
-    let virtual_tokens = params[names.embedding].dim(0).unwrap();
-    let hidden = params[names.first[1]].dim(0).unwrap();
-    PrefixTuning::from_tensors(prefix_tuning::shape(&model.config, virtual_tokens, true, Some(hidden)), &params).unwrap()
-}
-
-/// `...lora_A.weight` -> `A....`, as the golden files have it.
-pub fn golden_lora_name(name: &str) -> String {
-    let name = name.strip_suffix(".weight").unwrap();
-    name.strip_suffix(".lora_A").map_or_else(|| format!("B.{}", name.strip_suffix(".lora_B").unwrap()), |module| format!("A.{module}"))
-}
-
-/// The low-rank updates of a golden file (alpha 16), with the targets that it has.
-pub fn lora(model: &ChatGlm2, golden: &BTreeMap<String, Tensor>, use_rslora: bool) -> Lora {
-    let targets: BTreeSet<LinearSite> =
-        LinearSite::ALL.into_iter().filter(|site| golden.contains_key(&format!("A.{}", site.path(0)))).collect();
-    let first = golden.iter().find(|(name, _)| name.starts_with("A.")).unwrap().1;
-    let shape = lora::Shape::new(&model.config, first.dim(0).unwrap(), &targets);
-    let scale = lora::Scale { alpha: 16.0, use_rslora };
-    let names = Lora::new(shape.clone(), scale, 0.0, 0).unwrap();
-    let tensors = names.params().layout().iter().map(|(name, _)| (name.to_owned(), golden[&golden_lora_name(name)].clone())).collect();
-    Lora::from_tensors(shape, scale, 0.0, 0, &tensors).unwrap()
-}
-
 fn integers(t: &Tensor) -> Vec<i64> {
     t.to_dtype(DType::I64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// One of the four input variants.
-struct Batch {
+pub struct Batch {
     ids: Vec<u32>,
     positions: Vec<u32>,
     bounds: Vec<usize>,
@@ -107,11 +48,11 @@ struct Batch {
 }
 
 impl Batch {
-    fn new(inputs: &BTreeMap<String, Tensor>, variant: &str) -> Self {
+    pub fn new(inputs: &BTreeMap<String, Tensor>, variant: &str) -> Self {
         Self::with_offset(inputs, variant, 0)
     }
 
-    fn with_offset(inputs: &BTreeMap<String, Tensor>, variant: &str, offset: u32) -> Self {
+    pub fn with_offset(inputs: &BTreeMap<String, Tensor>, variant: &str, offset: u32) -> Self {
         let (ids, labels) = if variant == "left_pad" { ("left_ids", "left_labels") } else { ("ids", "labels") };
         let (rows, len) = inputs[ids].dims2().unwrap();
         let unsigned = |name: &str| integers(&inputs[name]).into_iter().map(|x| x as u32).collect::<Vec<_>>();
@@ -167,8 +108,8 @@ fn mean(nll: &[f32]) -> Tensor {
     Tensor::new(mean as f32, &Device::Cpu).unwrap()
 }
 
-/// Logits, losses and, with a method, gradients of one variant.
-fn check_variant(
+/// Logits, losses and, with a method, gradients of one variant; those of the gradients that the golden file has. Gives the names of these.
+pub fn check_variant(
     c: &mut Comparison,
     model: &ChatGlm2,
     method: Option<(&dyn PeftMethod, Box<dyn TrainHooks + '_>)>,
@@ -176,7 +117,7 @@ fn check_variant(
     name: &str,
     recompute: Recompute,
     gradient: &dyn Fn(&str) -> String,
-) {
+) -> BTreeSet<String> {
     let tokens = batch.tokens();
     let no_hooks: &dyn Hooks = &NoHooks;
     let (hidden, tape) = match &method {
@@ -189,22 +130,46 @@ fn check_variant(
         c.check(&format!("{name}.logits"), &loss::logits(model, &hidden).unwrap().reshape((batch.rows, batch.len, v)).unwrap());
     }
     let targets = batch.targets();
-    let (nll, dhidden) = loss::nll_and_gradient(model, &hidden, &targets).unwrap();
+    let Some((method, mut hooks)) = method else {
+        let nll = loss::nll(model, &hidden, &targets).unwrap();
+        check_losses(c, batch, name, whole, &nll);
+        return BTreeSet::new();
+    };
+    let (nll, dhidden) = loss::nll_and_gradient(model, &hidden, &targets, &mut *hooks).unwrap();
     assert_eq!(loss::nll(model, &hidden, &targets).unwrap(), nll, "with and without a gradient the losses are the same bits");
-    if whole {
-        c.check(&format!("{name}.token_loss"), &batch.token_loss(&nll));
-    }
-    c.check(&format!("{name}.loss"), &mean(&nll));
-    let Some((method, mut hooks)) = method else { return };
+    check_losses(c, batch, name, whole, &nll);
     model.backward(dhidden, tape, tokens, &mut *hooks).unwrap();
     let site = (hooks.into_site_grad().unwrap() / nll.len() as f64).unwrap();
     let grads = method.params().layout().views(&method.param_grad(&site).unwrap()).unwrap();
+    let trains_base = !method.trained_base_weights().unwrap().is_empty();
+    let mut compared = BTreeSet::new();
     for (parameter, grad) in grads {
-        c.check(&gradient(&parameter), &grad);
+        let golden = gradient(&parameter);
+        if c.golden.contains_key(&golden) {
+            let zero = exact_zero(&model.config, if trains_base { &parameter } else { "" });
+            c.check_except(&golden, &grad, 0.0, &zero);
+            compared.insert(golden);
+        }
+    }
+    compared
+}
+
+fn check_losses(c: &mut Comparison, batch: &Batch, name: &str, whole: bool, nll: &[f32]) {
+    if c.golden.contains_key(&format!("{name}.token_loss")) || whole {
+        c.check(&format!("{name}.token_loss"), &batch.token_loss(nll));
+    }
+    if c.golden.contains_key(&format!("{name}.loss")) {
+        c.check(&format!("{name}.loss"), &mean(nll));
     }
 }
 
-fn eval_hooks(method: &dyn PeftMethod) -> Box<dyn TrainHooks + '_> {
+/// `[T, V]` of the plain variant.
+pub fn plain_logits(model: &ChatGlm2, inputs: &BTreeMap<String, Tensor>) -> Tensor {
+    let batch = Batch::new(inputs, "plain");
+    loss::logits(model, &model.forward(batch.tokens(), &NoHooks, Keep::Nothing).unwrap().0).unwrap()
+}
+
+pub fn eval_hooks(method: &dyn PeftMethod) -> Box<dyn TrainHooks + '_> {
     method.hooks(RowContext { stream_positions: &[], row_bounds: &[], mode: Mode::Eval }).unwrap()
 }
 
@@ -221,20 +186,17 @@ fn golden_forward_of_the_base_in_four_variants() {
 }
 
 #[test]
-fn golden_prefix_logits_losses_and_gradients_in_four_variants_and_with_dropout() {
+fn golden_prefix_with_dropout() {
     for case in cases() {
         let (model, inputs) = (model(&case), case.tensors("inputs").unwrap());
         for file in ["ptuning", "ptuning_proj"] {
             for recompute in [Recompute::None, Recompute::Block] {
                 let mut c = case.compare(file).unwrap();
-                let method = prefix(&model, &c.golden);
-                for variant in VARIANTS {
-                    let (batch, name) = (Batch::new(&inputs, variant), |p: &str| format!("{variant}.grad.{p}"));
-                    check_variant(&mut c, &model, Some((&method, eval_hooks(&method))), &batch, variant, recompute, &name);
-                }
+                let method = thudm_prefix(&model, &c.golden);
                 let hooks = method.encoder.hooks_with_multiplier(&c.golden["dropout.multiplier"]).unwrap();
                 let (batch, name) = (Batch::new(&inputs, "plain"), |p: &str| format!("dropout.grad.{p}"));
-                check_variant(&mut c, &model, Some((&method, hooks)), &batch, "dropout", recompute, &name);
+                let compared = check_variant(&mut c, &model, Some((&method, hooks)), &batch, "dropout", recompute, &name);
+                assert_eq!(compared.len(), method.params().layout().iter().count());
                 c.finish();
             }
         }
@@ -242,88 +204,19 @@ fn golden_prefix_logits_losses_and_gradients_in_four_variants_and_with_dropout()
 }
 
 #[test]
-fn golden_prefix_tuning_logits_losses_and_gradients() {
+fn golden_projected_prefix_is_what_peft_saves() {
     for case in cases() {
-        let (model, inputs) = (model(&case), case.tensors("inputs").unwrap());
-        for recompute in [Recompute::None, Recompute::Block] {
-            let Some(mut c) = case.compare("prefix_tuning_proj") else {
-                println!("golden {:<12} prefix_tuning_proj NOT RUN: the case does not have it", case.name());
-                continue;
-            };
-            let method = prefix_tuning(&model, &c.golden);
-            c.check("output", method.table());
-            let virtual_tokens = method.table().dim(0).unwrap() as u32;
-            for variant in ["plain", "left_pad", "offset_pos"] {
-                let offset = if variant == "offset_pos" { virtual_tokens } else { 0 };
-                let batch = Batch::with_offset(&inputs, variant, offset);
-                let name = |parameter: &str| format!("{variant}.grad.{parameter}");
-                check_variant(&mut c, &model, Some((&method, eval_hooks(&method))), &batch, variant, recompute, &name);
-            }
-            c.finish();
-            let dir = case.dir.join("peft_prefix_tuning_proj");
-            let read = read_peft(&dir).unwrap();
-            let off = (&read.table - method.table()).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-            assert!(off < 1e-5, "{}: off by {off}", dir.display());
-        }
-    }
-}
-
-#[test]
-fn golden_low_rank_updates_logits_losses_and_gradients() {
-    for case in cases() {
-        let (model, inputs) = (model(&case), case.tensors("inputs").unwrap());
-        for file in ["lora_qkv_fresh", "lora_qkv_random", "lora_all_fresh", "lora_all_random", "rslora_qkv_random"] {
-            for recompute in [Recompute::None, Recompute::Block] {
-                let Some(mut c) = case.compare(file) else {
-                    println!("golden {:<12} {file} NOT RUN: the case does not have it", case.name());
-                    continue;
-                };
-                let method = lora(&model, &c.golden, file.starts_with("rs"));
-                let name = |parameter: &str| format!("grad.{}", golden_lora_name(parameter));
-                check_variant(
-                    &mut c,
-                    &model,
-                    Some((&method, eval_hooks(&method))),
-                    &Batch::new(&inputs, "plain"),
-                    "plain",
-                    recompute,
-                    &name,
-                );
-                c.finish();
-            }
-        }
-    }
-}
-
-#[test]
-fn golden_low_rank_updates_as_peft_saves_them_read_back() {
-    for case in cases() {
-        let model = model(&case);
-        for name in ["lora_qkv", "lora_all", "rslora_qkv"] {
-            let (dir, file) = (case.dir.join(format!("peft_{name}")), format!("{name}_random"));
-            let (true, Some(golden)) = (dir.exists(), case.tensors(&file)) else {
-                println!("golden {:<12} peft_{name} NOT RUN: the case does not have it", case.name());
-                continue;
-            };
-            let read = Lora::read_peft(&dir, &model.config).unwrap();
-            let expected = lora(&model, &golden, name.starts_with("rs"));
-            assert_eq!(read.sizes(), expected.sizes(), "{}", dir.display());
-            let bits = |m: &Lora| m.params().flat().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            assert!(bits(&read) == bits(&expected), "{}: other values", dir.display());
-            let about = serde_json::json!({});
-            let context = ExportContext { model_dir: &case.dir.join("hf"), config: &model.config, about: &about };
-            let again = tempfile::tempdir().unwrap();
-            for (name, bytes) in read.export(&context).unwrap() {
-                std::fs::write(again.path().join(name), bytes).unwrap();
-            }
-            let reread = Lora::read_peft(again.path(), &model.config).unwrap();
-            assert!(reread.sizes() == expected.sizes() && bits(&reread) == bits(&expected), "{}: written and read again", dir.display());
-            println!(
-                "golden {:<12} peft_{name:<19} {:>4} tensors equal, read, written and read again",
-                case.name(),
-                read.params().layout().iter().count()
-            );
-        }
+        let Some(mut c) = case.compare("prefix_tuning_proj") else {
+            println!("golden {:<12} prefix_tuning_proj NOT RUN: the case does not have it", case.name());
+            continue;
+        };
+        let method = peft_prefix(&model(&case), &c.golden);
+        c.check("output", method.table());
+        c.finish();
+        let dir = case.dir.join("peft_prefix_tuning_proj");
+        let read = read_peft(&dir).unwrap();
+        let off = (&read.table - method.table()).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(off < 1e-5, "{}: off by {off}", dir.display());
     }
 }
 
@@ -376,9 +269,9 @@ fn golden_greedy_tokens_of_base_and_prefixes_with_and_without_left_padding() {
             let file = name.trim_end_matches("_left_pad");
             let method: Option<Box<dyn PeftMethod>> = match file {
                 "base" => None,
-                "ptuning" | "ptuning_proj" => Some(Box::new(prefix(&model, &case.tensors(file).unwrap()))),
-                _ if file.starts_with("lora") && COMPARED.contains(&file) => match case.tensors(file) {
-                    Some(golden) => Some(Box::new(lora(&model, &golden, false))),
+                "ptuning" | "ptuning_proj" => Some(Box::new(thudm_prefix(&model, &case.tensors(file).unwrap()))),
+                _ if file.starts_with("lora") => match case.tensors(file) {
+                    Some(golden) => Some(Box::new(lora(&model, &golden, file))),
                     None => {
                         println!("golden {:<12} generate: {name} NOT RUN: the case has no {file}", case.name());
                         continue;
@@ -473,7 +366,8 @@ fn golden_files_are_compared_or_named_as_not_run() {
         for entry in std::fs::read_dir(&case.dir).unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_stem().unwrap().to_string_lossy().into_owned();
-            if path.is_dir() || path.extension().is_some_and(|e| e == "md") || COMPARED.contains(&name.as_str()) {
+            let compared = COMPARED.iter().copied().chain(SUBJECTS.iter().map(|s| s.file)).chain(TRAININGS.iter().map(|t| t.file));
+            if path.is_dir() || path.extension().is_some_and(|e| e == "md") || compared.into_iter().any(|file| file == name) {
                 continue;
             }
             not_run.insert(name);

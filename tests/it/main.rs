@@ -10,6 +10,7 @@ mod docs;
 mod golden;
 mod golden_data;
 mod golden_formats;
+mod golden_methods;
 mod golden_model;
 mod golden_tokenizer;
 mod golden_train;

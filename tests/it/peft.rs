@@ -2,10 +2,9 @@
 
 use candle_core::Tensor;
 use glmddp::data::MicroBatch;
-use glmddp::model::hooks::LinearSite;
 use glmddp::model::{ChatGlm2, Recompute};
-use glmddp::peft::PeftMethod;
-use glmddp::peft::lora::{Lora, Scale, Shape};
+use glmddp::peft::keys::MethodKeys;
+use glmddp::peft::{FinetuningType, MethodPlan, PeftMethod, create};
 use glmddp::rng::{KeyedRng, Stream};
 use glmddp::train::backprop::forward_backward;
 
@@ -14,16 +13,22 @@ use crate::golden_model::model;
 use crate::golden_train::micro_batch;
 
 /// Updates of all linear layers with dropout, A and B random.
-fn lora(model: &ChatGlm2) -> Lora {
-    let shape = Shape::new(&model.config, 4, &LinearSite::ALL.into());
-    let mut method = Lora::new(shape, Scale { alpha: 8.0, use_rslora: false }, 0.3, 7).unwrap();
+fn lora(model: &ChatGlm2) -> Box<dyn PeftMethod> {
+    let keys = MethodKeys {
+        lora_rank: Some(4),
+        lora_alpha: Some(8.0),
+        lora_dropout: Some(0.3),
+        lora_target: Some("all".to_owned()),
+        ..MethodKeys::default()
+    };
+    let mut method = create(&MethodPlan::resolve(FinetuningType::Lora, &keys).unwrap(), model, 7).unwrap();
     let n = method.params().layout().num_elements();
     let values = KeyedRng::new(1, Stream::ParameterInit, 2).normal(n).into_iter().map(|x| 0.1 * x).collect();
-    set(&mut method, values);
+    set(&mut *method, values);
     method
 }
 
-fn set(method: &mut Lora, values: Vec<f32>) {
+fn set(method: &mut dyn PeftMethod, values: Vec<f32>) {
     let flat = Tensor::new(values, &candle_core::Device::Cpu).unwrap();
     let tensors = method.params().layout().views(&flat).unwrap();
     method.params_mut().load(&tensors).unwrap();
@@ -45,13 +50,13 @@ fn two_rows() -> (ChatGlm2, [MicroBatch; 3]) {
 fn low_rank_gradient_under_dropout_is_the_slope_of_the_loss() {
     let (model, [batch, ..]) = two_rows();
     let mut method = lora(&model);
-    let gradient: Vec<f32> = forward_backward(&model, &method, &batch, Recompute::None).unwrap().site_grad.to_vec1().unwrap();
+    let gradient: Vec<f32> = forward_backward(&model, &*method, &batch, Recompute::None).unwrap().site_grad.to_vec1().unwrap();
     let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
     let start = method.params().flat().to_vec1::<f32>().unwrap();
     let mut loss_at = |step: f64| {
         let moved = start.iter().zip(&gradient).map(|(&x, &g)| (f64::from(x) + step * f64::from(g) / norm) as f32).collect();
-        set(&mut method, moved);
-        forward_backward(&model, &method, &batch, Recompute::None).unwrap().nll_sum()
+        set(&mut *method, moved);
+        forward_backward(&model, &*method, &batch, Recompute::None).unwrap().nll_sum()
     };
     let step = 0.05 / norm;
     let slope = (loss_at(step) - loss_at(-step)) / (2.0 * step);
@@ -62,7 +67,7 @@ fn low_rank_gradient_under_dropout_is_the_slope_of_the_loss() {
 fn low_rank_dropout_of_a_row_does_not_depend_on_what_it_is_packed_with() {
     let (model, [both, first, second]) = two_rows();
     let method = lora(&model);
-    let nll = |batch| forward_backward(&model, &method, batch, Recompute::None).unwrap().nll;
+    let nll = |batch| forward_backward(&model, &*method, batch, Recompute::None).unwrap().nll;
     assert_eq!(nll(&both), [nll(&first), nll(&second)].concat());
     let mut elsewhere = first.clone();
     elsewhere.stream_positions[0] += 1;

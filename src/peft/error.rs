@@ -1,0 +1,25 @@
+//! Why a method cannot be made for a model.
+
+use super::export::ExportError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum MethodError {
+    /// A setting that only the model can judge.
+    #[error("`method.{key}` is \"{found}\", and in this model {reason}")]
+    Setting { key: &'static str, found: String, reason: String, hint: String },
+    #[error(transparent)]
+    Adapter(#[from] ExportError),
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+impl MethodError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Setting { hint, .. } => Some(hint.clone()),
+            Self::Adapter(error) => error.hint(),
+            Self::Tensor(_) => None,
+        }
+    }
+}

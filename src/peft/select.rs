@@ -1,0 +1,105 @@
+//! Which parts of the model a method is about, as PEFT's `target_modules` says it: a list of names, or one regular expression.
+
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+/// A list of names separated by commas, or a regular expression that a whole dotted name has to match. What holds a character that no name has
+/// is an expression.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Selector(String);
+
+/// What a [`Selector`] is made of.
+enum Kind {
+    /// Each matches a name that ends in it, from a dot on.
+    Names(Vec<String>),
+    Pattern(Box<Regex>),
+}
+
+impl Selector {
+    /// # Errors
+    /// When the text is empty or no valid expression: what is wrong with it.
+    pub fn new(text: &str) -> Result<Self, String> {
+        if text.split(',').any(|name| name.trim().is_empty()) && !is_pattern(text) {
+            return Err("a name is empty".to_owned());
+        }
+        let selector = Self(text.to_owned());
+        selector.kind()?;
+        Ok(selector)
+    }
+
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+
+    fn kind(&self) -> Result<Kind, String> {
+        if is_pattern(&self.0) {
+            let whole = Regex::new(&format!("^(?:{})$", self.0)).map_err(|e| e.to_string())?;
+            return Ok(Kind::Pattern(Box::new(whole)));
+        }
+        Ok(Kind::Names(self.0.split(',').map(|name| name.trim().to_owned()).collect()))
+    }
+
+    /// Those of `names` that are meant, in their order: a listed name means what ends in it.
+    ///
+    /// # Errors
+    /// When the expression is not valid, nothing is meant, or a listed name is none of these: what is wrong.
+    pub fn select<'a>(&self, names: &[&'a str]) -> Result<Vec<&'a str>, String> {
+        self.select_by(names, |name, part| name == part || name.strip_suffix(part).is_some_and(|rest| rest.ends_with('.')))
+    }
+
+    /// As [`Self::select`], but a listed name also means all that stands below it.
+    ///
+    /// # Errors
+    /// As [`Self::select`].
+    pub fn select_below<'a>(&self, names: &[&'a str]) -> Result<Vec<&'a str>, String> {
+        self.select_by(names, |name, part| format!(".{name}.").contains(&format!(".{part}.")))
+    }
+
+    fn select_by<'a>(&self, names: &[&'a str], is_named: impl Fn(&str, &str) -> bool) -> Result<Vec<&'a str>, String> {
+        let chosen: Vec<&str> = match self.kind()? {
+            Kind::Pattern(pattern) => names.iter().copied().filter(|name| pattern.is_match(name)).collect(),
+            Kind::Names(parts) => {
+                if let Some(unknown) = parts.iter().find(|part| !names.iter().any(|name| is_named(name, part))) {
+                    return Err(format!("nothing is called `{unknown}`"));
+                }
+                names.iter().copied().filter(|name| parts.iter().any(|part| is_named(name, part))).collect()
+            }
+        };
+        if chosen.is_empty() { Err("nothing matches it".to_owned()) } else { Ok(chosen) }
+    }
+}
+
+fn is_pattern(text: &str) -> bool {
+    text.chars().any(|c| !(c.is_alphanumeric() || matches!(c, '_' | '.' | ',' | ' '))) || text == "."
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMES: [&str; 4] =
+        ["layers.0.attention.dense", "layers.0.mlp.dense_4h_to_h", "layers.1.attention.dense", "layers.11.attention.dense"];
+
+    fn select(text: &str) -> Result<Vec<&'static str>, String> {
+        Selector::new(text)?.select(&NAMES)
+    }
+
+    #[test]
+    fn names_match_whole_parts_and_patterns_whole_names() {
+        assert_eq!(select("dense").unwrap(), [NAMES[0], NAMES[2], NAMES[3]]);
+        assert_eq!(select("dense, dense_4h_to_h").unwrap(), NAMES);
+        assert_eq!(select("layers.1.attention.dense").unwrap(), [NAMES[2]]);
+        assert_eq!(select(r".*\.1\..*").unwrap(), [NAMES[2]]);
+        assert_eq!(Selector::new("layers.1,mlp").unwrap().select_below(&NAMES).unwrap(), [NAMES[1], NAMES[2]]);
+        assert_eq!(select(r"layers\.(0|11)\.attention\.dense").unwrap(), [NAMES[0], NAMES[3]]);
+    }
+
+    #[test]
+    fn selector_that_means_nothing_says_why() {
+        assert_eq!(select("dense,densse").unwrap_err(), "nothing is called `densse`");
+        assert_eq!(select("dense.*").unwrap_err(), "nothing matches it");
+        assert_eq!(select("dense,,").unwrap_err(), "a name is empty");
+        assert!(select("(dense").unwrap_err().contains("unclosed group"));
+    }
+}
