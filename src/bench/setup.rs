@@ -8,11 +8,12 @@ use candle_core::DType;
 use rayon::prelude::*;
 
 use crate::config::plan::LossMean;
+use crate::data::demo::{self, DemoKind};
 use crate::data::load::LoadRequest;
 use crate::data::prompt::Truncation;
 use crate::data::record::{Columns, OnBadRow};
 use crate::data::tokenize::Limits;
-use crate::data::{self, Alone, Dataset, MicroBatch, collate::collate, demo};
+use crate::data::{self, Alone, Dataset, MicroBatch, collate::collate};
 use crate::dist::Reduction;
 use crate::kernels::host;
 use crate::model::config::Rope;
@@ -120,7 +121,7 @@ impl BenchSetup {
     }
 
     fn data(&self) -> Result<Dataset, TrainError> {
-        let demo_rows = demo::demo_rows(512, 1);
+        let demo_rows = demo::demo_rows(DemoKind::Advert, 512, 1);
         let tokenizer = match &self.tokenizer {
             Some(path) => GlmTokenizer::from_file(path)?,
             None => {

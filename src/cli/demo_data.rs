@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::report;
-use crate::data::demo::{self, Overwrite};
+use crate::data::demo::{self, DemoKind, Overwrite};
 
 /// Make up rows like AdvertiseGen's: train.jsonl and dev.jsonl
 #[derive(Clone, Debug, Args)]
@@ -14,6 +14,9 @@ pub struct DemoDataArgs {
     /// Folder to write to
     #[arg(long, value_name = "DIR")]
     pub output_dir: PathBuf,
+    /// What is written about the attribute lists, which are the same for both
+    #[arg(long, value_enum, default_value_t = Kind::Advert)]
+    pub kind: Kind,
     /// Rows of train.jsonl
     #[arg(long, default_value_t = 4000)]
     pub rows: usize,
@@ -27,9 +30,21 @@ pub struct DemoDataArgs {
     pub overwrite: bool,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// A sentence an attribute: 这款长裤，宽松的版型穿着舒服，适合春季，值得拥有。
+    Advert,
+    /// The same sentences as a list: 这款长裤：, *宽松的版型穿着舒服, *适合春季
+    Points,
+}
+
 pub fn run(args: &DemoDataArgs) -> anyhow::Result<()> {
     let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
-    demo::write_demo(&args.output_dir, args.rows, args.dev_rows, args.seed, overwrite)?;
+    let kind = match args.kind {
+        Kind::Advert => DemoKind::Advert,
+        Kind::Points => DemoKind::Points,
+    };
+    demo::write_demo(&args.output_dir, kind, args.rows, args.dev_rows, args.seed, overwrite)?;
     let dir = args.output_dir.display();
     report::print(&format!("{dir}/train.jsonl: {} rows, {dir}/dev.jsonl: {} rows; columns content, summary\n", args.rows, args.dev_rows))?;
     Ok(())

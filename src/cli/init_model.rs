@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 
 use super::report;
 use super::text::{bytes, thousands};
-use crate::data::demo;
+use crate::data::demo::{self, DemoKind};
 use crate::model::init::{self, InitOptions};
 use crate::tokenizer::{GlmTokenizer, train_small};
 
@@ -77,6 +77,6 @@ pub fn run(args: &InitModelArgs) -> anyhow::Result<()> {
 /// A tokenizer of our own: nothing foreign is shipped.
 fn small_tokenizer() -> Vec<u8> {
     let mut corpus = vec!["[Round 1]\n\n问：\n\n答：".to_owned()];
-    corpus.extend(demo::demo_rows(CORPUS_ROWS, 0).into_iter().flat_map(|(content, summary)| [content, summary]));
+    corpus.extend(demo::demo_rows(DemoKind::Advert, CORPUS_ROWS, 0).into_iter().flat_map(|(content, summary)| [content, summary]));
     train_small(&corpus, PIECES)
 }

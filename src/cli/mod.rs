@@ -7,14 +7,18 @@ pub mod completions;
 pub mod demo_data;
 pub mod doctor;
 pub mod environment;
+pub mod evaluate;
+pub mod generate;
 pub mod init_model;
 pub mod man;
 pub mod plan;
+pub mod ranks;
 pub mod report;
 pub mod run_args;
 pub mod text;
 pub mod tokenize;
 pub mod train;
+pub mod tuned_args;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -39,6 +43,8 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Train(Box<train::TrainArgs>),
+    Evaluate(Box<evaluate::EvaluateArgs>),
+    Generate(Box<generate::GenerateArgs>),
     Plan(Box<plan::PlanArgs>),
     Tokenize(Box<tokenize::TokenizeArgs>),
     InitModel(init_model::InitModelArgs),
@@ -63,11 +69,13 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let argv::Argv { args, warnings } = argv::normalise(args, Cli::command())?;
     report::warn(&warnings);
     let command = Cli::try_parse_from(args)?.command;
-    if matches!(command, Command::Train(_) | Command::Bench(_)) {
+    if matches!(command, Command::Train(_) | Command::Evaluate(_) | Command::Bench(_)) {
         allocator::keep_memory();
     }
     match command {
         Command::Train(args) => return train::run(&args),
+        Command::Evaluate(args) => return evaluate::run(&args),
+        Command::Generate(args) => generate::run(&args)?,
         Command::Plan(args) => plan::run(&args)?,
         Command::Tokenize(args) => tokenize::run(&args)?,
         Command::InitModel(args) => init_model::run(&args)?,

@@ -6,12 +6,12 @@ use anyhow::Context;
 use clap::Args;
 
 use super::run_args::RunArgs;
-use super::{environment, plan, report};
+use super::{environment, plan, ranks, report};
 use crate::checkpoint::RealDisk;
 use crate::config::Plan;
 use crate::dist::{self, ProcessGroup};
 use crate::telemetry::{self, Verbosity};
-use crate::train::{TrainError, run};
+use crate::train::run;
 
 /// Fine-tune a model; under mpirun, one process a device
 #[derive(Clone, Debug, Args)]
@@ -27,30 +27,7 @@ pub struct TrainArgs {
 }
 
 pub fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
-    let group = dist::connect(&environment::variable)?;
-    dist::install_panic_hook(&*group);
-    match train(args, &*group) {
-        Ok(()) => {
-            group.finish();
-            Ok(ExitCode::SUCCESS)
-        }
-        Err(error) if group.world_size() == 1 || is_everyones(&error) => {
-            group.finish();
-            Err(error)
-        }
-        Err(error) => {
-            let text = report::render(&error);
-            group.abort(text.trim_start_matches("error: ").trim_end())
-        }
-    }
-}
-
-/// Whether every rank returns this error, so that all can leave in good order.
-fn is_everyones(error: &anyhow::Error) -> bool {
-    match error.downcast_ref::<TrainError>() {
-        Some(error) => error.is_everyones(),
-        None => error.is::<crate::config::ConfigError>(),
-    }
+    ranks::run(|group| train(args, group))
 }
 
 fn train(args: &TrainArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> {

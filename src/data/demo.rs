@@ -1,5 +1,7 @@
-//! Rows for a first try, made from a small grammar of our own: an attribute list of a garment, and a short advert that names each attribute in
+//! Rows for a first try, made from a small grammar of our own: an attribute list of a garment, and a short text that names each attribute in
 //! a fixed way. So there is something to learn, from few characters, and nothing foreign is shipped.
+//!
+//! There are two kinds of text over the same lists, so that a model can be trained on one and tuned to the other.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -85,11 +87,21 @@ const COMMON: &[Attribute] = &[
 
 const ENDINGS: &[&str] = &["值得拥有", "怎么搭配都好看", "送给自己或朋友都好", "一件就够"];
 
+/// What is written about an attribute list.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DemoKind {
+    /// A sentence an attribute and an ending: `这款长裤，宽松的版型穿着舒服，适合春季，值得拥有。`
+    #[default]
+    Advert,
+    /// The same sentences as a list with a bullet each: `这款长裤：`, `*宽松的版型穿着舒服`, `*适合春季`.
+    Points,
+}
+
 /// Chance of each attribute to be in a row, in tenths.
 const TENTHS: u32 = 7;
 
-/// Row `index` of the endless list of rows of `seed`: (content, summary).
-fn demo_row(seed: u64, index: u64) -> (String, String) {
+/// Row `index` of the endless list of rows of `seed`: (content, summary). Its content does not depend on `kind`.
+fn demo_row(kind: DemoKind, seed: u64, index: u64) -> (String, String) {
     let rng = KeyedRng::new(seed, Stream::DemoData, index);
     let mut drawn = 0;
     let mut below = |bound: usize| {
@@ -106,13 +118,20 @@ fn demo_row(seed: u64, index: u64) -> (String, String) {
             sentences.push(attribute.sentence.replace("{}", value));
         }
     }
-    sentences.push(ENDINGS[below(ENDINGS.len())].to_owned());
-    (content, format!("这款{}，{}。", garment.name, sentences.join("，")))
+    let ending = ENDINGS[below(ENDINGS.len())];
+    if kind == DemoKind::Advert || sentences.is_empty() {
+        sentences.push(ending.to_owned());
+    }
+    let summary = match kind {
+        DemoKind::Advert => format!("这款{}，{}。", garment.name, sentences.join("，")),
+        DemoKind::Points => format!("这款{}：\n*{}", garment.name, sentences.join("\n*")),
+    };
+    (content, summary)
 }
 
 /// `n` rows (content, summary), the same for the same seed.
-pub fn demo_rows(n: usize, seed: u64) -> Vec<(String, String)> {
-    (0..n as u64).map(|index| demo_row(seed, index)).collect()
+pub fn demo_rows(kind: DemoKind, n: usize, seed: u64) -> Vec<(String, String)> {
+    (0..n as u64).map(|index| demo_row(kind, seed, index)).collect()
 }
 
 /// Whether files with other content may be replaced.
@@ -123,14 +142,22 @@ pub enum Overwrite {
 }
 
 /// Writes `train.jsonl` and `dev.jsonl` into `dir` with the columns `content` and `summary`; no row of one has an attribute list of the other.
-/// Each file appears whole or not at all; one that already holds these rows is left as it is.
+/// Each file appears whole or not at all; one that already holds these rows is left as it is. With equal numbers and seed the lists of two
+/// kinds are equal, so that a row held out from one is held out from both.
 ///
 /// # Errors
 /// When a file is there with other rows and `overwrite` is [`Overwrite::No`] (then nothing is written), or a file cannot be written.
-pub fn write_demo(dir: &Path, num_train: usize, num_valid: usize, seed: u64, overwrite: Overwrite) -> Result<(), DataError> {
-    let train = demo_rows(num_train, seed);
+pub fn write_demo(
+    dir: &Path,
+    kind: DemoKind,
+    num_train: usize,
+    num_valid: usize,
+    seed: u64,
+    overwrite: Overwrite,
+) -> Result<(), DataError> {
+    let train = demo_rows(kind, num_train, seed);
     let seen: HashSet<&str> = train.iter().map(|(content, _)| content.as_str()).collect();
-    let later = (num_train as u64..).map(|index| demo_row(seed, index));
+    let later = (num_train as u64..).map(|index| demo_row(kind, seed, index));
     let valid: Vec<_> = later.filter(|(content, _)| !seen.contains(content.as_str())).take(num_valid).collect();
     let mut missing = Vec::new();
     for (name, rows) in [(TRAIN_FILE, &train), (DEV_FILE, &valid)] {
@@ -160,16 +187,16 @@ mod tests {
 
     #[test]
     fn demo_rows_are_the_same_for_a_seed_and_few_repeat() {
-        let rows = demo_rows(2000, 1);
-        assert_eq!(rows[..100], demo_rows(100, 1));
-        assert_ne!(rows[..100], demo_rows(100, 2));
+        let rows = demo_rows(DemoKind::Advert, 2000, 1);
+        assert_eq!(rows[..100], demo_rows(DemoKind::Advert, 100, 1));
+        assert_ne!(rows[..100], demo_rows(DemoKind::Advert, 100, 2));
         let distinct: HashSet<_> = rows.iter().collect();
         assert!(distinct.len() > 1950, "{} distinct rows of 2000", distinct.len());
     }
 
     #[test]
     fn demo_grammar_has_few_characters_and_over_a_million_rows() {
-        let rows = demo_rows(5000, 3);
+        let rows = demo_rows(DemoKind::Advert, 5000, 3);
         let chars: HashSet<char> = rows.iter().flat_map(|(c, s)| c.chars().chain(s.chars())).collect();
         assert!(chars.len() < 400, "{} characters", chars.len());
         let of = |attributes: &[Attribute]| attributes.iter().map(|a| a.values.len() as u64 + 1).product::<u64>();
@@ -178,18 +205,48 @@ mod tests {
     }
 
     #[test]
-    fn demo_advert_names_every_attribute_of_its_list() {
-        for (content, summary) in demo_rows(500, 9) {
-            for value in content.split('*').skip(1).filter_map(|pair| pair.split('#').nth(1)) {
-                assert!(summary.contains(value), "{value} is not in {summary}");
+    fn demo_text_of_each_kind_names_every_attribute_of_its_list() {
+        for kind in [DemoKind::Advert, DemoKind::Points] {
+            for (content, summary) in demo_rows(kind, 500, 9) {
+                for value in content.split('*').skip(1).filter_map(|pair| pair.split('#').nth(1)) {
+                    assert!(summary.contains(value), "{value} is not in {summary}");
+                }
+            }
+        }
+    }
+
+    /// A tokenizer and a base that were trained on adverts know every sentence of the points.
+    #[test]
+    fn demo_points_have_the_lists_and_the_sentences_of_the_adverts() {
+        let [adverts, points] = [DemoKind::Advert, DemoKind::Points].map(|kind| demo_rows(kind, 2000, 4));
+        for ((list, advert), (same, points)) in adverts.iter().zip(&points) {
+            assert_eq!(list, same);
+            let (head, sentences) = points.split_once("：\n*").unwrap();
+            assert!(advert.starts_with(&format!("{head}，")), "{advert}");
+            for sentence in sentences.split("\n*") {
+                assert!(advert.contains(&format!("，{sentence}")), "{sentence} is not in {advert}");
             }
         }
     }
 
     #[test]
+    fn demo_rows_stay_what_they_were() {
+        let [(list, advert), (_, points)] = [DemoKind::Advert, DemoKind::Points].map(|kind| demo_rows(kind, 1, 0).remove(0));
+        assert_eq!(list, "类型#裙*版型#修身*材质#棉*颜色#紫色*风格#清新*图案#条纹*季节#夏季*裙型#百褶裙");
+        assert_eq!(
+            advert,
+            "这款裙子，修身的版型穿着舒服，棉面料手感柔软，紫色让人眼前一亮，带着清新的气息，条纹图案很有特色，适合夏季，百褶裙的线条随步伐摆动，怎么搭配都好看。"
+        );
+        assert_eq!(
+            points,
+            "这款裙子：\n*修身的版型穿着舒服\n*棉面料手感柔软\n*紫色让人眼前一亮\n*带着清新的气息\n*条纹图案很有特色\n*适合夏季\n*百褶裙的线条随步伐摆动"
+        );
+    }
+
+    #[test]
     fn demo_files_are_written_once_and_others_are_not_overwritten_unasked() {
         let dir = tempfile::tempdir().unwrap();
-        let write = |train, overwrite| write_demo(dir.path(), train, 20, 7, overwrite);
+        let write = |train, overwrite| write_demo(dir.path(), DemoKind::Advert, train, 20, 7, overwrite);
         write(300, Overwrite::No).unwrap();
         let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
         let (train, dev) = (read(TRAIN_FILE), read(DEV_FILE));

@@ -73,7 +73,7 @@ impl<'a> SampleMaker<'a> {
     /// # Errors
     /// What the tokenizer says.
     pub fn make(&self, example: &Example) -> Result<Tokenized, String> {
-        let (mut ids, prompt_cut) = self.prompt_ids(example)?;
+        let (mut ids, prompt_cut) = self.prompt(&example.prompt, &example.history)?;
         let (answer, answer_cut) = self.answer_ids(&example.response)?;
         let mut is_target = vec![false; ids.len()];
         ids.extend(answer);
@@ -82,11 +82,15 @@ impl<'a> SampleMaker<'a> {
         Ok(Tokenized { sample: Sample { ids, is_target }, prompt_cut, answer_cut })
     }
 
-    fn prompt_ids(&self, example: &Example) -> Result<(Vec<u32>, bool), String> {
+    /// The ids before an answer, and whether the text was cut for them.
+    ///
+    /// # Errors
+    /// What the tokenizer says.
+    pub fn prompt(&self, query: &str, history: &[(String, String)]) -> Result<(Vec<u32>, bool), String> {
         let with_prefix = |text: Vec<u32>| self.prefix.iter().copied().chain(text).collect::<Vec<_>>();
         let max = self.limits.max_source_length;
         let room = max.saturating_sub(self.prefix.len());
-        let mut ids = self.tokenizer.encode(&build_prompt(&example.prompt, &example.history))?;
+        let mut ids = self.tokenizer.encode(&build_prompt(query, history))?;
         if ids.len() <= room {
             return Ok((with_prefix(ids), false));
         }
@@ -95,13 +99,13 @@ impl<'a> SampleMaker<'a> {
             ids.truncate(max);
             return Ok((ids, true));
         }
-        for oldest in 1..=example.history.len() {
-            ids = self.tokenizer.encode(&build_prompt(&example.prompt, &example.history[oldest..]))?;
+        for oldest in 1..=history.len() {
+            ids = self.tokenizer.encode(&build_prompt(query, &history[oldest..]))?;
             if ids.len() <= room {
                 return Ok((with_prefix(ids), true));
             }
         }
-        let (_, ids) = longest_fit(&example.prompt, ids.len(), room, |query| self.tokenizer.encode(&build_prompt(query, &[])))?;
+        let (_, ids) = longest_fit(query, ids.len(), room, |query| self.tokenizer.encode(&build_prompt(query, &[])))?;
         Ok((with_prefix(ids), true))
     }
 

@@ -19,7 +19,7 @@ use crate::model::config::{ModelConfig, ModelError};
 
 /// Method, sizes, base fingerprint, tokenizer hash and template of an exported prefix.
 pub const ABOUT_FILE: &str = "glmddp.json";
-const PEFT_CONFIG: &str = "adapter_config.json";
+pub(super) const PEFT_CONFIG: &str = "adapter_config.json";
 const PEFT_TENSORS: &str = "adapter_model.safetensors";
 const PEFT_TENSORS_OLD: &str = "adapter_model.bin";
 const PEFT_TABLE: &str = "prompt_embeddings";
@@ -49,6 +49,10 @@ pub enum ExportError {
     MissingTensor { name: String },
     #[error("tensor `{name}` does not belong to a prefix encoder")]
     UnknownTensor { name: String },
+    #[error("{} is not there, so {} is no adapter", path.display(), path.parent().unwrap_or(path).display())]
+    NoAdapter { path: PathBuf },
+    #[error("{}: the adapter was trained on {what} {found}, and this is {what} {expected}", path.display())]
+    OtherBase { path: PathBuf, what: &'static str, expected: String, found: String },
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
@@ -63,6 +67,12 @@ impl ExportError {
         match self {
             Self::Model(error) => error.hint(),
             Self::Format(error) => error.hint(),
+            Self::NoAdapter { .. } => Some(
+                "give the folder that a run exported, OUTPUT_DIR/adapter; a fully tuned model is a base: --model_name_or_path".to_owned(),
+            ),
+            Self::OtherBase { .. } => {
+                Some("give the base that the adapter was trained on; adapter_config.json names its folder".to_owned())
+            }
             Self::Key { key: "pre_seq_len", .. } => Some("give the folder that the prefix was saved to, not the base model's".to_owned()),
             _ => None,
         }
@@ -221,7 +231,7 @@ impl PeftFile {
     }
 }
 
-fn key_error(path: &Path, config: &Value, key: &'static str, expected: String) -> ExportError {
+pub(super) fn key_error(path: &Path, config: &Value, key: &'static str, expected: String) -> ExportError {
     let found = config.get(key).map_or("not there".to_owned(), Value::to_string);
     ExportError::Key { path: path.to_owned(), key, expected, found }
 }
@@ -328,12 +338,12 @@ fn wrong_shape(name: &str, expected: &str, found: &str, path: Option<&Path>) -> 
     ExportError::Shape { path: path.map(Path::to_owned), name: name.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
 }
 
-fn read_json(path: &Path) -> Result<Value, ExportError> {
+pub(super) fn read_json(path: &Path) -> Result<Value, ExportError> {
     let text = std::fs::read(path).map_err(|source| ExportError::Io { path: path.to_owned(), source })?;
     serde_json::from_slice(&text).map_err(|source| ExportError::Json { path: path.to_owned(), source })
 }
 
-fn read_about(dir: &Path) -> Result<Option<Value>, ExportError> {
+pub(super) fn read_about(dir: &Path) -> Result<Option<Value>, ExportError> {
     let path = dir.join(ABOUT_FILE);
     path.exists().then(|| read_json(&path)).transpose()
 }

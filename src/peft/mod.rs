@@ -16,6 +16,7 @@ pub mod prefix;
 pub mod prefix_tuning;
 pub mod prompt_tuning;
 pub mod ptuning_v2;
+mod read;
 pub mod select;
 
 pub mod freeze;
@@ -30,6 +31,7 @@ use serde::{Deserialize, Serialize};
 pub use self::error::MethodError;
 use self::export::{ExportError, Files};
 use self::keys::{KeyError, MethodKeys};
+pub use self::read::{Base, read};
 use crate::model::hooks::{BaseWeight, Hooks};
 use crate::model::shape::ModelShape;
 use crate::model::{ChatGlm2, ModelConfig};

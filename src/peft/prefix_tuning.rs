@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::path::Path;
 
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::export::{self, ExportError, Files, PrefixShape};
+use super::export::{self, ExportError, Files, PeftFile, PrefixShape};
 use super::keys::{KeyError, MethodKeys, positive};
 use super::prefix::{self, Names, PrefixEncoder, Projection, Shape};
 use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
@@ -101,6 +102,20 @@ impl PrefixTuning {
     /// As [`PrefixEncoder::from_tensors`].
     pub fn from_tensors(shape: Shape, tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
         Ok(Self { encoder: PrefixEncoder::from_tensors(shape, &NAMES, 0.0, 0, tensors)? })
+    }
+
+    /// Reads a prefix that PEFT saved for a model with `config`; where it was computed by an encoder, this is the encoder's output.
+    ///
+    /// # Errors
+    /// When a file is missing or not whole, the adapter is of another kind, or sizes disagree.
+    pub fn read_peft(dir: &Path, config: &ModelConfig) -> std::result::Result<Self, ExportError> {
+        let file = PeftFile::open(dir, "PREFIX_TUNING")?;
+        file.expect("num_layers", &config.num_layers.into())?;
+        file.expect("num_attention_heads", &config.multi_query_group_num.into())?;
+        file.expect("token_dim", &(config.multi_query_group_num * config.kv_channels).into())?;
+        let prefix = export::read_peft(dir)?;
+        let tensors = BTreeMap::from([(NAMES.embedding.to_owned(), prefix.table)]);
+        Ok(Self::from_tensors(Shape::new(config, prefix.shape.virtual_tokens, None), &tensors)?)
     }
 
     /// What the model sees, `[P, W]`.

@@ -5,6 +5,7 @@ use candle_core::{Result, Tensor};
 use crate::data::MicroBatch;
 use crate::kernels::attention::Rows;
 use crate::model::chatglm2::{Keep, Tokens};
+use crate::model::hooks::{Hooks, NoHooks};
 use crate::model::{ChatGlm2, Recompute, loss};
 use crate::peft::{Mode, PeftMethod, RowContext};
 
@@ -37,12 +38,15 @@ pub fn forward_backward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &Micro
     Ok(SlotPass { nll, site_grad: hooks.into_site_grad()? })
 }
 
-/// Sum of the losses of a micro-batch without dropout and without a gradient.
+/// Sum of the losses of a micro-batch without dropout and without a gradient; of the base alone where there is no method.
 ///
 /// # Errors
 /// When an id or a size does not fit the model.
-pub fn forward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch) -> Result<f64> {
-    let hooks = method.hooks(rows(batch, Mode::Eval))?;
+pub fn forward(model: &ChatGlm2, method: Option<&dyn PeftMethod>, batch: &MicroBatch) -> Result<f64> {
+    let hooks: Box<dyn Hooks> = match method {
+        Some(method) => method.hooks(rows(batch, Mode::Eval))?,
+        None => Box::new(NoHooks),
+    };
     let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
     Ok(sum(&loss::nll(model, &hidden, &batch.targets)?))
 }

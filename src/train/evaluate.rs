@@ -20,13 +20,13 @@ pub struct Evaluation {
     pub num_targets: u64,
 }
 
-/// Mean token loss over all rows of `data`, without dropout. The rows are dealt to the ranks in slots of `rows_per_slot`.
+/// Mean token loss over all rows of `data`, without dropout; of the base alone where there is no method. The rows are dealt to the ranks in slots of `rows_per_slot`.
 ///
 /// # Errors
 /// When a collective fails or no token is in the loss.
 pub fn evaluate(
     model: &ChatGlm2,
-    method: &dyn PeftMethod,
+    method: Option<&dyn PeftMethod>,
     group: &dyn ProcessGroup,
     data: &Dataset,
     rows_per_slot: NonZeroUsize,

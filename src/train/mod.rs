@@ -8,5 +8,6 @@ pub mod evaluate;
 pub mod run;
 pub mod state;
 pub mod step;
+pub mod tuned;
 
 pub use error::TrainError;

@@ -233,7 +233,7 @@ impl<'a> Job<'a> {
         let Some(rows) = &self.validation else { return Ok(None) };
         let started = Instant::now();
         let rows_per_slot = self.plan.batch.eval_rows_per_slot;
-        let evaluation = timer.time(Phase::Eval, || evaluate(&self.model, &*self.method, self.group, rows, rows_per_slot))?;
+        let evaluation = timer.time(Phase::Eval, || evaluate(&self.model, Some(&*self.method), self.group, rows, rows_per_slot))?;
         if let Some(log) = log {
             log.eval(&EvalRecord {
                 current_steps: self.progress.step,
@@ -306,7 +306,10 @@ impl<'a> Job<'a> {
 }
 
 /// Runs `work` on every rank; if it fails on any, all fail with the lowest failing rank's message.
-fn together<T>(group: &dyn ProcessGroup, work: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+///
+/// # Errors
+/// The work's own on a single rank, else what the ranks agree on.
+pub fn together<T>(group: &dyn ProcessGroup, work: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     match work() {
         Ok(value) => Ok(dist::agree(group, Ok(value))?),
         Err(error) if group.world_size() == 1 => Err(error),
@@ -341,7 +344,7 @@ fn open_log(plan: &Plan, step: u64) -> Result<RunLog, TrainError> {
 }
 
 /// The ranks of each machine must have loaded the same base.
-fn same_base(group: &dyn ProcessGroup, mine: &str) -> Result<String, TrainError> {
+pub(super) fn same_base(group: &dyn ProcessGroup, mine: &str) -> Result<String, TrainError> {
     let all = group.all_gather_bytes(mine.as_bytes())?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let expected = text(&all[0]);

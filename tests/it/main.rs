@@ -23,3 +23,4 @@ mod rust_source;
 mod support;
 mod train;
 mod train_errors;
+mod tuned;

@@ -1,0 +1,129 @@
+//! `glmddp generate`: what a model answers, with an adapter or alone.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::json;
+
+use super::report;
+use super::tuned_args::TunedArgs;
+use crate::data::prompt::Truncation;
+use crate::data::record::Columns;
+use crate::data::rows::Rows;
+use crate::data::tokenize::{Limits, SampleMaker};
+use crate::data::{DataError, Example, RowOrigin};
+use crate::dist::Solo;
+use crate::model::generate::greedy;
+use crate::train::TrainError;
+use crate::train::adapters::Tokenizer;
+use crate::train::tuned::Tuned;
+
+/// Answer a prompt or the rows of a file, greedily: at each place the likeliest token
+#[derive(Clone, Debug, Args)]
+#[command(rename_all = "snake_case")]
+pub struct GenerateArgs {
+    /// The question; it is put into the model's template as in training
+    #[arg(long, value_name = "TEXT", required_unless_present = "file", conflicts_with = "file")]
+    pub prompt: Option<String>,
+    /// Rows with questions: JSON lines, a JSON array, or CSV
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Column with the question
+    #[arg(long, value_name = "NAME", default_value = "content")]
+    pub prompt_column: String,
+    /// Column with the answer that is expected, to be printed beside the model's
+    #[arg(long, value_name = "NAME", requires = "file")]
+    pub response_column: Option<String>,
+    /// Column with the earlier rounds, a list of [question, answer]
+    #[arg(long, value_name = "NAME", requires = "file")]
+    pub history_column: Option<String>,
+    /// Answer the first so many rows only
+    #[arg(long, value_name = "ROWS", requires = "file")]
+    pub rows: Option<NonZeroUsize>,
+    /// Cut prompts to so many tokens, `[gMASK] sop` included, inside the user's text [default: no cut]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_source_length: Option<NonZeroUsize>,
+    /// End an answer after so many tokens
+    #[arg(long, value_name = "TOKENS", default_value = "128")]
+    pub max_new_tokens: NonZeroUsize,
+    /// Print JSON, one line an answer
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub tuned: TunedArgs,
+}
+
+pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
+    // Faults of the rows are found before the model is loaded.
+    let examples = examples(args)?;
+    let tuned = args.tuned.load(&Solo)?;
+    for example in &examples {
+        let answer = answer(args, &tuned, example)?;
+        report::print(&if args.json { as_json(args, example, &answer) } else { as_text(args, example, &answer) })?;
+    }
+    Ok(())
+}
+
+/// What is to be answered, in order.
+fn examples(args: &GenerateArgs) -> Result<Vec<Example>, DataError> {
+    let Some(file) = &args.file else {
+        let origin = RowOrigin { file: Path::new("--prompt").into(), row: 1 };
+        let prompt = args.prompt.clone().unwrap_or_default();
+        return Ok(vec![Example { prompt, response: String::new(), history: Vec::new(), origin }]);
+    };
+    // A row needs an answer's column to be read; where none is asked for, the question's stands in and is not looked at.
+    let response = args.response_column.clone().unwrap_or_else(|| args.prompt_column.clone());
+    let columns = Columns { prompt: args.prompt_column.clone(), response, history: args.history_column.clone() };
+    Rows::open(file, &columns)?.take(args.rows.map_or(usize::MAX, NonZeroUsize::get)).collect()
+}
+
+struct Answer {
+    text: String,
+    num_tokens: usize,
+    /// It came to its own end.
+    is_whole: bool,
+}
+
+fn answer(args: &GenerateArgs, tuned: &Tuned, example: &Example) -> Result<Answer, TrainError> {
+    let limits = Limits {
+        max_source_length: args.max_source_length.map_or(usize::MAX, NonZeroUsize::get),
+        max_target_length: args.max_new_tokens.get(),
+        truncation: Truncation::KeepAnswerMark,
+    };
+    let tokenizer = Tokenizer(&tuned.tokenizer);
+    let (prompt, _) = SampleMaker::new(&tokenizer, limits)?
+        .prompt(&example.prompt, &example.history)
+        .map_err(|message| DataError::Template { message })?;
+    let eos = tuned.tokenizer.eos();
+    let max = args.max_new_tokens.get();
+    let mut ids = tuned.with_hooks(prompt.len(), |hooks| greedy(&tuned.model, hooks, &prompt, max, Some(eos)))?.ids;
+    let is_whole = ids.pop_if(|id| *id == eos).is_some();
+    Ok(Answer { text: tuned.tokenizer.decode(&ids), num_tokens: ids.len(), is_whole })
+}
+
+fn as_json(args: &GenerateArgs, example: &Example, answer: &Answer) -> String {
+    let mut json = json!({
+        "prompt": example.prompt,
+        "answer": answer.text,
+        "answer_tokens": answer.num_tokens,
+        "stopped": if answer.is_whole { "eos" } else { "max_new_tokens" },
+    });
+    if args.file.is_some() {
+        json["row"] = example.origin.row.into();
+    }
+    if args.response_column.is_some() {
+        json["expected"] = example.response.as_str().into();
+    }
+    format!("{json}\n")
+}
+
+/// The answer alone to a prompt; of a row also where it is from, the question, and what was expected.
+fn as_text(args: &GenerateArgs, example: &Example, answer: &Answer) -> String {
+    if args.file.is_none() {
+        return format!("{}\n", answer.text);
+    }
+    let expected = if args.response_column.is_some() { format!("expected: {}\n", example.response) } else { String::new() };
+    let RowOrigin { file, row } = &example.origin;
+    format!("{}:{row}\nprompt:   {}\n{expected}answer:   {}\n\n", file.display(), example.prompt, answer.text)
+}

@@ -1,0 +1,40 @@
+//! The arguments of subcommands that use a model, tuned or not.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::config::values::named;
+use crate::dist::{self, ProcessGroup};
+use crate::model::RopeTable;
+use crate::train::TrainError;
+use crate::train::tuned::Tuned;
+
+#[derive(Clone, Debug, Args)]
+#[command(rename_all = "snake_case", next_help_heading = "Model")]
+pub struct TunedArgs {
+    /// Folder of the base model as the hub has it, or of a fully tuned one
+    #[arg(long, value_name = "DIR")]
+    pub model_name_or_path: PathBuf,
+    /// Folder of an adapter that a run exported (OUTPUT_DIR/adapter) [default: the base alone]
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// In which arithmetic the rotary angles are computed [default: exact]
+    #[arg(long, value_name = "WHICH", value_parser = named::<RopeTable>(&["exact", "published"]))]
+    pub rope_table: Option<RopeTable>,
+    /// Threads of each rank [default: cores of the machine / ranks on it]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<std::num::NonZeroUsize>,
+}
+
+impl TunedArgs {
+    /// Starts the threads and loads model and adapter.
+    ///
+    /// # Errors
+    /// As [`Tuned::load`], or when there are no such threads.
+    pub fn load(&self, group: &dyn ProcessGroup) -> Result<Tuned, TrainError> {
+        let threads = dist::plan_threads(group, self.threads)?;
+        dist::install_thread_pool(threads.count)?;
+        Tuned::load(&self.model_name_or_path, self.adapter.as_deref(), self.rope_table.unwrap_or(RopeTable::Exact), group)
+    }
+}

@@ -1,0 +1,55 @@
+//! An exported adapter as a method again: for generation, evaluation, and whatever else needs no optimizer.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::export::{self, ABOUT_FILE, ExportError, PEFT_CONFIG};
+use super::lora::Lora;
+use super::prefix_tuning::PrefixTuning;
+use super::{MethodError, PeftMethod};
+use crate::model::ChatGlm2;
+
+/// The base that an adapter is to act on.
+#[derive(Clone, Copy, Debug)]
+pub struct Base<'a> {
+    pub model: &'a ChatGlm2,
+    /// Sha256 of the weights, as an export has it.
+    pub fingerprint: &'a str,
+    pub tokenizer_sha256: &'a str,
+}
+
+/// Reads the adapter in `dir`, in PEFT's format. A prefix comes back as a plain table, whatever computed it.
+///
+/// An adapter without [`ABOUT_FILE`] was not exported by this program; nothing says what base it belongs to, and its sizes alone are checked.
+///
+/// # Errors
+/// When `dir` holds no adapter or one of a kind that is not read, the adapter was trained on another base or tokenizer, a file is missing
+/// or not whole, or sizes disagree.
+pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> {
+    let path = dir.join(PEFT_CONFIG);
+    if !path.exists() {
+        return Err(ExportError::NoAdapter { path }.into());
+    }
+    let config = export::read_json(&path)?;
+    if let Some(about) = export::read_about(dir)? {
+        same(dir, &about, "base_fingerprint", "base model", base.fingerprint)?;
+        same(dir, &about, "tokenizer_sha256", "tokenizer", base.tokenizer_sha256)?;
+    }
+    Ok(match config.get("peft_type").and_then(Value::as_str) {
+        Some("LORA") => Box::new(Lora::read_peft(dir, base.model)?),
+        Some("PREFIX_TUNING") => Box::new(PrefixTuning::read_peft(dir, &base.model.config)?),
+        _ => return Err(export::key_error(&path, &config, "peft_type", "\"LORA\" or \"PREFIX_TUNING\"".to_owned()).into()),
+    })
+}
+
+/// Tests what the adapter says of its base.
+fn same(dir: &Path, about: &Value, key: &'static str, what: &'static str, expected: &str) -> Result<(), ExportError> {
+    match about.get(key).and_then(Value::as_str) {
+        Some(found) if found == expected => Ok(()),
+        Some(found) => {
+            Err(ExportError::OtherBase { path: dir.join(ABOUT_FILE), what, expected: expected.to_owned(), found: found.to_owned() })
+        }
+        None => Err(export::key_error(&dir.join(ABOUT_FILE), about, key, "a sha256".to_owned())),
+    }
+}

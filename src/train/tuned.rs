@@ -1,0 +1,55 @@
+//! A base and what was tuned on it, loaded for use.
+
+use std::path::Path;
+
+use candle_core::Device;
+
+use super::TrainError;
+use super::run::{same_base, together};
+use crate::dist::ProcessGroup;
+use crate::model::hooks::{Hooks, NoHooks};
+use crate::model::weights::WeightSource;
+use crate::model::{ChatGlm2, ModelConfig, RopeTable};
+use crate::peft::{self, Base, Mode, PeftMethod, RowContext};
+use crate::tokenizer::GlmTokenizer;
+
+pub struct Tuned {
+    pub tokenizer: GlmTokenizer,
+    pub model: ChatGlm2,
+    /// None: the base alone.
+    pub method: Option<Box<dyn PeftMethod>>,
+}
+
+impl Tuned {
+    /// Loads the model in `dir` and the adapter that a run exported. Every rank calls it with the same arguments.
+    ///
+    /// # Errors
+    /// The same on every rank: a folder is not what it should be, the adapter belongs to another base, or the ranks have different bases.
+    pub fn load(dir: &Path, adapter: Option<&Path>, rope_table: RopeTable, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
+        let (tokenizer, model, fingerprint) = together(group, || {
+            let config = ModelConfig::load(dir)?;
+            let tokenizer = GlmTokenizer::from_file(&dir.join("tokenizer.model"))?;
+            tokenizer.check_fits(config.padded_vocab_size)?;
+            let source = WeightSource::open(dir)?;
+            // Reads every byte of the weights: only where something is held against it, and on one rank of each machine.
+            let is_compared = adapter.is_some() || group.world_size() > 1;
+            let fingerprint =
+                if is_compared && group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
+            Ok((tokenizer, ChatGlm2::load(config, &source, rope_table, &Device::Cpu)?, fingerprint))
+        })?;
+        let fingerprint = same_base(group, &fingerprint)?;
+        let base = Base { model: &model, fingerprint: &fingerprint, tokenizer_sha256: tokenizer.sha256() };
+        let method = together(group, || Ok(adapter.map(|adapter| peft::read(adapter, base)).transpose()?))?;
+        Ok(Self { tokenizer, model, method })
+    }
+
+    /// The method's hands on one row of `num_tokens`, without dropout.
+    ///
+    /// # Errors
+    /// When a tensor cannot be made.
+    pub fn with_hooks<T>(&self, num_tokens: usize, work: impl FnOnce(&dyn Hooks) -> candle_core::Result<T>) -> candle_core::Result<T> {
+        let Some(method) = &self.method else { return work(&NoHooks) };
+        let rows = RowContext { stream_positions: &[0], row_bounds: &[0, num_tokens], mode: Mode::Eval };
+        work(&*method.hooks(rows)?)
+    }
+}
