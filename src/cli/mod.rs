@@ -8,6 +8,7 @@ pub mod demo_data;
 pub mod doctor;
 pub mod environment;
 pub mod evaluate;
+pub mod export;
 pub mod generate;
 pub mod init_model;
 pub mod man;
@@ -45,6 +46,7 @@ pub enum Command {
     Train(Box<train::TrainArgs>),
     Evaluate(Box<evaluate::EvaluateArgs>),
     Generate(Box<generate::GenerateArgs>),
+    Export(Box<export::ExportArgs>),
     Plan(Box<plan::PlanArgs>),
     Tokenize(Box<tokenize::TokenizeArgs>),
     InitModel(init_model::InitModelArgs),
@@ -76,6 +78,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Command::Train(args) => return train::run(&args),
         Command::Evaluate(args) => return evaluate::run(&args),
         Command::Generate(args) => generate::run(&args)?,
+        Command::Export(args) => export::run(&args)?,
         Command::Plan(args) => plan::run(&args)?,
         Command::Tokenize(args) => tokenize::run(&args)?,
         Command::InitModel(args) => init_model::run(&args)?,

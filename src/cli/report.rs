@@ -9,6 +9,7 @@ use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::dist::DistError;
 use crate::model::ModelError;
+use crate::peft::MethodError;
 use crate::telemetry::TelemetryError;
 use crate::tokenizer::TokenizerError;
 use crate::train::TrainError;
@@ -49,6 +50,9 @@ fn facts(error: &anyhow::Error) -> Facts {
         }
         let user = |hint| Some(Facts { fault: Fault::User, place: None, hint });
         if let Some(error) = cause.downcast_ref::<DataError>() {
+            return user(error.hint());
+        }
+        if let Some(error) = cause.downcast_ref::<MethodError>() {
             return user(error.hint());
         }
         if let Some(error) = cause.downcast_ref::<ModelError>() {

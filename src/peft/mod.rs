@@ -16,7 +16,7 @@ pub mod prefix;
 pub mod prefix_tuning;
 pub mod prompt_tuning;
 pub mod ptuning_v2;
-mod read;
+pub mod read;
 pub mod select;
 
 pub mod freeze;

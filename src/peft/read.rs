@@ -43,6 +43,14 @@ pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> 
     })
 }
 
+/// What an exported adapter says of itself; none where it was not exported by this program.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn about(dir: &Path) -> Result<Option<Value>, ExportError> {
+    export::read_about(dir)
+}
+
 /// Tests what the adapter says of its base.
 fn same(dir: &Path, about: &Value, key: &'static str, what: &'static str, expected: &str) -> Result<(), ExportError> {
     match about.get(key).and_then(Value::as_str) {
