@@ -162,6 +162,19 @@ mod tests {
     }
 
     #[test]
+    fn load_is_seen_by_views_taken_before() {
+        let mut set = ParamSet::new(&two()).unwrap();
+        let before = set.get("a").unwrap();
+        let mut other = two();
+        other.insert("a".into(), Tensor::ones(4, DType::F32, &Device::Cpu).unwrap());
+        set.load(&other).unwrap();
+        assert_eq!(before.to_vec1::<f32>().unwrap(), [1.0; 4]);
+        let own = set.tensors().unwrap();
+        set.load(&own).unwrap();
+        assert_eq!(set.get("b").unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0., 1., 2., 3., 4., 5.]);
+    }
+
+    #[test]
     fn load_with_another_shape_is_refused_by_name() {
         let mut set = ParamSet::new(&two()).unwrap();
         let mut other = two();

@@ -18,12 +18,13 @@ use crate::dist::Reduction;
 use crate::kernels::host;
 use crate::model::config::Rope;
 use crate::model::{ChatGlm2, ModelConfig, Recompute, RopeTable};
-use crate::optim::{AdamW, AdamWConfig};
+use crate::optim::AdamWConfig;
 use crate::peft::{self, MethodPlan, PeftMethod};
 use crate::rng::{KeyedRng, Stream, name_key, unit};
 use crate::tokenizer::{GlmTokenizer, train_small};
 use crate::train::TrainError;
 use crate::train::adapters::Tokenizer;
+use crate::train::optimizer::Optimizer;
 use crate::train::step::StepSettings;
 
 /// Sizes of the model, of the prefix and of a step.
@@ -54,7 +55,7 @@ pub struct BenchSetup {
 pub struct Bench {
     pub model: ChatGlm2,
     pub method: Box<dyn PeftMethod>,
-    pub optimizer: AdamW,
+    pub optimizer: Optimizer<'static>,
     pub data: Dataset,
     pub settings: StepSettings,
     setup: BenchSetup,
@@ -70,7 +71,7 @@ impl Bench {
         let method = peft::create(&setup.method, &model, 0)?;
         model.replace_weights(&method.trained_base_weights()?)?;
         let adamw = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
-        let optimizer = AdamW::new(adamw, method.params().layout().num_elements(), model.device())?;
+        let optimizer = Optimizer::replicated(adamw, method.params().layout().num_elements(), model.device())?;
         let settings = StepSettings {
             num_slots: setup.slots.get(),
             recompute: setup.recompute,

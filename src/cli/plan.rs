@@ -181,11 +181,16 @@ fn flops_text(plan: &Plan, length: &Length, a: &Arithmetic) -> String {
 fn memory_text(plan: &Plan, a: &Arithmetic) -> String {
     let m = &a.rank_bytes;
     let rows = plan.batch.rows_per_slot;
+    let part = |held, whole| if held < whole { format!(", one of {} shards", plan.batch.world_size) } else { String::new() };
     format!(
-        "about {} a rank, in f32:\n{} weights\n{} trainable (parameter, gradient, two moments)\n{} gradient sums, {} slots a rank\n{} activations of {rows} rows\n{} logits",
+        "about {} a rank, in f32:\n{} weights\n{} trained parameters\n{} their gradient{}\n{} their two moments{}\n{} gradient sums, {} slots a rank\n{} activations of {rows} rows\n{} logits",
         bytes(m.total()),
         bytes(m.weights),
-        bytes(m.trainable),
+        bytes(m.trained_parameters),
+        bytes(m.gradient),
+        part(m.gradient, m.trained_parameters),
+        bytes(m.moments),
+        part(m.moments, 2 * m.trained_parameters),
         bytes(m.slot_sums),
         plan.batch.accumulation_steps(),
         bytes(m.saved_activations),

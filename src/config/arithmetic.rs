@@ -7,7 +7,9 @@
 use serde::Serialize;
 
 use super::plan::{BatchPlan, Plan, Recompute, Reduction};
+use crate::dist::Shards;
 use crate::model::shape::ModelShape;
+use crate::optim;
 use crate::peft::{Costs, MethodError};
 
 /// Logits are computed for so many target positions at a time.
@@ -46,8 +48,11 @@ impl TokenFlops {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct RankBytes {
     pub weights: u64,
-    /// Parameter, gradient and two moments.
-    pub trainable: u64,
+    pub trained_parameters: u64,
+    /// Mean gradient of the parameters, or of this rank's shard of them.
+    pub gradient: u64,
+    /// The optimizer's two, of all parameters or of this rank's shard of them.
+    pub moments: u64,
     /// Gradient sums of this rank's slots, where the method meets the model.
     pub slot_sums: u64,
     /// What the backward pass keeps of one micro-batch of longest rows.
@@ -58,7 +63,7 @@ pub struct RankBytes {
 
 impl RankBytes {
     pub fn total(&self) -> u64 {
-        self.weights + self.trainable + self.slot_sums + self.saved_activations + self.logits
+        self.weights + self.trained_parameters + self.gradient + self.moments + self.slot_sums + self.saved_activations + self.logits
     }
 }
 
@@ -87,6 +92,12 @@ fn gradient_buffers(batch: &BatchPlan, reduction: Reduction) -> u64 {
         Reduction::AllReduce => accumulation.min(2),
         Reduction::SlotTree => accumulation.min(2 * u64::from(batch.slots_per_step.ilog2()) + 1),
     }
+}
+
+/// Parameters whose moments a rank holds, at most.
+fn optimizer_shard(plan: &Plan, trainable_parameters: u64) -> u64 {
+    let num_shards = if plan.optim.shard_optimizer { plan.batch.world_size.get() } else { 1 };
+    Shards::new(trainable_parameters as usize, num_shards, optim::CHUNK).longest() as u64
 }
 
 /// FLOPs of a token under a method with `costs`.
@@ -125,10 +136,12 @@ pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, Me
     };
     // Trained weights of the base are counted among the trainable ones.
     let weights = shape.parameters() - costs.trained_base_parameters;
+    let trained = costs.trainable_parameters;
+    let shard = optimizer_shard(plan, trained);
     Ok(Arithmetic {
         base_parameters: shape.parameters(),
         matmul_weights: shape.trunk_weights() + shape.head_weights(),
-        trainable_parameters: costs.trainable_parameters,
+        trainable_parameters: trained,
         prefix_tokens: costs.prefix_tokens,
         soft_tokens: costs.soft_tokens,
         max_row_tokens,
@@ -138,7 +151,10 @@ pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, Me
             * token_flops.row(costs.soft_tokens + max_row_tokens, max_row_targets, costs.prefix_tokens),
         rank_bytes: RankBytes {
             weights: F32_BYTES * weights,
-            trainable: 4 * F32_BYTES * costs.trainable_parameters,
+            trained_parameters: F32_BYTES * trained,
+            // Only where the method meets the model by its parameters themselves can ranks do with a shard of the gradient.
+            gradient: F32_BYTES * if costs.site_elements == trained { shard } else { trained },
+            moments: 2 * F32_BYTES * shard,
             slot_sums: F32_BYTES * costs.site_elements * gradient_buffers(&plan.batch, plan.optim.reduction),
             saved_activations: F32_BYTES * micro_batch_tokens * saved,
             logits: F32_BYTES * (LOGITS_CHUNK_ROWS as u64).min(rows * max_row_targets) * shape.vocab,

@@ -86,6 +86,8 @@ pub struct OptimPlan {
     pub warmup: Warmup,
     pub loss_mean: LossMean,
     pub reduction: Reduction,
+    /// Each rank holds the moments of its own shard of the trained parameters only (ZeRO-1); it changes no bit.
+    pub shard_optimizer: bool,
 }
 
 /// How token losses become the loss of a step.

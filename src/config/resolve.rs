@@ -155,6 +155,7 @@ impl Resolver<'_> {
             warmup,
             loss_mean: optim.loss_mean.unwrap_or(LossMean::Token),
             reduction: optim.reduction.unwrap_or(Reduction::SlotTree),
+            shard_optimizer: optim.shard_optimizer.unwrap_or(method.settings().trains_base_weights()),
         })
     }
 

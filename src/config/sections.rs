@@ -132,6 +132,9 @@ pub struct OptimConfig {
     /// How gradients are summed over ranks [default: slot_tree]
     #[arg(long, value_name = "HOW", value_parser = named::<Reduction>(&["slot_tree", "all_reduce"]))]
     pub reduction: Option<Reduction>,
+    /// Deal AdamW's moments to the ranks (ZeRO-1): less memory on each, the same result [default: true where weights of the base are trained, else false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub shard_optimizer: Option<bool>,
 }
 
 /// `[run]`

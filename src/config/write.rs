@@ -58,6 +58,7 @@ impl From<&Plan> for RunConfig {
                 warmup_ratio,
                 loss_mean: Some(optim.loss_mean),
                 reduction: Some(optim.reduction),
+                shard_optimizer: Some(optim.shard_optimizer),
             },
             run: ScheduleConfig {
                 output_dir: Some(run.output_dir.clone()),

@@ -2,6 +2,7 @@
 //!
 //! - [`ProcessGroup`]: what a rank may do; [`Solo`], [`local`] (threads, for tests) and `Mpi` do it. [`connect()`] chooses.
 //! - [`SlotTree`], [`SlotAccumulator`], [`reduce`]: the sum of gradients whose bits do not depend on the world size.
+//! - [`Shards`], [`reduce_scatter`], [`all_gather_shards`]: the same sum and other flat buffers, each rank with its own part of them.
 //! - [`agree()`]: an error on some ranks becomes the same error on all. [`install_panic_hook`]: a panic on one ends all.
 //! - [`plan_threads`]: how many threads a rank takes.
 
@@ -16,6 +17,8 @@ pub mod local;
 mod mpi;
 #[cfg(feature = "mpi")]
 mod pieces;
+mod reduce;
+mod shards;
 mod slots;
 mod solo;
 mod threads;
@@ -24,10 +27,12 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use abort::{Aborter, install_panic_hook};
-pub use accumulate::{SlotAccumulator, reduce};
+pub use accumulate::SlotAccumulator;
 pub use agree::{AgreedError, agree};
 pub use connect::connect;
 pub use error::DistError;
+pub use reduce::{reduce, reduce_scatter};
+pub use shards::{Shards, all_gather_shards, gather_shards};
 pub use slots::{Node, SlotScalars, SlotTree, gather_slots};
 pub use solo::Solo;
 pub use threads::{Cores, Threads, install_thread_pool, plan_threads, threads_per_rank};

@@ -1,6 +1,7 @@
 //! AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with torch's arithmetic, over one flat f32 buffer.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Tensor, bail};
 use rayon::prelude::*;
@@ -33,22 +34,29 @@ pub enum OptimError {
     Length { what: &'static str, found: Vec<usize>, expected: usize },
 }
 
-/// The optimizer with its state: two moments and the number of steps taken.
+/// The optimizer with its state for a shard of the flat parameters: two moments and the number of steps taken.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     config: AdamWConfig,
-    /// `[num_elements]` f32.
+    /// Elements of the flat buffer; all of them where the state is not sharded.
+    shard: Range<usize>,
+    /// `[shard.len()]` f32.
     exp_avg: Tensor,
-    /// `[num_elements]` f32.
+    /// `[shard.len()]` f32.
     exp_avg_sq: Tensor,
     num_steps: u64,
 }
 
 impl AdamW {
-    /// A fresh state for a flat buffer of `num_elements`.
-    pub fn new(config: AdamWConfig, num_elements: usize, device: &Device) -> Result<Self, OptimError> {
-        let zeros = || Tensor::zeros(num_elements, DType::F32, device);
-        Ok(Self { config, exp_avg: zeros()?, exp_avg_sq: zeros()?, num_steps: 0 })
+    /// A fresh state for the elements `shard` of a flat buffer.
+    pub fn new(config: AdamWConfig, shard: Range<usize>, device: &Device) -> Result<Self, OptimError> {
+        let zeros = || Tensor::zeros(shard.len(), DType::F32, device);
+        Ok(Self { config, exp_avg: zeros()?, exp_avg_sq: zeros()?, num_steps: 0, shard })
+    }
+
+    /// The elements of the flat buffer that this state is for.
+    pub fn shard(&self) -> Range<usize> {
+        self.shard.clone()
     }
 
     /// Steps taken.
@@ -56,14 +64,14 @@ impl AdamW {
         self.num_steps
     }
 
-    /// Changes `params` in place by one step along `grads` (both flat, `[num_elements]` f32).
+    /// Changes `params` in place by one step along `grads` (both the shard's, `[shard.len()]` f32).
     ///
     /// # Source
     /// torch's `_single_tensor_adamw`: p *= 1 - lr wd; m = lerp(m, g, 1 - beta1); v = beta2 v + (1 - beta2) g^2;
     /// p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps). Scalars in f64, elements in f32, and multiply-adds fused
     /// where torch's vector code fuses them: the moments have torch's bits on a CPU, the parameters are within an ulp a step.
     pub fn step(&mut self, params: &Tensor, grads: &Tensor, lr: f64) -> Result<(), OptimError> {
-        let expected = self.exp_avg.elem_count();
+        let expected = self.shard.len();
         for (what, tensor) in [("the parameter buffer", params), ("the gradient", grads)] {
             if tensor.dims() != [expected] {
                 return Err(OptimError::Length { what, found: tensor.dims().to_vec(), expected });
@@ -84,24 +92,38 @@ impl AdamW {
         Ok(())
     }
 
-    /// The moments by name: `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`, f32, in the parameters' shapes. They share memory with this
-    /// state, and the next step changes them.
-    pub fn export(&self, layout: &params::Layout) -> Result<BTreeMap<String, Tensor>, OptimError> {
+    /// The moments by name: `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`, f32, in the parameters' shapes; whether and how this state is
+    /// sharded does not show in them. `whole` makes a moment of all parameters out of the shard's, where this rank is to have it: only then
+    /// there is a result. It may share memory with this state, and the next step changes it.
+    ///
+    /// # Errors
+    /// What `whole` returns, or a moment that does not fit `layout`.
+    pub fn export<E: From<OptimError>>(
+        &self,
+        layout: &params::Layout,
+        mut whole: impl FnMut(&Tensor) -> Result<Option<Tensor>, E>,
+    ) -> Result<Option<BTreeMap<String, Tensor>>, E> {
         let mut tensors = BTreeMap::new();
+        let mut is_here = true;
         for (prefix, moment) in [(EXP_AVG, &self.exp_avg), (EXP_AVG_SQ, &self.exp_avg_sq)] {
-            tensors.extend(layout.views(moment)?.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
+            let Some(moment) = whole(moment)? else {
+                is_here = false;
+                continue;
+            };
+            let views = layout.views(&moment).map_err(OptimError::from)?;
+            tensors.extend(views.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
         }
-        Ok(tensors)
+        Ok(is_here.then_some(tensors))
     }
 
-    /// Takes over what [`Self::export`] gave after `num_steps` steps.
+    /// Takes over this shard's part of what [`Self::export`] gave after `num_steps` steps, there perhaps in other shards.
     ///
     /// # Errors
     /// When a name is missing or unknown, or a tensor has another shape or dtype; the state is then unchanged.
     pub fn import(&mut self, layout: &params::Layout, tensors: &BTreeMap<String, Tensor>, num_steps: u64) -> Result<(), OptimError> {
-        let expected = self.exp_avg.elem_count();
-        if layout.num_elements() != expected {
-            return Err(OptimError::Length { what: "the parameters' layout", found: vec![layout.num_elements()], expected });
+        if layout.num_elements() < self.shard.end {
+            let (found, expected) = (vec![layout.num_elements()], self.shard.end);
+            return Err(OptimError::Length { what: "the parameters' layout", found, expected });
         }
         let known = |name: &str| [EXP_AVG, EXP_AVG_SQ].iter().any(|p| name.strip_prefix(p).is_some_and(|n| layout.get(n).is_some()));
         if let Some(name) = tensors.keys().find(|name| !known(name)) {
@@ -109,7 +131,8 @@ impl AdamW {
         }
         let device = self.exp_avg.device().clone();
         let moment = |prefix: &str| -> Result<Tensor, OptimError> {
-            let mut by_name = BTreeMap::new();
+            // New memory: steps write in place.
+            let moment = Tensor::zeros(self.shard.len(), DType::F32, &device)?;
             for (parameter, entry) in layout.iter() {
                 let name = format!("{prefix}{parameter}");
                 let Some(tensor) = tensors.get(&name) else { return Err(OptimError::Missing { name }) };
@@ -117,10 +140,14 @@ impl AdamW {
                     let (found_shape, expected_shape) = (tensor.dims().to_vec(), entry.shape.clone());
                     return Err(OptimError::Shape { name, found: tensor.dtype(), found_shape, expected_shape });
                 }
-                by_name.insert(parameter.to_owned(), tensor.clone());
+                let start = entry.offset.max(self.shard.start);
+                let end = (entry.offset + entry.num_elements()).min(self.shard.end);
+                if start < end {
+                    let part = tensor.flatten_all()?.narrow(0, start - entry.offset, end - start)?.to_device(&device)?;
+                    moment.slice_set(&part, 0, start - self.shard.start)?;
+                }
             }
-            // A copy: flattening one tensor gives that tensor itself, and steps write in place.
-            Ok(layout.flatten(&by_name)?.to_device(&device)?.copy()?)
+            Ok(moment)
         };
         let (exp_avg, exp_avg_sq) = (moment(EXP_AVG)?, moment(EXP_AVG_SQ)?);
         (self.exp_avg, self.exp_avg_sq, self.num_steps) = (exp_avg, exp_avg_sq, num_steps);
@@ -241,7 +268,7 @@ mod tests {
 
     /// Five steps at a falling rate.
     fn train(config: AdamWConfig) -> (Tensor, AdamW) {
-        let (params, mut adamw) = (start(), AdamW::new(config, 9, &Device::Cpu).unwrap());
+        let (params, mut adamw) = (start(), AdamW::new(config, 0..9, &Device::Cpu).unwrap());
         for t in 0..5 {
             adamw.step(&params, &grad(t), 1e-2 * f64::from(5 - t) / 5.0).unwrap();
         }
@@ -280,7 +307,7 @@ mod tests {
     #[test]
     fn first_step_moves_each_parameter_by_the_rate_against_its_gradient() {
         let params = tensor(&[1.0, 1.0, 1.0]);
-        let mut adamw = AdamW::new(DEFAULT, 3, &Device::Cpu).unwrap();
+        let mut adamw = AdamW::new(DEFAULT, 0..3, &Device::Cpu).unwrap();
         adamw.step(&params, &tensor(&[5.0, -1e-3, 0.0]), 0.1).unwrap();
         let moved = params.to_vec1::<f32>().unwrap();
         assert!((moved[0] - 0.9).abs() < 1e-6 && (moved[1] - 1.1).abs() < 2e-6 && moved[2] == 1.0, "{moved:?}");
@@ -290,7 +317,7 @@ mod tests {
     #[test]
     fn weight_decay_without_gradient_shrinks_by_rate_times_decay() {
         let params = tensor(&[2.0]);
-        AdamW::new(OTHER, 1, &Device::Cpu).unwrap().step(&params, &tensor(&[0.0]), 0.5).unwrap();
+        AdamW::new(OTHER, 0..1, &Device::Cpu).unwrap().step(&params, &tensor(&[0.0]), 0.5).unwrap();
         assert_eq!(params.to_vec1::<f32>().unwrap(), [1.9]);
     }
 
@@ -302,7 +329,7 @@ mod tests {
             pool.install(|| {
                 let params = Tensor::from_iter((0..n).map(|i| (i % 101) as f32 * 0.01), &Device::Cpu).unwrap();
                 let grads = Tensor::from_iter((0..n).map(|i| (i % 97) as f32 * 0.003 - 0.1), &Device::Cpu).unwrap();
-                let mut adamw = AdamW::new(DEFAULT, n, &Device::Cpu).unwrap();
+                let mut adamw = AdamW::new(DEFAULT, 0..n, &Device::Cpu).unwrap();
                 (0..3).for_each(|_| adamw.step(&params, &grads, 1e-2).unwrap());
                 params.to_vec1::<f32>().unwrap()
             })
@@ -314,14 +341,19 @@ mod tests {
         params::Layout::new(BTreeMap::from([("w".into(), vec![2, 3]), ("b".into(), vec![3])]))
     }
 
+    /// Copies of the moments of an optimizer that is not sharded.
+    fn export(adamw: &AdamW) -> BTreeMap<String, Tensor> {
+        adamw.export(&layout(), |moment| Ok::<_, OptimError>(Some(moment.copy()?))).unwrap().unwrap()
+    }
+
     #[test]
     fn state_exported_and_imported_continues_to_the_same_bits() {
         let (params, mut first) = train(OTHER);
-        let saved: BTreeMap<String, Tensor> = first.export(&layout()).unwrap().into_iter().map(|(n, t)| (n, t.copy().unwrap())).collect();
+        let saved = export(&first);
         assert_eq!(saved.keys().collect::<Vec<_>>(), ["exp_avg.b", "exp_avg.w", "exp_avg_sq.b", "exp_avg_sq.w"]);
         assert_eq!(saved["exp_avg.w"].dims(), [2, 3]);
         let copy = params.copy().unwrap();
-        let mut second = AdamW::new(OTHER, 9, &Device::Cpu).unwrap();
+        let mut second = AdamW::new(OTHER, 0..9, &Device::Cpu).unwrap();
         second.import(&layout(), &saved, first.num_steps()).unwrap();
         first.step(&params, &grad(5), 1e-3).unwrap();
         second.step(&copy, &grad(5), 1e-3).unwrap();
@@ -329,9 +361,25 @@ mod tests {
     }
 
     #[test]
+    fn shards_of_an_imported_state_step_to_the_bits_of_the_whole() {
+        let (params, mut whole) = train(OTHER);
+        let (copy, saved) = (params.copy().unwrap(), export(&whole));
+        whole.step(&params, &grad(5), 1e-3).unwrap();
+        for shard in [0..4, 4..4, 4..9] {
+            let mut adamw = AdamW::new(OTHER, shard.clone(), &Device::Cpu).unwrap();
+            adamw.import(&layout(), &saved, 5).unwrap();
+            let part = |flat: &Tensor| flat.narrow(0, shard.start, shard.len()).unwrap();
+            adamw.step(&part(&copy), &part(&grad(5)), 1e-3).unwrap();
+            assert_eq!(adamw.exp_avg.to_vec1::<f32>().unwrap(), part(&whole.exp_avg).to_vec1::<f32>().unwrap());
+            assert_eq!(adamw.export(&layout(), |_| Ok::<_, OptimError>(None)).unwrap().map(|m| m.len()), None);
+        }
+        assert_eq!(params.to_vec1::<f32>().unwrap(), copy.to_vec1::<f32>().unwrap());
+    }
+
+    #[test]
     fn import_of_a_state_that_does_not_fit_is_refused_by_name() {
         let (_, mut adamw) = train(DEFAULT);
-        let good = adamw.export(&layout()).unwrap();
+        let good = export(&adamw);
         let refused = |adamw: &mut AdamW, change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
             let mut state = good.clone();
             change(&mut state);
@@ -348,7 +396,7 @@ mod tests {
 
     #[test]
     fn step_with_a_gradient_of_another_length_is_refused() {
-        let mut adamw = AdamW::new(DEFAULT, 9, &Device::Cpu).unwrap();
+        let mut adamw = AdamW::new(DEFAULT, 0..9, &Device::Cpu).unwrap();
         let text = adamw.step(&start(), &tensor(&[1.0]), 0.1).unwrap_err().to_string();
         assert_eq!(text, "the gradient has shape [1], expected [9]");
         assert_eq!(adamw.num_steps(), 0);

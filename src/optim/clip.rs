@@ -17,8 +17,18 @@ fn with_elements<R>(flat: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
 
 /// The 2-norm of a flat f32 buffer, summed in f64 over fixed chunks.
 pub fn global_norm(flat: &Tensor) -> Result<f64> {
-    let sums: Vec<f64> = with_elements(flat, |data| data.par_chunks(CHUNK).map(square_sum).collect())?;
-    Ok(sums.iter().sum::<f64>().sqrt())
+    Ok(norm_of_chunks(chunk_square_sums(flat)?))
+}
+
+/// The sum of squares of each chunk of [`CHUNK`] elements. Those of shards that begin at multiples of it are, one shard behind the other,
+/// those of the whole buffer.
+pub fn chunk_square_sums(flat: &Tensor) -> Result<Vec<f64>> {
+    with_elements(flat, |data| data.par_chunks(CHUNK).map(square_sum).collect())
+}
+
+/// The 2-norm of a buffer from the sums of its chunks, in their order.
+pub fn norm_of_chunks(square_sums: impl IntoIterator<Item = f64>) -> f64 {
+    square_sums.into_iter().sum::<f64>().sqrt()
 }
 
 /// Eight sums side by side, so that one addition need not wait for the one before.
@@ -33,17 +43,16 @@ fn square_sum(chunk: &[f32]) -> f64 {
     lanes.iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
 }
 
-/// Scales a flat gradient in place so that its norm is at most `max_norm`, and gives the norm before.
+/// Scales a flat gradient, or a shard of one, in place so that the norm of the whole, which is `norm` now, is at most `max_norm`.
 ///
 /// # Source
 /// torch's `clip_grad_norm_`: the factor is max_norm / (norm + 1e-6), at most 1.
-pub fn clip_grad_norm(grads: &Tensor, max_norm: f64) -> Result<f64> {
-    let norm = global_norm(grads)?;
+pub fn clip_grad(grads: &Tensor, norm: f64, max_norm: f64) -> Result<()> {
     let factor = max_norm / (norm + 1e-6);
     if factor < 1.0 {
         grads.inplace_op1(&Scale(factor as f32))?;
     }
-    Ok(norm)
+    Ok(())
 }
 
 struct Scale(f32);
@@ -68,18 +77,26 @@ pub struct NonFinite {
     pub value: f32,
 }
 
-/// The first element of a flat buffer, in the order of `layout`, that is not finite.
-pub fn first_non_finite(flat: &Tensor, layout: &params::Layout) -> Result<Option<NonFinite>> {
-    let found = with_elements(flat, |data| {
+impl NonFinite {
+    /// Element `at` of a flat buffer, `value`, by the parameter that it belongs to.
+    ///
+    /// # Errors
+    /// When it lies behind all parameters.
+    pub fn locate(at: usize, value: f32, layout: &params::Layout) -> Result<Self> {
+        match layout.iter().find(|(_, entry)| (entry.offset..entry.offset + entry.num_elements()).contains(&at)) {
+            Some((name, entry)) => Ok(Self { name: name.to_owned(), index: at - entry.offset, value }),
+            None => bail!("element {at} of a flat buffer lies behind its layout of {}", layout.num_elements()),
+        }
+    }
+}
+
+/// The first element of a flat buffer that is not finite: its place and value.
+pub fn first_non_finite(flat: &Tensor) -> Result<Option<(usize, f32)>> {
+    with_elements(flat, |data| {
         let chunk = data.par_chunks(CHUNK).position_first(|chunk| chunk.iter().any(|x| !x.is_finite()))?;
         let at = chunk * CHUNK + data[chunk * CHUNK..].iter().position(|x| !x.is_finite())?;
         Some((at, data[at]))
-    })?;
-    let Some((at, value)) = found else { return Ok(None) };
-    match layout.iter().find(|(_, entry)| (entry.offset..entry.offset + entry.num_elements()).contains(&at)) {
-        Some((name, entry)) => Ok(Some(NonFinite { name: name.to_owned(), index: at - entry.offset, value })),
-        None => bail!("element {at} of a flat buffer of {:?} lies behind its layout of {}", flat.dims(), layout.num_elements()),
-    }
+    })
 }
 
 #[cfg(test)]
@@ -111,9 +128,19 @@ mod tests {
     }
 
     #[test]
+    fn norm_from_the_chunks_of_aligned_shards_has_the_bits_of_the_whole() {
+        let data = tensor((0..5 * CHUNK + 7).map(|i| ((i * 7919) % 1013) as f32 * 0.013 - 6.0).collect());
+        let shard = |from: usize, to: usize| chunk_square_sums(&data.narrow(0, from, to - from).unwrap()).unwrap();
+        let sums =
+            [shard(0, 2 * CHUNK), shard(2 * CHUNK, 2 * CHUNK), shard(2 * CHUNK, 5 * CHUNK), shard(5 * CHUNK, 5 * CHUNK + 7)].concat();
+        assert_eq!(norm_of_chunks(sums).to_bits(), global_norm(&data).unwrap().to_bits());
+    }
+
+    #[test]
     fn clip_above_the_limit_equals_torch() {
         let grads = tensor(vec![3., -4., 12., 0.5]);
-        let norm = clip_grad_norm(&grads, 1.0).unwrap();
+        let norm = global_norm(&grads).unwrap();
+        clip_grad(&grads, norm, 1.0).unwrap();
         assert!((norm - 169.25f64.sqrt()).abs() < 1e-12);
         let torch = [0x3e6c_2212, 0xbe9d_6c0c, 0x3f6c_2212, 0x3d1d_6c0c].map(f32::from_bits);
         for (x, t) in grads.to_vec1::<f32>().unwrap().into_iter().zip(torch) {
@@ -124,20 +151,24 @@ mod tests {
     #[test]
     fn clip_below_the_limit_changes_nothing() {
         let grads = tensor(vec![0.3, -0.4]);
-        assert!((clip_grad_norm(&grads, 1.0).unwrap() - 0.5).abs() < 1e-7);
+        let norm = global_norm(&grads).unwrap();
+        clip_grad(&grads, norm, 1.0).unwrap();
+        assert!((norm - 0.5).abs() < 1e-7);
         assert_eq!(grads.to_vec1::<f32>().unwrap(), [0.3, -0.4]);
     }
 
     #[test]
     fn non_finite_elements_are_found_by_name_and_index() {
         let layout = params::Layout::new(BTreeMap::from([("a".into(), vec![CHUNK, 2]), ("b".into(), vec![2, 3])]));
+        let first =
+            |data: &[f32]| first_non_finite(&tensor(data.to_vec())).unwrap().map(|(at, x)| NonFinite::locate(at, x, &layout).unwrap());
         let mut data = vec![1.0; layout.num_elements()];
-        assert_eq!(first_non_finite(&tensor(data.clone()), &layout).unwrap(), None);
+        assert_eq!(first(&data), None);
         data[2 * CHUNK + 4] = f32::NEG_INFINITY;
-        let found = first_non_finite(&tensor(data.clone()), &layout).unwrap().unwrap();
-        assert_eq!(found, NonFinite { name: "b".into(), index: 4, value: f32::NEG_INFINITY });
+        assert_eq!(first(&data), Some(NonFinite { name: "b".into(), index: 4, value: f32::NEG_INFINITY }));
         data[CHUNK + 1] = f32::NAN;
-        let found = first_non_finite(&tensor(data), &layout).unwrap().unwrap();
+        let found = first(&data).unwrap();
         assert!(found.name == "a" && found.index == CHUNK + 1 && found.value.is_nan());
+        assert!(NonFinite::locate(layout.num_elements(), 0.0, &layout).is_err());
     }
 }

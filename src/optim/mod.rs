@@ -10,11 +10,11 @@ mod schedule;
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
 
 pub use adamw::{AdamW, AdamWConfig, OptimError};
-pub use clip::{NonFinite, clip_grad_norm, first_non_finite, global_norm};
+pub use clip::{NonFinite, chunk_square_sums, clip_grad, first_non_finite, global_norm, norm_of_chunks};
 pub use schedule::{Schedule, SchedulerType, Warmup};
 
-/// Elements of a task; part of the definition of [`global_norm`]'s bits.
-const CHUNK: usize = 1 << 14;
+/// Elements of a task; part of the definition of [`global_norm`]'s bits, so that shards begin at multiples of it.
+pub const CHUNK: usize = 1 << 14;
 
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let data = f32::cpu_storage_as_slice(storage)?;

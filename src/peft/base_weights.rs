@@ -95,6 +95,10 @@ impl PeftMethod for BaseWeights {
         Ok(Box::new(BaseHooks { method: self, grad }))
     }
 
+    fn site_is_parameters(&self) -> bool {
+        true
+    }
+
     fn trained_base_weights(&self) -> Result<BTreeMap<BaseWeight, Tensor>> {
         let names = by_name(self.reach.len());
         self.params.tensors()?.into_iter().map(|(name, tensor)| Ok((names[&name], tensor))).collect()

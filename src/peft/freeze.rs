@@ -94,6 +94,10 @@ impl super::Settings for Settings {
         5e-5 // hiyouga/ChatGLM-Efficient-Tuning, README, freeze example
     }
 
+    fn trains_base_weights(&self) -> bool {
+        true
+    }
+
     fn costs(&self, shape: &ModelShape) -> Result<Costs, MethodError> {
         let num_layers = shape.layers as usize;
         let is_there = |weight: &BaseWeight| !matches!(weight, BaseWeight::Bias(_, site) if !shape.has_bias(*site));

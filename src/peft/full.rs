@@ -39,6 +39,10 @@ impl super::Settings for Settings {
         1e-4 // THUDM/ChatGLM2-6B, ptuning/ds_train_finetune.sh
     }
 
+    fn trains_base_weights(&self) -> bool {
+        true
+    }
+
     fn costs(&self, shape: &ModelShape) -> Result<Costs, MethodError> {
         let is_there = |weight: &BaseWeight| !matches!(weight, BaseWeight::Bias(_, site) if !shape.has_bias(*site));
         Ok(base_weights::costs(shape, &BaseWeight::all(shape.layers as usize).filter(is_there).collect()))

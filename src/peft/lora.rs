@@ -383,6 +383,10 @@ impl PeftMethod for Lora {
         Ok(())
     }
 
+    fn site_is_parameters(&self) -> bool {
+        true
+    }
+
     fn hooks<'a>(&'a self, rows: RowContext<'a>) -> Result<Box<dyn TrainHooks + 'a>> {
         let drops = rows.mode == Mode::Train && self.settings.dropout > 0.0;
         Ok(Box::new(LoraHooks::new(self, drops.then_some(rows), self.site_len())))

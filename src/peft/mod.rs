@@ -105,6 +105,10 @@ pub trait Settings {
     fn describe(&self) -> String;
     /// The published recipe's, or the nearest to one.
     fn learning_rate(&self) -> f64;
+    /// Whether weights of the base are trained, and so many that the optimizer's state may not fit a rank.
+    fn trains_base_weights(&self) -> bool {
+        false
+    }
     /// # Errors
     /// When the settings name parts that the model does not have.
     fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError>;
@@ -191,6 +195,11 @@ pub trait PeftMethod {
     /// Elements of the site gradient.
     fn site_len(&self) -> usize {
         self.params().layout().num_elements()
+    }
+    /// Whether the site is the parameters themselves and [`Self::param_grad`] the identity: then ranks that share the optimizer's state need
+    /// only their shards of the summed site gradient. Where it is not said, they get all of it.
+    fn site_is_parameters(&self) -> bool {
+        false
     }
     /// Gradient of the parameters, flat in their order, from the mean site gradient.
     fn param_grad(&self, site_grad: &Tensor) -> Result<Tensor> {

@@ -212,6 +212,11 @@ impl PrefixEncoder {
         self.shape.virtual_tokens * self.shape.width()
     }
 
+    /// Whether the table itself is trained.
+    pub fn site_is_parameters(&self) -> bool {
+        self.shape.projection.is_none()
+    }
+
     /// The table's gradient, `[P W]`, pulled through the projection to all parameters.
     ///
     /// # Errors

@@ -149,6 +149,10 @@ impl PeftMethod for PrefixTuning {
         self.encoder.site_len()
     }
 
+    fn site_is_parameters(&self) -> bool {
+        self.encoder.site_is_parameters()
+    }
+
     fn param_grad(&self, site_grad: &Tensor) -> Result<Tensor> {
         self.encoder.param_grad(site_grad)
     }

@@ -5,6 +5,7 @@ pub mod backprop;
 mod dump;
 mod error;
 pub mod evaluate;
+pub mod optimizer;
 pub mod run;
 pub mod state;
 pub mod step;

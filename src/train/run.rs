@@ -10,6 +10,7 @@ use candle_core::Device;
 
 use super::adapters::{Ranks, Tokenizer};
 use super::evaluate::{Evaluation, evaluate};
+use super::optimizer::Optimizer;
 use super::state::{self, Progress, Saver};
 use super::step::{StepOutcome, StepSettings, Trainer};
 use super::{TrainError, dump};
@@ -25,7 +26,7 @@ use crate::data::{self, Dataset};
 use crate::dist::{self, ProcessGroup};
 use crate::model::weights::WeightSource;
 use crate::model::{ChatGlm2, ModelConfig};
-use crate::optim::{AdamW, AdamWConfig, Schedule};
+use crate::optim::{AdamWConfig, Schedule};
 use crate::peft::{self, PeftMethod};
 use crate::telemetry::{Console, EvalRecord, Phase, PhaseTimer, RunLog, StepClock, StepRecord, peak_rss_bytes};
 use crate::tokenizer::GlmTokenizer;
@@ -59,7 +60,7 @@ struct Job<'a> {
     group: &'a dyn ProcessGroup,
     model: ChatGlm2,
     method: Box<dyn PeftMethod>,
-    optimizer: AdamW,
+    optimizer: Optimizer<'a>,
     identity: Identity,
     train: Arc<Dataset>,
     validation: Option<Dataset>,
@@ -94,7 +95,12 @@ impl<'a> Job<'a> {
         let mut method = together(group, || Ok(peft::create(&plan.method, &model, plan.run.seed)?))?;
         let o = &plan.optim;
         let adamw = AdamWConfig { beta1: o.adam_beta1, beta2: o.adam_beta2, epsilon: o.adam_epsilon, weight_decay: o.weight_decay };
-        let mut optimizer = AdamW::new(adamw, method.params().layout().num_elements(), model.device())?;
+        let num_elements = method.params().layout().num_elements();
+        let mut optimizer = if o.shard_optimizer {
+            Optimizer::sharded(adamw, num_elements, model.device(), group)?
+        } else {
+            Optimizer::replicated(adamw, num_elements, model.device())?
+        };
 
         let mut identity = Identity {
             method: method.name().to_owned(),
@@ -130,7 +136,7 @@ impl<'a> Job<'a> {
             config.name,
             config.num_layers,
             config.hidden_size,
-            method.params().layout().num_elements(),
+            num_elements,
             method.name()
         );
         Ok(Self { plan, group, model, method, optimizer, identity, train: Arc::new(train), validation, progress, total_steps })
@@ -223,8 +229,9 @@ impl<'a> Job<'a> {
     }
 
     fn save(&self, saver: &Saver) -> Result<Option<PathBuf>, TrainError> {
-        together(self.group, || match self.group.rank() {
-            0 => saver.save(self.progress, &*self.method, &self.optimizer).map(Some),
+        let moments = self.optimizer.export(self.method.params().layout())?;
+        together(self.group, || match (self.group.rank(), moments) {
+            (0, Some(moments)) => saver.save(self.progress, &*self.method, moments).map(Some),
             _ => Ok(None),
         })
     }

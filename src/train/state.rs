@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 
 use super::TrainError;
+use super::optimizer::Optimizer;
 use crate::checkpoint::{self, Checkpoint, Disk, Header, Identity};
 use crate::config::Plan;
 use crate::config::plan::Resume;
 use crate::model::ModelConfig;
-use crate::optim::AdamW;
 use crate::peft::{ExportContext, PeftMethod};
 
 const PARAMETER: &str = "parameter.";
@@ -52,7 +52,7 @@ pub fn restore(
     checkpoint: Checkpoint,
     identity: &Identity,
     method: &mut dyn PeftMethod,
-    optimizer: &mut AdamW,
+    optimizer: &mut Optimizer,
 ) -> Result<Progress, TrainError> {
     let Checkpoint { path, manifest, tensors } = checkpoint;
     let mismatches = checkpoint::compare(&manifest, identity);
@@ -76,11 +76,12 @@ pub struct Saver<'a> {
 }
 
 impl Saver<'_> {
-    /// Writes `checkpoint-{step}`: the training state and the adapter in both public formats; then deletes what is beyond the limit.
+    /// Writes `checkpoint-{step}`: the training state, `moments` as [`Optimizer::export`] gave them, and the adapter in both public formats;
+    /// then deletes what is beyond the limit.
     ///
     /// # Errors
     /// When the disk fails; what was saved before stays.
-    pub fn save(&self, progress: Progress, method: &dyn PeftMethod, optimizer: &AdamW) -> Result<PathBuf, TrainError> {
+    pub fn save(&self, progress: Progress, method: &dyn PeftMethod, moments: BTreeMap<String, Tensor>) -> Result<PathBuf, TrainError> {
         let header = Header {
             step: progress.step,
             consumed_rows: progress.consumed_rows,
@@ -90,7 +91,7 @@ impl Saver<'_> {
         };
         let mut tensors: BTreeMap<String, Tensor> =
             method.params().tensors()?.into_iter().map(|(name, tensor)| (format!("{PARAMETER}{name}"), tensor)).collect();
-        tensors.extend(optimizer.export(method.params().layout())?);
+        tensors.extend(moments);
         let output_dir = &self.plan.run.output_dir;
         // What a method that trains the base exports is a whole model: the state above has all of it that can change.
         let adapter = if method.trained_base_weights()?.is_empty() { self.adapter_files(method)? } else { Vec::new() };

@@ -4,11 +4,13 @@ use candle_core::Tensor;
 
 use super::TrainError;
 use super::backprop;
+use super::optimizer::Optimizer;
 use crate::config::plan::LossMean;
 use crate::data::MicroBatch;
 use crate::dist::{self, ProcessGroup, Reduction, SlotAccumulator, SlotScalars, SlotTree};
+use crate::kernels::elementwise::scale_;
 use crate::model::{ChatGlm2, Recompute};
-use crate::optim::{self, AdamW};
+use crate::optim;
 use crate::peft::PeftMethod;
 use crate::telemetry::{Phase, PhaseTimer};
 
@@ -35,15 +37,15 @@ pub struct StepOutcome {
 }
 
 /// One rank's share of a training run.
-pub struct Trainer<'a> {
+pub struct Trainer<'a, 'g> {
     pub model: &'a ChatGlm2,
     pub method: &'a mut dyn PeftMethod,
-    pub optimizer: &'a mut AdamW,
+    pub optimizer: &'a mut Optimizer<'g>,
     pub group: &'a dyn ProcessGroup,
     pub settings: StepSettings,
 }
 
-impl Trainer<'_> {
+impl Trainer<'_, '_> {
     /// Computes this rank's slots, sums over all, and updates the parameters.
     ///
     /// # Errors
@@ -57,9 +59,11 @@ impl Trainer<'_> {
             return Err(TrainError::NotFinite { what: "loss or gradient".to_owned(), slots: bad });
         }
         let (loss, denominator, num_targets) = self.mean_loss(&all)?;
-        let site_grad = timer.time(Phase::Comm, || dist::reduce(self.group, sums))?;
 
-        let grad_norm = timer.time(Phase::Optim, || self.update(&site_grad, denominator, lr))?;
+        let grad = self.mean_gradient(sums, denominator, timer)?;
+        let grad_norm = timer.time(Phase::Optim, || self.update(&grad, lr))?;
+        timer.time(Phase::Comm, || self.optimizer.gather(self.method.params().flat()))?;
+        timer.time(Phase::Optim, || self.method.refresh())?;
         Ok(StepOutcome { loss, grad_norm, num_targets })
     }
 
@@ -73,7 +77,7 @@ impl Trainer<'_> {
             let num_targets = batch.targets.len() as u64;
             let nll_sum = pass.nll_sum();
             if self.settings.loss_mean == LossMean::MicroBatch && num_targets > 0 {
-                crate::kernels::elementwise::scale_(&pass.site_grad, (1.0 / num_targets as f64) as f32)?;
+                scale_(&pass.site_grad, (1.0 / num_targets as f64) as f32)?;
             }
             let finite = nll_sum.is_finite() && optim::global_norm(&pass.site_grad)?.is_finite();
             scalars.push(SlotScalars { slot: *slot, nll_sum, num_targets, finite });
@@ -97,22 +101,34 @@ impl Trainer<'_> {
         })
     }
 
-    /// -> the gradient's norm before clipping.
-    fn update(&mut self, site_grad: &Tensor, denominator: f64, lr: f64) -> Result<f64, TrainError> {
-        crate::kernels::elementwise::scale_(site_grad, (1.0 / denominator) as f32)?;
-        let grad = self.method.param_grad(site_grad)?;
-        if let Some(bad) = optim::first_non_finite(&grad, self.method.params().layout())? {
+    /// -> this rank's shard of the parameters' gradient, summed over all slots and divided.
+    fn mean_gradient(&self, sums: SlotAccumulator, denominator: f64, timer: &PhaseTimer) -> Result<Tensor, TrainError> {
+        let factor = (1.0 / denominator) as f32;
+        if self.method.site_is_parameters() {
+            let grad = timer.time(Phase::Comm, || self.optimizer.reduce(self.group, sums))?;
+            timer.time(Phase::Optim, || scale_(&grad, factor))?;
+            return Ok(grad);
+        }
+        let site_grad = timer.time(Phase::Comm, || dist::reduce(self.group, sums))?;
+        timer.time(Phase::Optim, || {
+            scale_(&site_grad, factor)?;
+            self.optimizer.shard_of(&self.method.param_grad(&site_grad)?)
+        })
+    }
+
+    /// Moves this rank's shard of the parameters along its shard of the gradient -> the whole gradient's norm before clipping.
+    fn update(&mut self, grad: &Tensor, lr: f64) -> Result<f64, TrainError> {
+        if let Some(bad) = self.optimizer.first_non_finite(grad, self.method.params().layout())? {
             return Err(TrainError::NotFinite {
                 what: format!("element {} of the gradient of `{}` ({})", bad.index, bad.name, bad.value),
                 slots: Vec::new(),
             });
         }
-        let grad_norm = match self.settings.max_grad_norm {
-            Some(max_norm) => optim::clip_grad_norm(&grad, max_norm)?,
-            None => optim::global_norm(&grad)?,
-        };
-        self.optimizer.step(self.method.params().flat(), &grad, lr)?;
-        self.method.refresh()?;
+        let grad_norm = self.optimizer.global_norm(grad)?;
+        if let Some(max_norm) = self.settings.max_grad_norm {
+            optim::clip_grad(grad, grad_norm, max_norm)?;
+        }
+        self.optimizer.step(self.method.params().flat(), grad, lr)?;
         Ok(grad_norm)
     }
 }

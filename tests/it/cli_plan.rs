@@ -63,9 +63,36 @@ fn published_recipe_has_the_values_of_train_sh() {
     let costs = plan_arithmetic(&CHATGLM2_6B, &plan).unwrap();
     assert_eq!(costs.trainable_parameters, 1_835_008);
     assert_eq!(costs.max_row_tokens, 192);
-    assert_eq!(costs.rank_bytes.trainable, 16 * 1_835_008);
+    let bytes = costs.rank_bytes;
+    assert_eq!([bytes.trained_parameters, bytes.gradient, bytes.moments], [4 * 1_835_008, 4 * 1_835_008, 8 * 1_835_008]);
     let length = plan_length(&plan, Some(114_599));
     assert!((length.epochs.unwrap() - 0.42).abs() < 0.005);
+}
+
+/// 1,835,008 parameters are 112 chunks of 2^14, the unit in which the optimizer's state is dealt.
+#[test]
+fn plan_with_a_sharded_optimizer_counts_a_ranks_shard() {
+    let held = |file: &str, world_size| {
+        let mut plan = resolve(&Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(file), world_size);
+        assert!(!plan.optim.shard_optimizer, "the default where no weight of the base is trained");
+        plan.optim.shard_optimizer = true;
+        let bytes = plan_arithmetic(&CHATGLM2_6B, &plan).unwrap().rank_bytes;
+        [bytes.trained_parameters, bytes.gradient, bytes.moments]
+    };
+    assert_eq!(held("ptuning_v2_adgen.toml", 1), [4 * 1_835_008, 4 * 1_835_008, 8 * 1_835_008]);
+    assert_eq!(held("ptuning_v2_adgen.toml", 4), [4 * 1_835_008, 4 * 28 * 16_384, 8 * 28 * 16_384]);
+    // Behind an MLP each rank needs the whole gradient: 7,282 chunks make 1,820.5 a rank.
+    assert_eq!(held("ptuning_v2_projection.toml", 4), [4 * 119_293_952, 4 * 119_293_952, 8 * 1821 * 16_384]);
+}
+
+#[test]
+fn plan_of_a_method_that_trains_the_base_shards_its_optimizer_unless_told_otherwise() {
+    let file = "model_name_or_path = 'm'\ntrain_file = 't'\noutput_dir = 'o'\n";
+    let sharded = |args: &[&str]| {
+        glmddp_with("c.toml", file, &[&["plan", "c.toml", "--json"], args].concat()).stdout.contains("\"shard_optimizer\": true")
+    };
+    assert!(sharded(&["--finetuning_type", "full"]) && sharded(&["--finetuning_type", "freeze"]));
+    assert!(!sharded(&["--finetuning_type", "full", "--shard_optimizer", "false"]) && !sharded(&["--finetuning_type", "lora"]));
 }
 
 #[test]
@@ -96,6 +123,9 @@ fn plan_of_the_6b_model_on_two_ranks_shows_its_arithmetic() {
     let ran = glmddp_in(dir.path(), &args.split_whitespace().collect::<Vec<_>>());
     insta::assert_snapshot!("plan_6b", ran.stdout);
     assert_eq!((ran.code, ran.stderr.as_str()), (0, ""));
+    let ran = glmddp_in(dir.path(), &[args, "--shard_optimizer"].join(" ").split_whitespace().collect::<Vec<_>>());
+    let memory = ran.stdout.lines().skip_while(|line| !line.starts_with("memory")).take_while(|line| !line.starts_with("output"));
+    insta::assert_snapshot!("plan_6b_sharded_memory", memory.collect::<Vec<_>>().join("\n"));
 }
 
 #[test]

@@ -8,9 +8,10 @@ use glmddp::data::collate::collate;
 use glmddp::data::{Dataset, MicroBatch, Sample};
 use glmddp::dist::{ProcessGroup, Reduction, Solo, local};
 use glmddp::model::{ChatGlm2, ModelConfig, Recompute};
-use glmddp::optim::{AdamW, AdamWConfig, Schedule, SchedulerType};
+use glmddp::optim::{AdamWConfig, Schedule, SchedulerType};
 use glmddp::peft::PeftMethod;
 use glmddp::telemetry::PhaseTimer;
+use glmddp::train::optimizer::Optimizer;
 use glmddp::train::step::{StepSettings, Trainer};
 
 use crate::golden::{ALLOWED, Case, Comparison, cases};
@@ -64,7 +65,7 @@ fn train(group: &dyn ProcessGroup, model: &ChatGlm2, recipe: &Recipe) -> Run {
     let mut model = model.clone();
     model.replace_weights(&method.trained_base_weights().unwrap()).unwrap();
     let model = &model;
-    let mut optimizer = AdamW::new(ADAMW, method.params().layout().num_elements(), model.device()).unwrap();
+    let mut optimizer = Optimizer::replicated(ADAMW, method.params().layout().num_elements(), model.device()).unwrap();
     let schedule = Schedule { kind: SchedulerType::Linear, base_lr: recipe.lr, warmup_steps: 0, total_steps: recipe.steps as u64 };
     let settings = StepSettings {
         num_slots: recipe.num_slots,

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use glmddp::dist::{
-    DistError, ProcessGroup, Reduction, SlotAccumulator, SlotScalars, SlotTree, Solo, agree, connect, gather_slots, install_panic_hook,
-    plan_threads, reduce,
+    DistError, ProcessGroup, Reduction, Shards, SlotAccumulator, SlotScalars, SlotTree, Solo, agree, all_gather_shards, connect,
+    gather_shards, gather_slots, install_panic_hook, plan_threads, reduce, reduce_scatter,
 };
 use glmddp::rng::{KeyedRng, Stream};
 
@@ -180,7 +180,7 @@ fn collectives(g: &dyn ProcessGroup) -> Result<(), DistError> {
     g.barrier()
 }
 
-/// Uneven shares of 13 slots, the last rank's the largest.
+/// Uneven shares of 13 slots, the last rank's the largest: the sum on every rank, and in shards that are put together again.
 fn slot_tree(g: &dyn ProcessGroup) -> Result<(), DistError> {
     const SLOTS: usize = 13;
     const N: usize = 10_007;
@@ -194,7 +194,20 @@ fn slot_tree(g: &dyn ProcessGroup) -> Result<(), DistError> {
     let bits = |t: Tensor| Ok::<_, DistError>(t.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect::<Vec<_>>());
     let share = 2 * g.rank()..if g.rank() + 1 == g.world_size() { SLOTS } else { 2 * g.rank() + 2 };
     let scalars = |slot: usize| SlotScalars { slot, nll_sum: slot as f64 / 7.0, num_targets: 9, finite: true };
-    assert_eq!(bits(reduce(g, fill(share.clone())?)?)?, bits(reduce(&Solo, fill(0..SLOTS)?)?)?);
+    let whole = reduce(&Solo, fill(0..SLOTS)?)?;
+    assert_eq!(bits(reduce(g, fill(share.clone())?)?)?, bits(whole.clone())?);
+    let shards = Shards::new(N, g.world_size(), 64);
+    let own = shards.range(g.rank());
+    let shard = reduce_scatter(g, fill(share.clone())?, &shards)?;
+    assert_eq!(bits(shard.clone())?, bits(whole.narrow(0, own.start, own.len())?)?);
+    let flat = tensor(vec![0.0; N]);
+    flat.slice_set(&shard.copy()?, 0, own.start)?;
+    all_gather_shards(g, &flat, &shards)?;
+    assert_eq!(bits(flat)?, bits(whole.clone())?);
+    match gather_shards(g, &shard, &shards, 0)? {
+        Some(gathered) => assert_eq!((g.rank(), bits(gathered)?), (0, bits(whole)?)),
+        None => assert_ne!(g.rank(), 0),
+    }
     assert_eq!(gather_slots(g, &share.map(scalars).collect::<Vec<_>>())?, (0..SLOTS).map(scalars).collect::<Vec<_>>());
     println!("same bits on rank {}", g.rank());
     Ok(())

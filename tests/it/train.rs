@@ -15,6 +15,14 @@ const PREFIX: [&str; 4] = ["--finetuning_type", "ptuning_v2", "--pre_seq_len", "
 const PEFT_PREFIX: [&str; 4] = ["--finetuning_type", "prefix_tuning", "--pre_seq_len", "8"];
 const LOW_RANK: [&str; 8] =
     ["--finetuning_type", "lora", "--lora_rank", "4", "--lora_target", "query_key_value,dense_4h_to_h", "--lora_dropout", "0.1"];
+/// 61,696 parameters, nearly four chunks of the optimizer; [`PREFIX`] has less than one, so that most shards are empty.
+const WIDE_LOW_RANK: [&str; 6] = ["--finetuning_type", "lora", "--lora_rank", "16", "--lora_target", "all"];
+/// Each rank needs the whole gradient of the table to pull it through the MLP, and then a shard of the result.
+const PROJECTED_PREFIX: [&str; 6] = ["--finetuning_type", "ptuning_v2", "--pre_seq_len", "8", "--prefix_projection", "true"];
+const FULL: [&str; 2] = ["--finetuning_type", "full"];
+const FREEZE: [&str; 4] = ["--finetuning_type", "freeze", "--freeze_trainable_layers", "1"];
+const SHARDED: [&str; 2] = ["--shard_optimizer", "true"];
+const UNSHARDED: [&str; 2] = ["--shard_optimizer", "false"];
 /// A job that fails must end within this time.
 const END: Duration = Duration::from_secs(10);
 
@@ -71,18 +79,31 @@ impl Setup {
         Some(out)
     }
 
-    /// Hashes of the final adapter and of the loss column of the log.
-    fn hashes(&self, output: &str) -> (String, String) {
+    /// Hashes of the final adapter, of the parameters and moments after `steps` steps, and of the loss column of the log.
+    fn hashes(&self, output: &str, steps: usize) -> Hashes {
         let output = self.dir.path().join(output);
-        let adapter = std::fs::read(output.join("adapter/adapter_model.safetensors")).expect("an adapter was written");
+        let files = std::fs::read_dir(output.join("adapter")).expect("an adapter was written").map(|entry| entry.expect("a file").path());
+        let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|ext| ext == "safetensors")).collect();
+        files.sort();
+        assert!(!files.is_empty(), "no safetensors in {}/adapter", output.display());
+        let adapter: Vec<u8> = files.iter().flat_map(|path| std::fs::read(path).expect("a readable file")).collect();
+        let state = std::fs::read(output.join(format!("checkpoint-{steps}/state.safetensors"))).expect("a checkpoint was written");
         let log = std::fs::read_to_string(output.join("trainer_log.jsonl")).expect("a log was written");
         let losses: String = log
             .lines()
             .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a line of JSON"))
             .filter_map(|record| record.get("loss").map(|loss| format!("{} {loss}\n", record["current_steps"])))
             .collect();
-        (sha256_hex(&adapter), sha256_hex(losses.as_bytes()))
+        Hashes { adapter: sha256_hex(&adapter), state: sha256_hex(&state), losses: sha256_hex(losses.as_bytes()) }
     }
+}
+
+/// What must not depend on the number of ranks.
+#[derive(Debug, PartialEq, Eq)]
+struct Hashes {
+    adapter: String,
+    state: String,
+    losses: String,
 }
 
 #[test]
@@ -100,25 +121,68 @@ fn mpirun_train_of_low_rank_updates_on_1_to_4_ranks_and_over_resumes_gives_the_s
     same_bits_on_1_to_4_ranks_and_over_resumes(&LOW_RANK);
 }
 
+#[test]
+fn mpirun_train_of_a_prefix_with_a_sharded_optimizer_gives_the_same_bits() {
+    same_bits(&PREFIX, &SHARDED);
+}
+
+#[test]
+fn mpirun_train_of_a_projected_prefix_with_a_sharded_optimizer_gives_the_same_bits() {
+    same_bits(&PROJECTED_PREFIX, &SHARDED);
+}
+
+#[test]
+fn mpirun_train_of_the_whole_base_with_a_sharded_optimizer_gives_the_same_bits() {
+    same_bits(&FULL, &SHARDED);
+}
+
+#[test]
+fn mpirun_train_of_some_layers_with_a_sharded_optimizer_gives_the_same_bits() {
+    same_bits(&FREEZE, &SHARDED);
+}
+
+#[test]
+fn mpirun_train_of_low_rank_updates_with_a_sharded_optimizer_gives_the_same_bits() {
+    same_bits(&WIDE_LOW_RANK, &SHARDED);
+}
+
 fn same_bits_on_1_to_4_ranks_and_over_resumes(method: &'static [&'static str]) {
+    same_bits(method, &[]);
+}
+
+/// A run on one rank, not sharded, and those with `more` arguments on 1 to 4 and over resumes give the same bits.
+fn same_bits(method: &'static [&'static str], more: &[&'static str]) {
     let setup = Setup::new(method);
-    let constant = ["--lr_scheduler_type", "constant", "--save_steps", "2"];
-    let with = |steps: &'static str| [&constant[..], &["--max_steps", steps]].concat();
-    setup.train(1, "one", &with("6"));
-    let expected = setup.hashes("one");
-    for ranks in [2, 3, 4] {
+    let plain = |steps: &'static str| vec!["--lr_scheduler_type", "constant", "--save_steps", "2", "--max_steps", steps];
+    let with = |steps: &'static str| [&plain(steps)[..], more].concat();
+    setup.train(1, "one", &[&plain("6")[..], &UNSHARDED].concat());
+    let expected = setup.hashes("one", 6);
+    for ranks in if more.is_empty() { 2..=4 } else { 1..=4 } {
         let output = format!("ranks-{ranks}");
         if setup.train(ranks, &output, &with("6")).is_none() {
             return;
         }
-        assert_eq!(setup.hashes(&output), expected, "{ranks} ranks");
+        assert_eq!(setup.hashes(&output, 6), expected, "{ranks} ranks");
     }
     // 60 rows and 24 a step: steps 2 and 4 end in the middle of an epoch.
     setup.train(4, "resumed", &with("2"));
     setup.train(2, "resumed", &[&with("4")[..], &["--resume_from_checkpoint", "latest"]].concat());
     setup.train(1, "resumed", &[&with("6")[..], &["--resume_from_checkpoint", "resumed/checkpoint-4"]].concat());
-    assert_eq!(setup.hashes("resumed"), expected, "stopped on 4 ranks, on with 2, on with 1");
-    println!("adapter sha256 {}, losses sha256 {}: equal on 1, 2, 3, 4 ranks and over 4 -> 2 -> 1", expected.0, expected.1);
+    assert_eq!(setup.hashes("resumed", 6), expected, "stopped on 4 ranks, on with 2, on with 1");
+    println!("{expected:?}: equal on 1, 2, 3, 4 ranks and over 4 -> 2 -> 1");
+}
+
+/// The order of two ranks' sums does not matter, so that with two even a plain all-reduce has one result.
+#[test]
+fn mpirun_train_with_all_reduce_and_a_sharded_optimizer_gives_the_same_bits_on_2_ranks() {
+    let setup = Setup::new(&WIDE_LOW_RANK);
+    let args = ["--max_steps", "2", "--reduction", "all_reduce"];
+    if setup.train(2, "whole", &args).is_none() {
+        return;
+    }
+    setup.train(2, "sharded", &[&args[..], &SHARDED].concat());
+    assert_eq!(setup.hashes("sharded", 2), setup.hashes("whole", 2));
+    setup.train(3, "on", &[&["--max_steps", "4", "--reduction", "all_reduce"][..], &SHARDED].concat());
 }
 
 #[test]
@@ -128,7 +192,7 @@ fn mpirun_train_with_recompute_gives_the_same_bits() {
         let steps = ["--max_steps", "2"];
         setup.train(1, "kept", &steps);
         setup.train(1, "recomputed", &[&steps[..], &["--recompute", "block"]].concat());
-        assert_eq!(setup.hashes("kept"), setup.hashes("recomputed"));
+        assert_eq!(setup.hashes("kept", 2), setup.hashes("recomputed", 2));
     }
 }
 
@@ -162,8 +226,18 @@ fn wait_for_steps(setup: &Setup, output: &str, steps: usize, job: &mut Child) {
 
 #[test]
 fn mpirun_train_with_a_rank_killed_ends_in_time_names_it_and_resumes_to_the_same_bits() {
-    let setup = Setup::new(&PREFIX);
-    let args = ["--max_steps", "12", "--save_steps", "2"];
+    kill_and_resume(&PREFIX, &[]);
+}
+
+#[test]
+fn mpirun_train_with_a_sharded_optimizer_and_a_rank_killed_resumes_to_the_same_bits() {
+    kill_and_resume(&WIDE_LOW_RANK, &SHARDED);
+}
+
+fn kill_and_resume(method: &'static [&'static str], more: &[&'static str]) {
+    let setup = Setup::new(method);
+    let plain = ["--max_steps", "12", "--save_steps", "2"];
+    let args = [&plain[..], more].concat();
     let Some(mut command) = setup.command(2, "killed", &args) else { return };
     let mut job = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the launcher starts");
     wait_for_steps(&setup, "killed", 3, &mut job);
@@ -179,6 +253,6 @@ fn mpirun_train_with_a_rank_killed_ends_in_time_names_it_and_resumes_to_the_same
     println!("rank 1 of 2 was killed: the job ended after {:.2} s", took.as_secs_f64());
 
     setup.train(2, "killed", &[&args[..], &["--resume_from_checkpoint", "latest"]].concat());
-    setup.train(1, "whole", &args);
-    assert_eq!(setup.hashes("killed"), setup.hashes("whole"), "the schedule is linear: the same step has the same learning rate");
+    setup.train(1, "whole", &plain);
+    assert_eq!(setup.hashes("killed", 12), setup.hashes("whole", 12), "the schedule is linear: the same step has the same learning rate");
 }

@@ -1,0 +1,203 @@
+//! A flat buffer dealt to the ranks: who owns which elements, and how they come together again.
+
+use std::ops::Range;
+
+use candle_core::{DType, Tensor};
+
+use super::{DistError, ProcessGroup};
+
+/// Elements that one exchange moves to or from a rank, for each buffer taking part; bounds the memory it takes beyond the buffers.
+const BUCKET: usize = 1 << 22;
+
+/// A flat buffer of `num_elements`, cut into one contiguous shard a rank. A pure function of three numbers: no rank has to be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shards {
+    num_elements: usize,
+    world_size: usize,
+    /// Shards begin at multiples of it.
+    align: usize,
+    pub(super) bucket: usize,
+}
+
+/// What the ranks exchange at a time: the next piece of each rank's shard.
+pub(super) struct Bucket {
+    /// By rank; a short shard's are empty towards the end.
+    pub(super) pieces: Vec<Range<usize>>,
+    /// Length of the longest piece; above 0.
+    pub(super) len: usize,
+}
+
+impl Shards {
+    /// Shards that differ by at most `align` elements; where there are fewer than `world_size` times `align`, some are empty.
+    pub fn new(num_elements: usize, world_size: usize, align: usize) -> Self {
+        Self { num_elements, world_size: world_size.max(1), align: align.max(1), bucket: BUCKET }
+    }
+
+    pub fn num_elements(&self) -> usize {
+        self.num_elements
+    }
+
+    pub fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    /// The elements of `rank`'s shard. Shards ascend with the rank and cover the buffer.
+    pub fn range(&self, rank: usize) -> Range<usize> {
+        let num_units = self.num_elements.div_ceil(self.align);
+        let start = |rank: usize| (rank * num_units / self.world_size * self.align).min(self.num_elements);
+        start(rank)..start(rank + 1)
+    }
+
+    /// Elements of the longest shard.
+    pub fn longest(&self) -> usize {
+        (0..self.world_size).map(|rank| self.range(rank).len()).max().unwrap_or(0)
+    }
+
+    pub(super) fn buckets(&self) -> impl Iterator<Item = Bucket> + '_ {
+        let piece = (self.bucket / self.world_size).max(1);
+        (0..self.longest()).step_by(piece).map(move |at| {
+            let of = |shard: Range<usize>| (shard.start + at).min(shard.end)..(shard.start + at + piece).min(shard.end);
+            let pieces: Vec<_> = (0..self.world_size).map(|rank| of(self.range(rank))).collect();
+            Bucket { len: pieces.iter().map(Range::len).max().unwrap_or(0), pieces }
+        })
+    }
+
+    /// `group` has as many ranks as there are shards, and `what` is `[expected]`.
+    pub(super) fn check(&self, group: &dyn ProcessGroup, what: &'static str, tensor: &Tensor, expected: usize) -> Result<(), DistError> {
+        if group.world_size() != self.world_size {
+            let expected = format!("{} ranks, as there are shards", self.world_size);
+            return Err(DistError::Argument { collective: what, expected, found: group.world_size().to_string() });
+        }
+        if tensor.dims() != [expected] {
+            let expected = format!("shape [{expected}]");
+            return Err(DistError::Argument { collective: what, expected, found: format!("{:?}", tensor.dims()) });
+        }
+        Ok(())
+    }
+}
+
+/// Fills `flat` `[num_elements]` in place: each rank's own shard of it is what it gives to the others.
+///
+/// # Errors
+/// When `flat` has another length, or a collective fails.
+pub fn all_gather_shards(group: &dyn ProcessGroup, flat: &Tensor, shards: &Shards) -> Result<(), DistError> {
+    shards.check(group, "all_gather_shards", flat, shards.num_elements)?;
+    let own = shards.range(group.rank());
+    exchange(group, &flat.narrow(0, own.start, own.len())?, shards, |rank, at, piece| {
+        // What is its own is in its place.
+        if rank == group.rank() { Ok(()) } else { flat.slice_set(piece, 0, at) }
+    })
+}
+
+/// The whole buffer `[num_elements]` on rank `root`, from each rank's own `shard`; none on the others. It may share the shard's memory.
+///
+/// # Errors
+/// When `shard` has not the length of this rank's shard, or a collective fails.
+pub fn gather_shards(group: &dyn ProcessGroup, shard: &Tensor, shards: &Shards, root: usize) -> Result<Option<Tensor>, DistError> {
+    shards.check(group, "gather_shards", shard, shards.range(group.rank()).len())?;
+    let is_root = group.rank() == root;
+    if is_root && shard.elem_count() == shards.num_elements {
+        exchange(group, shard, shards, |_, _, _| Ok(()))?;
+        return Ok(Some(shard.clone()));
+    }
+    let whole = Tensor::zeros(if is_root { shards.num_elements } else { 0 }, DType::F32, shard.device())?;
+    exchange(group, shard, shards, |_, at, piece| if is_root { whole.slice_set(piece, 0, at) } else { Ok(()) })?;
+    Ok(is_root.then_some(whole))
+}
+
+/// Shows every rank's `shard` to all, bucket by bucket: `take(rank, first element, piece)`.
+fn exchange(
+    group: &dyn ProcessGroup,
+    shard: &Tensor,
+    shards: &Shards,
+    mut take: impl FnMut(usize, usize, &Tensor) -> candle_core::Result<()>,
+) -> Result<(), DistError> {
+    let start = shards.range(group.rank()).start;
+    for Bucket { pieces, len } in shards.buckets() {
+        let own = &pieces[group.rank()];
+        let mine = shard.narrow(0, own.start - start, own.len())?.pad_with_zeros(0, 0, len - own.len())?;
+        let rows = group.all_gather(&mine)?;
+        for (rank, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.is_empty()) {
+            take(rank, piece.start, &rows.get(rank)?.narrow(0, 0, piece.len())?)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Solo, local};
+    use super::*;
+    use candle_core::Device;
+
+    fn ramp(range: Range<usize>) -> Tensor {
+        Tensor::from_iter(range.map(|i| i as f32 + 0.5), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn shards_of_any_size_tile_the_buffer_at_aligned_places() {
+        for world_size in 1..=5 {
+            for align in [1, 4, 64] {
+                for n in [0, 1, 3, 4, 5, 63, 64, 65, 257] {
+                    let shards = Shards::new(n, world_size, align);
+                    let ranges: Vec<_> = (0..world_size).map(|rank| shards.range(rank)).collect();
+                    assert!(ranges[0].start == 0 && ranges[world_size - 1].end == n);
+                    assert!(ranges.windows(2).all(|w| w[0].end == w[1].start && (w[0].end.is_multiple_of(align) || w[0].end == n)));
+                    let units = ranges.iter().map(|r| r.len().div_ceil(align));
+                    assert!(units.clone().max().unwrap() <= units.min().unwrap() + 1, "{n} elements as {ranges:?}");
+                }
+            }
+        }
+        assert_eq!(Shards::new(10, 4, 16).range(0), 0..0);
+        assert_eq!(Shards::new(10, 4, 16).range(3), 0..10);
+    }
+
+    #[test]
+    fn buckets_of_any_size_give_each_element_once() {
+        for (world_size, bucket) in [(1, 1), (3, 7), (4, 3), (5, 100)] {
+            let shards = Shards { bucket, ..Shards::new(41, world_size, 4) };
+            let mut seen = vec![Vec::new(); world_size];
+            for Bucket { pieces, len } in shards.buckets() {
+                assert!(len > 0 && len * world_size <= bucket.max(world_size) && pieces.iter().all(|p| p.len() <= len));
+                pieces.into_iter().enumerate().for_each(|(rank, piece)| seen[rank].extend(piece));
+            }
+            assert!((0..world_size).all(|rank| seen[rank] == shards.range(rank).collect::<Vec<_>>()));
+        }
+    }
+
+    #[test]
+    fn gathers_of_any_world_size_and_bucket_give_the_whole_buffer() {
+        for world_size in 1..=5 {
+            for (n, align, bucket) in [(0, 4, 4), (3, 16, 1 << 22), (41, 4, 7), (64, 16, 1 << 22)] {
+                let shards = Shards { bucket, ..Shards::new(n, world_size, align) };
+                let all = local::run(world_size, |g| {
+                    let own = shards.range(g.rank());
+                    let flat = Tensor::zeros(n, DType::F32, &Device::Cpu)?;
+                    if !own.is_empty() {
+                        flat.slice_set(&ramp(own.clone()), 0, own.start)?;
+                    }
+                    let view = flat.reshape((n, 1))?;
+                    all_gather_shards(g, &flat, &shards)?;
+                    let whole = gather_shards(g, &ramp(own), &shards, world_size - 1)?;
+                    assert_eq!(whole.is_some(), g.rank() == world_size - 1);
+                    Ok::<_, DistError>((view.flatten_all()?.to_vec1::<f32>()?, whole.map(|w| w.to_vec1::<f32>()).transpose()?))
+                });
+                let expected = ramp(0..n).to_vec1::<f32>().unwrap();
+                for outcome in all {
+                    let (flat, whole) = outcome.unwrap();
+                    assert_eq!(flat, expected, "{n} elements on {world_size} ranks: a view of the buffer sees them all");
+                    assert!(whole.is_none_or(|whole| whole == expected));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shards_for_another_world_size_or_length_are_refused() {
+        let shards = Shards::new(4, 2, 1);
+        let text = all_gather_shards(&Solo, &ramp(0..4), &shards).unwrap_err().to_string();
+        assert_eq!(text, "all_gather_shards takes 2 ranks, as there are shards, found 1");
+        let text = gather_shards(&Solo, &ramp(0..3), &Shards::new(4, 1, 1), 0).unwrap_err().to_string();
+        assert_eq!(text, "gather_shards takes shape [4], found [3]");
+    }
+}

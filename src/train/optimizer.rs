@@ -1,0 +1,272 @@
+//! AdamW over the ranks. Its state is dealt to them (ZeRO-1: Rajbhandari et al. 2020, arXiv:1910.02054): each rank holds the moments of its
+//! shard of the flat parameters, steps on that shard, and takes the others' from their owners. Or each rank keeps all of it, as a group of
+//! its own: then the same calls move nothing between ranks.
+//!
+//! Shards begin at multiples of [`optim::CHUNK`], and what is summed over them is summed chunk by chunk in the order of the whole buffer: a
+//! step has the same bits whether and how its optimizer is sharded.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor};
+
+use super::TrainError;
+use crate::dist::{self, DistError, ProcessGroup, Shards, SlotAccumulator, Solo};
+use crate::optim::{self, AdamW, AdamWConfig, NonFinite};
+use crate::params::Layout;
+
+/// The rank of those who share an optimizer's state that saves it.
+const SAVER: usize = 0;
+
+/// AdamW with the ranks that share its state. Its methods are collectives of these ranks, but for those that say so.
+pub struct Optimizer<'g> {
+    adamw: AdamW,
+    /// All ranks, or this one alone.
+    peers: &'g dyn ProcessGroup,
+    shards: Shards,
+}
+
+impl Optimizer<'static> {
+    /// Each rank holds the state of all `num_elements` parameters.
+    ///
+    /// # Errors
+    /// When a tensor cannot be made.
+    pub fn replicated(config: AdamWConfig, num_elements: usize, device: &Device) -> Result<Self, TrainError> {
+        Optimizer::sharded(config, num_elements, device, &Solo)
+    }
+}
+
+impl<'g> Optimizer<'g> {
+    /// Each rank of `peers` holds the state of its own shard of `num_elements` parameters. Not collective.
+    ///
+    /// # Errors
+    /// When a tensor cannot be made.
+    pub fn sharded(config: AdamWConfig, num_elements: usize, device: &Device, peers: &'g dyn ProcessGroup) -> Result<Self, TrainError> {
+        let shards = Shards::new(num_elements, peers.world_size(), optim::CHUNK);
+        Ok(Self { adamw: AdamW::new(config, shards.range(peers.rank()), device)?, peers, shards })
+    }
+
+    /// This rank's shard of a flat buffer; it shares its memory. Not collective.
+    ///
+    /// # Errors
+    /// When `flat` is too short.
+    pub fn shard_of(&self, flat: &Tensor) -> Result<Tensor, TrainError> {
+        let own = self.adamw.shard();
+        Ok(flat.narrow(0, own.start, own.len())?)
+    }
+
+    /// This rank's shard of the sum over all slots of `group`'s ranks, a collective of these.
+    ///
+    /// # Errors
+    /// As [`dist::reduce_scatter`].
+    pub fn reduce(&self, group: &dyn ProcessGroup, sums: SlotAccumulator) -> Result<Tensor, TrainError> {
+        if self.peers.world_size() == group.world_size() {
+            return Ok(dist::reduce_scatter(group, sums, &self.shards)?);
+        }
+        Ok(dist::reduce(group, sums)?)
+    }
+
+    /// The first element of the gradient that is not finite, from each rank's `shard` of it.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    pub fn first_non_finite(&self, shard: &Tensor, layout: &Layout) -> Result<Option<NonFinite>, TrainError> {
+        let mine = optim::first_non_finite(shard)?.map_or(Vec::new(), |(at, value)| {
+            let at = self.adamw.shard().start + at;
+            vec![at as u64, u64::from(value.to_bits())]
+        });
+        // Shards ascend with the rank: the first that comes is the first of all.
+        let all = self.gather_words(&mine)?;
+        let Some(&[at, value]) = all.first_chunk::<2>() else { return Ok(None) };
+        Ok(Some(NonFinite::locate(at as usize, f32::from_bits(value as u32), layout)?))
+    }
+
+    /// The norm of the gradient, from each rank's `shard` of it: the bits of [`optim::global_norm`] of the whole.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    pub fn global_norm(&self, shard: &Tensor) -> Result<f64, TrainError> {
+        let mine: Vec<u64> = optim::chunk_square_sums(shard)?.into_iter().map(f64::to_bits).collect();
+        Ok(optim::norm_of_chunks(self.gather_words(&mine)?.into_iter().map(f64::from_bits)))
+    }
+
+    /// Changes this rank's shard of the flat parameters by one step along its `shard` of the gradient. Not collective.
+    ///
+    /// # Errors
+    /// When a size does not fit.
+    pub fn step(&mut self, params: &Tensor, shard: &Tensor, lr: f64) -> Result<(), TrainError> {
+        Ok(self.adamw.step(&self.shard_of(params)?, shard, lr)?)
+    }
+
+    /// Brings the others' shards of the flat parameters up to date, in place.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    pub fn gather(&self, params: &Tensor) -> Result<(), TrainError> {
+        Ok(dist::all_gather_shards(self.peers, params, &self.shards)?)
+    }
+
+    /// All moments by name on the first of the ranks that share them, for a checkpoint; none on the others. They may share memory with
+    /// this state, and the next step changes it.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    pub fn export(&self, layout: &Layout) -> Result<Option<BTreeMap<String, Tensor>>, TrainError> {
+        self.adamw.export(layout, |shard| Ok(dist::gather_shards(self.peers, shard, &self.shards, SAVER)?))
+    }
+
+    /// Takes over this rank's part of what [`Self::export`] gave after `num_steps` steps, on any number of ranks. Not collective.
+    ///
+    /// # Errors
+    /// As [`AdamW::import`].
+    pub fn import(&mut self, layout: &Layout, tensors: &BTreeMap<String, Tensor>, num_steps: u64) -> Result<(), TrainError> {
+        Ok(self.adamw.import(layout, tensors, num_steps)?)
+    }
+
+    /// The ranks' words, one rank behind the other.
+    fn gather_words(&self, mine: &[u64]) -> Result<Vec<u64>, TrainError> {
+        let bytes: Vec<u8> = mine.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut all = Vec::new();
+        for (rank, bytes) in self.peers.all_gather_bytes(&bytes)?.iter().enumerate() {
+            let (words, rest) = bytes.as_chunks::<8>();
+            if !rest.is_empty() {
+                let expected = "a multiple of 8".to_owned();
+                return Err(DistError::Message { rank, what: "its part of a norm or check", expected, found: bytes.len() }.into());
+            }
+            all.extend(words.iter().map(|word| u64::from_le_bytes(*word)));
+        }
+        Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dist::{Reduction, SlotTree, local};
+    use crate::rng::{KeyedRng, Stream};
+
+    const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
+    const NUM_SLOTS: usize = 7;
+
+    fn random(key: usize, n: usize) -> Tensor {
+        Tensor::from_vec(KeyedRng::new(5, Stream::ParameterInit, key as u64).normal(n), n, &Device::Cpu).unwrap()
+    }
+
+    /// Two parameters in `n` elements.
+    fn layout(n: usize) -> Layout {
+        Layout::new(BTreeMap::from([("a".to_owned(), vec![n / 3]), ("b".to_owned(), vec![n - n / 3])]))
+    }
+
+    type Moments = BTreeMap<String, Tensor>;
+
+    /// What training leaves behind on a rank.
+    struct Run {
+        params: Tensor,
+        moments: Option<Moments>,
+        norms: Vec<u64>,
+    }
+
+    /// The same as bits.
+    #[derive(Clone, Debug, PartialEq)]
+    struct Outcome {
+        params: Vec<u32>,
+        norms: Vec<u64>,
+        moments: BTreeMap<String, Vec<u32>>,
+    }
+
+    fn bits(t: &Tensor) -> Vec<u32> {
+        t.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+    }
+
+    /// Steps `from..to` of a training in which slot s of step t has the gradient `random(10 t + s + 1)`, clipped to a norm of 1.
+    fn train(
+        group: &dyn ProcessGroup,
+        mut optimizer: Optimizer,
+        n: usize,
+        steps: std::ops::Range<usize>,
+        start: Option<(Tensor, Moments)>,
+    ) -> Result<Run, TrainError> {
+        let (w, r) = (group.world_size(), group.rank());
+        let mine = r * NUM_SLOTS / w..(r + 1) * NUM_SLOTS / w;
+        let params = match start {
+            None => random(0, n),
+            Some((params, moments)) => {
+                optimizer.import(&layout(n), &moments, steps.start as u64)?;
+                params.copy()?
+            }
+        };
+        let mut norms = Vec::new();
+        for step in steps {
+            let mut sums = SlotAccumulator::new(Reduction::SlotTree, SlotTree::new(NUM_SLOTS), mine.clone(), n, &Device::Cpu);
+            for slot in mine.clone() {
+                sums.push(slot, random(10 * step + slot + 1, n))?;
+            }
+            let grad = optimizer.reduce(group, sums)?;
+            assert_eq!(optimizer.first_non_finite(&grad, &layout(n))?, None);
+            let norm = optimizer.global_norm(&grad)?;
+            optim::clip_grad(&grad, norm, 1.0)?;
+            optimizer.step(&params, &grad, 1e-2)?;
+            optimizer.gather(&params)?;
+            norms.push(norm.to_bits());
+        }
+        let moments = optimizer.export(&layout(n))?;
+        Ok(Run { params, moments, norms })
+    }
+
+    fn outcome(Run { params, moments, norms }: Run) -> Outcome {
+        Outcome { params: bits(&params), norms, moments: moments.unwrap().iter().map(|(name, t)| (name.clone(), bits(t))).collect() }
+    }
+
+    #[test]
+    fn sharded_steps_and_resumes_on_1_to_5_ranks_have_the_bits_of_an_unsharded_run() {
+        for n in [1, 100, optim::CHUNK, 3 * optim::CHUNK + 11, 6 * optim::CHUNK - 1] {
+            let replicated = || Optimizer::replicated(CONFIG, n, &Device::Cpu).unwrap();
+            let expected = outcome(train(&Solo, replicated(), n, 0..4, None).unwrap());
+            let half = train(&Solo, replicated(), n, 0..2, None).unwrap();
+            let half = (half.params, half.moments.unwrap());
+            for world_size in 1..=5 {
+                let on_all = |steps: std::ops::Range<usize>, start: Option<(Tensor, Moments)>| {
+                    local::run(world_size, |g| train(g, Optimizer::sharded(CONFIG, n, &Device::Cpu, g)?, n, steps.clone(), start.clone()))
+                };
+                let all: Vec<_> = on_all(0..4, None).into_iter().map(Result::unwrap).collect();
+                assert!(all.iter().all(|o| bits(&o.params) == expected.params && o.norms == expected.norms), "{n} on {world_size} ranks");
+                assert!(all.iter().skip(1).all(|o| o.moments.is_none()), "one rank saves");
+                assert_eq!(outcome(all.into_iter().next().unwrap()).moments, expected.moments, "{n} on {world_size} ranks");
+                // On from what one rank has saved, and what this many save, goes on alone.
+                let resumed = on_all(2..4, Some(half.clone())).remove(0).unwrap();
+                assert_eq!(outcome(resumed).moments, expected.moments, "{n} resumed on {world_size} ranks");
+                let saved = on_all(0..2, None).remove(0).unwrap();
+                let alone = train(&Solo, replicated(), n, 2..4, Some((saved.params, saved.moments.unwrap()))).unwrap();
+                assert_eq!(outcome(alone).params, expected.params, "{n} resumed from {world_size} ranks");
+            }
+        }
+    }
+
+    #[test]
+    fn replicated_optimizer_among_ranks_has_the_same_bits_and_moves_nothing() {
+        let n = optim::CHUNK + 5;
+        let replicated = || Optimizer::replicated(CONFIG, n, &Device::Cpu).unwrap();
+        let expected = outcome(train(&Solo, replicated(), n, 0..2, None).unwrap());
+        for rank in local::run(3, |g| train(g, replicated(), n, 0..2, None)) {
+            assert_eq!(outcome(rank.unwrap()), expected);
+        }
+    }
+
+    #[test]
+    fn first_non_finite_of_shards_is_that_of_the_whole_on_every_rank() {
+        let n = 3 * optim::CHUNK + 9;
+        for at in [Some(2 * optim::CHUNK + 7), Some(n - 1), Some(0), None] {
+            let all = local::run(3, |g| {
+                let optimizer = Optimizer::sharded(CONFIG, n, &Device::Cpu, g)?;
+                let mut values = vec![1f32; n];
+                at.iter().for_each(|&at| values[at] = f32::INFINITY);
+                // A later one, which another rank finds.
+                at.iter().for_each(|_| values[n - 1] = f32::NEG_INFINITY);
+                let grad = Tensor::from_vec(values, n, &Device::Cpu)?;
+                optimizer.first_non_finite(&optimizer.shard_of(&grad)?, &layout(n))
+            });
+            let value = if at == Some(n - 1) { f32::NEG_INFINITY } else { f32::INFINITY };
+            let expected = at.map(|at| NonFinite::locate(at, value, &layout(n)).unwrap());
+            all.into_iter().for_each(|found| assert_eq!(found.unwrap(), expected));
+        }
+    }
+}
