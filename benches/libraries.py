@@ -77,10 +77,10 @@ def load(base, folder, fused=()):
     return under_adapters(model, model.load_adapter(folder, use_safetensors=True, with_head=False))
 
 
-def tensors(folder):
-    """Every adapter tensor in a folder and below by name. A library that writes both formats writes the same into both."""
+def tensors(*folders):
+    """Every adapter tensor in folders and below by name. What is there twice, in two formats or two folders, has to be the same."""
     found = {}
-    for path in sorted(glob.glob(os.path.join(folder, "**"), recursive=True)):
+    for path in sorted(p for folder in folders for p in glob.glob(os.path.join(folder, "**"), recursive=True)):
         name = os.path.basename(path)
         if name in ("adapter_model.safetensors", "adapter.safetensors", "model_adapter_fusion.safetensors"):
             read = load_file(path)
@@ -90,13 +90,12 @@ def tensors(folder):
             continue
         for tensor, value in read.items():
             if tensor in found and not torch.equal(found[tensor], value):
-                raise SystemExit(f"error: {path}: tensor {tensor} is another one than in the file beside it")
+                raise SystemExit(f"error: {path}: tensor {tensor} has other values than in another file")
             found[tensor] = value
     return found
 
 
-def same_tensors(one, other):
-    a, b = tensors(one), tensors(other)
+def same(a, b):
     return bool(a) and a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 

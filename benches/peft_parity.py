@@ -20,7 +20,9 @@ import libraries
 from chatglm2_hub import Hub, mean_loss
 from learning_parity import read_losses, read_steps
 
-BOUND = 1e-5  # relative; two f32 programs that sum in different orders
+# relative; two f32 programs that sum in different orders. PyTorch's f32 is up to 1.2e-7 from its f64 on these adapters, and a mistake as small
+# as a DoRA scale 1 % off moves a loss by 2.6e-5
+BOUND = 2e-6
 ANSWER = 256  # tokens of a prompt, and of an answer, at most: long enough for every row taken
 
 
@@ -32,7 +34,7 @@ def base_loss(folder, micro_batches):
 def verdict(name, base, ours, theirs):
     """One line, and whether the two agree and the adapter matters."""
     relative = abs(ours - theirs) / theirs
-    matters = abs(base - theirs) > 10 * BOUND * base
+    matters = abs(base - theirs) > 100 * BOUND * base
     print(f"{name}: base {base:.6f}, glmddp {ours:.6f}, PyTorch {theirs:.6f}, difference {relative:.1e} (bound {BOUND:.0e})"
           f"{'' if matters else '; the adapter changes nothing, so this shows nothing'}", flush=True)
     return relative <= BOUND and matters
@@ -43,10 +45,11 @@ def exported(a):
     tuned = libraries.load(a.model, a.adapter, a.fused)
     theirs = mean_loss(tuned.model, tuned.head, micro_batches)
     good = verdict(tuned.kind, base_loss(a.model, micro_batches), read_losses(a.log)[a.step], theirs)
+    written = libraries.tensors(a.adapter, *a.fused)
     with tempfile.TemporaryDirectory() as again:
         tuned.save(again)
-        same = libraries.same_tensors(again, a.adapter)
-    print(f"  saved again: {'the same' if same else 'OTHER'} {len(libraries.tensors(a.adapter))} tensors")
+        same = libraries.same(libraries.tensors(again), written)
+    print(f"  saved again: {'the same' if same else 'OTHER'} {len(written)} tensors")
     return good and same
 
 
@@ -72,20 +75,24 @@ def evaluate(a, adapter):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         return None, f"exit status {done.returncode}: {done.stderr.strip()}"
-    return json.loads(done.stdout)["eval_loss"], None
+    printed = json.loads(done.stdout)
+    if "eval_loss" not in printed:
+        sys.exit(f"error: {' '.join(command)} printed no `eval_loss`: {printed}")
+    return printed["eval_loss"], None
 
 
 def foreign(a):
     micro_batches = rows_as_tokens(a)
     base = base_loss(a.model, micro_batches)
-    wanted = a.only.split(",") if a.only else [*libraries.RANDOM, *libraries.RARE]
+    kinds = {**libraries.RANDOM, **libraries.RARE}
+    wanted = a.only.split(",") if a.only else list(kinds)
+    if unknown := set(wanted) - set(kinds):
+        sys.exit(f"error: unknown kinds {sorted(unknown)}\n\nhint: there are {', '.join(kinds)}")
     bad = []
-    for seed, name in enumerate([*libraries.RANDOM, *libraries.RARE]):
-        if name not in wanted:
-            continue
-        torch.manual_seed(seed)
+    for name in wanted:
+        torch.manual_seed(list(kinds).index(name))
         rare = name in libraries.RARE
-        tuned = ({**libraries.RANDOM, **libraries.RARE})[name](a.model)
+        tuned = kinds[name](a.model)
         folder = os.path.join(a.out, name)
         tuned.save(folder)
         theirs = mean_loss(tuned.model, tuned.head, micro_batches)
@@ -93,8 +100,8 @@ def foreign(a):
         if error is None:
             good = verdict(f"{name} ({tuned.kind})", base, ours, theirs)
         else:
-            good = rare and error.startswith("exit status 2") and name in error
-            print(f"{name} ({tuned.kind}): {'refused' if good else 'NOT READ'}, {' '.join(error.split())}", flush=True)
+            good = rare and error.startswith("exit status 2") and f"`{name}`" in error  # the key, not the folder's name
+            print(f"{name} ({tuned.kind}): {'refused' if good else 'NOT READ'}, {' '.join(error.replace(folder, '..').split())}", flush=True)
         if not good:
             bad.append(name)
     print(f"{len(wanted) - len(bad)} of {len(wanted)} foreign adapters{'; wrong: ' + ', '.join(bad) if bad else ''}")

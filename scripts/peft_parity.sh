@@ -114,6 +114,7 @@ if wanted foreign; then
     fi
 fi
 
+[ $((${#passed[@]} + ${#failed[@]})) -gt 0 ] || die "--only $only names nothing that is compared" "the names are those of the calls of compare in $0, and foreign"
 printf '%s passed: %s\n' "${#passed[@]}" "${passed[*]}"
 if [ ${#failed[@]} -gt 0 ]; then
     printf '%s failed: %s\n' "${#failed[@]}" "${failed[*]}"
