@@ -26,7 +26,7 @@ def make_model(a):
     weights = {n: p.detach().clone() for n, p in ChatGLM2(cfg).named_parameters()}
     for name, w in weights.items():
         if w.dim() == 2:
-            torch.nn.init.normal_(w, std=0.02)
+            torch.nn.init.normal_(w, std=a.std)
         elif name.endswith("bias"):
             torch.nn.init.normal_(w, std=0.02)
     os.makedirs(a.out, exist_ok=True)
@@ -143,6 +143,7 @@ def main():
     m.add_argument("--hidden", type=int, default=256)
     m.add_argument("--ffn", type=int, default=688)
     m.add_argument("--heads", type=int, default=4)
+    m.add_argument("--std", type=float, default=0.02, help="of the matrices; with more of it attention depends more on tokens and positions")
     m.set_defaults(run=make_model)
     c = sub.add_parser("compare")
     for name in ("model", "prefix", "log"):

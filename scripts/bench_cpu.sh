@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training steps a second on a CPU: PyTorch as THUDM trains, PyTorch at its best, and glmddp, in alternation on the same rows and shape.
 #
-#   scripts/bench_cpu.sh [--rounds 5] [--json OUT] [--check] [--tokenizer tokenizer.model] [--train_file train.jsonl]
+#   scripts/bench_cpu.sh [--lora RANK | --method full] [--rounds 5] [--json OUT] [--check] [--tokenizer tokenizer.model] [--train_file train.jsonl]
 #
 # --check makes the exit status 1 where a bound on the ratios is missed. The rows (AdvertiseGen) and the tokenizer are not part of
 # the repository: without the two options they are looked for in ../shared.
