@@ -99,7 +99,8 @@ pub struct BatchConfig {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
 #[command(next_help_heading = "Optimizer", rename_all = "snake_case")]
 pub struct OptimConfig {
-    /// Peak learning rate [default: 2e-2 for ptuning_v2, 1e-2 for prefix_tuning, 5e-4 for lora]
+    /// Peak learning rate [default: 2e-2 for ptuning_v2, 1e-2 for prefix_tuning, 1e-3 for p_tuning, 3e-2 for prompt_tuning, 5e-4
+    /// for lora]
     #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
     /// AdamW's decay of the first moment [default: 0.9]

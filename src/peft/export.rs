@@ -179,11 +179,17 @@ impl PeftFile {
     /// # Errors
     /// When a file is missing or not whole, or the adapter is not of `peft_type`.
     pub fn open(dir: &Path, peft_type: &str) -> Result<Self, ExportError> {
+        Self::open_one_of(dir, &[peft_type])
+    }
+
+    /// # Errors
+    /// When a file is missing or not whole, or the adapter is of none of `peft_types`.
+    pub fn open_one_of(dir: &Path, peft_types: &[&str]) -> Result<Self, ExportError> {
         let path = dir.join(PEFT_CONFIG);
         let config = read_json(&path)?;
-        let expected = Value::from(peft_type);
-        if config.get("peft_type") != Some(&expected) {
-            return Err(key_error(&path, &config, "peft_type", expected.to_string()));
+        if !config.get("peft_type").and_then(Value::as_str).is_some_and(|found| peft_types.contains(&found)) {
+            let expected: Vec<_> = peft_types.iter().map(|name| format!("\"{name}\"")).collect();
+            return Err(key_error(&path, &config, "peft_type", expected.join(" or ")));
         }
         let file = [PEFT_TENSORS, PEFT_TENSORS_OLD].map(|name| dir.join(name)).into_iter().find(|file| file.exists());
         let tensors = TensorFile::open(&file.unwrap_or_else(|| dir.join(PEFT_TENSORS)))?;

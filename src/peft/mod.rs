@@ -14,10 +14,12 @@ mod low_rank;
 pub mod p_tuning;
 pub mod prefix;
 pub mod prefix_tuning;
+pub mod prompt_encoder;
 pub mod prompt_tuning;
 pub mod ptuning_v2;
 pub mod read;
 pub mod select;
+mod soft_prompt;
 
 pub mod freeze;
 pub mod full;
@@ -92,6 +94,8 @@ methods! {
     #[serde(alias = "prefix")]
     PtuningV2 = ptuning_v2,
     PrefixTuning = prefix_tuning,
+    PTuning = p_tuning,
+    PromptTuning = prompt_tuning,
     Lora = lora,
     Freeze = freeze,
     Full = full,

@@ -6,7 +6,10 @@ use candle_core::Tensor;
 use glmddp::model::{ChatGlm2, ModelConfig, Recompute};
 use glmddp::peft::keys::MethodKeys;
 use glmddp::peft::lora::{self, Lora};
+use glmddp::peft::p_tuning::{EncoderKind, PTuning};
 use glmddp::peft::prefix_tuning::{self, PrefixTuning};
+use glmddp::peft::prompt_encoder::Shape;
+use glmddp::peft::prompt_tuning::{PromptInit, PromptTuning};
 use glmddp::peft::ptuning_v2::{self, PtuningV2};
 use glmddp::peft::{ExportContext, FinetuningType, MethodPlan, PeftMethod, create};
 
@@ -45,6 +48,9 @@ pub const SUBJECTS: &[Subject] = &[
     Subject { file: "ptuning", variants: ALL_VARIANTS, build: prefix, gradient: with_variant },
     Subject { file: "ptuning_proj", variants: ALL_VARIANTS, build: prefix, gradient: with_variant },
     Subject { file: "prefix_tuning_proj", variants: &["plain", "left_pad", "offset_pos"], build: prefix_tuning, gradient: with_variant },
+    Subject { file: "prompt_tuning", variants: ALL_VARIANTS, build: prompt_tuning, gradient: with_variant },
+    Subject { file: "p_tuning_lstm", variants: &["plain", "left_pad"], build: p_tuning, gradient: with_variant },
+    Subject { file: "p_tuning_mlp", variants: &["plain", "left_pad"], build: p_tuning, gradient: with_variant },
     Subject { file: "lora_qkv_fresh", variants: PLAIN, build: low_rank, gradient: of_low_rank },
     Subject { file: "lora_qkv_random", variants: PLAIN, build: low_rank, gradient: of_low_rank },
     Subject { file: "lora_all_fresh", variants: PLAIN, build: low_rank, gradient: of_low_rank },
@@ -61,6 +67,9 @@ pub const TRAININGS: &[Training] = &[
     Training { file: "train_ptuning", initial: Some("ptuning"), build: prefix, golden_name: same },
     Training { file: "train_ptuning_proj", initial: Some("ptuning_proj"), build: prefix, golden_name: same },
     Training { file: "train_prefix_tuning_proj", initial: Some("prefix_tuning_proj"), build: prefix_tuning, golden_name: same },
+    Training { file: "train_prompt_tuning", initial: Some("prompt_tuning"), build: prompt_tuning, golden_name: same },
+    Training { file: "train_p_tuning_lstm", initial: Some("p_tuning_lstm"), build: p_tuning, golden_name: same },
+    Training { file: "train_p_tuning_mlp", initial: Some("p_tuning_mlp"), build: p_tuning, golden_name: same },
     Training { file: "train_lora_qkv", initial: Some("lora_qkv_fresh"), build: low_rank, golden_name: golden_low_rank_name },
     Training { file: "train_lora_all", initial: Some("lora_all_fresh"), build: low_rank, golden_name: golden_low_rank_name },
     Training { file: "train_rslora_qkv", initial: Some("lora_qkv_fresh"), build: low_rank, golden_name: golden_low_rank_name },
@@ -113,6 +122,27 @@ fn prefix_tuning(model: &ChatGlm2, golden: &Tensors, _: &str) -> Box<dyn PeftMet
     Box::new(peft_prefix(model, golden))
 }
 
+fn prompt_tuning(_: &ChatGlm2, golden: &Tensors, _: &str) -> Box<dyn PeftMethod> {
+    Box::new(PromptTuning::from_table(PromptInit::Random, golden["prompt_embeddings"].clone()).unwrap())
+}
+
+/// The encoder of a golden file, LSTM or MLP as its names say.
+pub fn prompt_encoder(model: &ChatGlm2, golden: &Tensors) -> PTuning {
+    let parts = ["embedding.", "lstm_head.", "mlp_head."];
+    let params: Tensors =
+        golden.iter().filter(|(n, _)| parts.iter().any(|part| n.starts_with(part))).map(|(n, t)| (n.clone(), t.clone())).collect();
+    let (kind, width) = match params.get("lstm_head.weight_hh_l0") {
+        Some(recurrent) => (EncoderKind::Lstm, recurrent.dim(1).unwrap()),
+        None => (EncoderKind::Mlp, params["mlp_head.2.weight"].dim(0).unwrap()),
+    };
+    let virtual_tokens = params["embedding.weight"].dim(0).unwrap();
+    PTuning::from_tensors(Shape { kind, virtual_tokens, hidden_size: model.config.hidden_size, width }, &params).unwrap()
+}
+
+fn p_tuning(model: &ChatGlm2, golden: &Tensors, _: &str) -> Box<dyn PeftMethod> {
+    Box::new(prompt_encoder(model, golden))
+}
+
 /// The low-rank updates of a golden file (alpha 16), with the targets that it has.
 pub fn lora(model: &ChatGlm2, golden: &Tensors, file: &str) -> Lora {
     let all = |name: &str| golden.keys().any(|n| n.starts_with("A.") && n.ends_with(name));
@@ -160,7 +190,7 @@ fn with_trained(model: &ChatGlm2, method: &dyn PeftMethod) -> ChatGlm2 {
     model
 }
 
-fn not_there(case: &Case, file: &str) {
+pub fn not_there(case: &Case, file: &str) {
     println!("golden {:<12} {file} NOT RUN: the case does not have it", case.name());
 }
 
@@ -225,24 +255,42 @@ fn check_trainings(part: impl Fn(&str) -> bool) {
     }
 }
 
+fn is_prefix(file: &str) -> bool {
+    ["ptuning", "prefix"].iter().any(|method| file.trim_start_matches("train_").starts_with(method))
+}
+
+fn is_soft_prompt(file: &str) -> bool {
+    ["prompt_tuning", "p_tuning"].iter().any(|method| file.trim_start_matches("train_").starts_with(method))
+}
+
 #[test]
 fn golden_methods_prefixes_logits_losses_and_gradients() {
-    check_subjects(|file| file.starts_with("ptuning") || file.starts_with("prefix"));
+    check_subjects(is_prefix);
+}
+
+#[test]
+fn golden_methods_soft_prompts_logits_losses_and_gradients() {
+    check_subjects(is_soft_prompt);
 }
 
 #[test]
 fn golden_methods_others_logits_losses_and_gradients() {
-    check_subjects(|file| !file.starts_with("ptuning") && !file.starts_with("prefix"));
+    check_subjects(|file| !is_prefix(file) && !is_soft_prompt(file));
 }
 
 #[test]
 fn golden_methods_prefixes_training_steps() {
-    check_trainings(|file| file.starts_with("train_ptuning") || file.starts_with("train_prefix"));
+    check_trainings(is_prefix);
+}
+
+#[test]
+fn golden_methods_soft_prompts_training_steps() {
+    check_trainings(is_soft_prompt);
 }
 
 #[test]
 fn golden_methods_others_training_steps() {
-    check_trainings(|file| !file.starts_with("train_ptuning") && !file.starts_with("train_prefix"));
+    check_trainings(|file| !is_prefix(file) && !is_soft_prompt(file));
 }
 
 #[test]

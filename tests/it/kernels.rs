@@ -3,6 +3,7 @@
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use glmddp::kernels::attention::{self, Heads, Prefix, Rows, Wanted};
 use glmddp::kernels::cross_entropy::{self, Logits};
+use glmddp::kernels::lstm::{self, Order};
 use glmddp::kernels::rotary::{self, Angles, Direction, Precision, Table};
 use glmddp::kernels::{elementwise, matmul, rms_norm, swiglu};
 use glmddp::rng::{KeyedRng, Stream};
@@ -291,6 +292,62 @@ fn attention_gradient_equals_finite_differences() {
             assert!((numeric - f64::from(analytic)).abs() < 2e-3, "input {which}, element {i}: {numeric} against {analytic}");
         }
     }
+}
+
+/// One direction of an LSTM layer of x, w_ih, w_hh, b_ih, b_hh in composed ops.
+fn composed_lstm(t: &[Tensor], order: Order) -> Result<Tensor> {
+    let [x, w_ih, w_hh, b_ih, b_hh] = t else { unreachable!() };
+    let (steps, e) = (x.dim(0)?, w_hh.dim(1)?);
+    let sigmoid = |x: &Tensor| (x.neg()?.exp()? + 1.0)?.recip();
+    let mut rows: Vec<usize> = (0..steps).collect();
+    if order == Order::Reverse {
+        rows.reverse();
+    }
+    let (mut h, mut c) = (Tensor::zeros((1, e), DType::F32, &Device::Cpu)?, Tensor::zeros((1, e), DType::F32, &Device::Cpu)?);
+    let mut out = vec![h.clone(); steps];
+    for row in rows {
+        let gates = x.narrow(0, row, 1)?.matmul(&w_ih.t()?)?.broadcast_add(b_ih)?;
+        let gates = (gates + h.matmul(&w_hh.t()?)?.broadcast_add(b_hh)?)?;
+        let gate = |n: usize| gates.narrow(1, n * e, e);
+        c = ((sigmoid(&gate(1)?)? * c)? + (sigmoid(&gate(0)?)? * gate(2)?.tanh()?)?)?;
+        h = (sigmoid(&gate(3)?)? * c.tanh()?)?;
+        out[row] = h.clone();
+    }
+    Tensor::cat(&out, 0)
+}
+
+#[test]
+fn lstm_and_its_gradient_equal_autograd_at_odd_sizes_on_any_number_of_threads() {
+    for (t, n, e) in [(1, 3, 2), (7, 33, 31), (5, 4, 130), (20, 16, 1)] {
+        let scaled = |shape: &[usize], key| (random(shape, key) * (1.0 / (e as f64).sqrt())).unwrap();
+        let (x, g) = (random(&[t, n], 1), random(&[t, e], 2));
+        let (w_ih, w_hh, b_ih, b_hh) = (scaled(&[4 * e, n], 3), scaled(&[4 * e, e], 4), scaled(&[4 * e], 5), scaled(&[4 * e], 6));
+        let weights = lstm::Weights { w_ih: w_ih.clone(), w_hh: w_hh.clone(), b_ih: b_ih.clone(), b_hh: b_hh.clone() };
+        for order in [Order::Forward, Order::Reverse] {
+            let inputs = [&x, &w_ih, &w_hh, &b_ih, &b_hh];
+            let run = || {
+                let saved = lstm::fwd(&x, &weights, order).unwrap();
+                let grads = lstm::bwd(&g, &x, &saved, &weights, order).unwrap();
+                [saved.output_TE, grads.x_TN, grads.w_ih, grads.w_hh, grads.bias.clone(), grads.bias]
+            };
+            let ours = run();
+            let composed = composed_lstm(&inputs.map(Clone::clone), order).unwrap();
+            let expected = vjp(&inputs, &g, |t| composed_lstm(t, order));
+            for (i, (ours, expected)) in ours.iter().zip([vec![composed], expected].concat()).enumerate() {
+                assert_close(ours, &expected, &format!("{t} steps, {n} to {e}, {order:?}, tensor {i}"));
+            }
+            let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(run);
+            let three = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap().install(run);
+            assert!(one.iter().zip(&three).all(|(a, b)| values(a) == values(b)), "threads change a bit");
+        }
+    }
+}
+
+#[test]
+fn lstm_of_other_sizes_is_refused() {
+    let weights = lstm::Weights { w_ih: random(&[8, 3], 1), w_hh: random(&[8, 2], 2), b_ih: random(&[8], 3), b_hh: random(&[8], 4) };
+    let text = lstm::fwd(&random(&[5, 4], 5), &weights, Order::Forward).unwrap_err().to_string();
+    assert!(text.contains("x [5, 4]") && text.contains("w_ih [8, 3]"), "{text}");
 }
 
 #[test]

@@ -20,6 +20,7 @@ mod model_errors;
 mod mpi;
 mod peft;
 mod rust_source;
+mod soft_prompt;
 mod support;
 mod train;
 mod train_errors;

@@ -13,6 +13,11 @@ use crate::support;
 const BATCH: [&str; 4] = ["--per_device_train_batch_size", "2", "--global_batch_size", "24"];
 const PREFIX: [&str; 4] = ["--finetuning_type", "ptuning_v2", "--pre_seq_len", "8"];
 const PEFT_PREFIX: [&str; 4] = ["--finetuning_type", "prefix_tuning", "--pre_seq_len", "8"];
+const SOFT_TOKENS: [&str; 4] = ["--finetuning_type", "prompt_tuning", "--num_virtual_tokens", "5"];
+const MLP_ENCODER: [&str; 4] = ["--finetuning_type", "p_tuning", "--num_virtual_tokens", "5"];
+#[rustfmt::skip]
+const LSTM_ENCODER: [&str; 8] =
+    ["--finetuning_type", "p_tuning", "--num_virtual_tokens", "5", "--encoder_reparameterization_type", "LSTM", "--encoder_hidden_size", "24"];
 const LOW_RANK: [&str; 8] =
     ["--finetuning_type", "lora", "--lora_rank", "4", "--lora_target", "query_key_value,dense_4h_to_h", "--lora_dropout", "0.1"];
 /// 61,696 parameters, nearly four chunks of the optimizer; [`PREFIX`] has less than one, so that most shards are empty.
@@ -114,6 +119,21 @@ fn mpirun_train_of_a_prefix_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits
 #[test]
 fn mpirun_train_of_a_peft_prefix_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
     same_bits_on_1_to_4_ranks_and_over_resumes(&PEFT_PREFIX);
+}
+
+#[test]
+fn mpirun_train_of_soft_tokens_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&SOFT_TOKENS);
+}
+
+#[test]
+fn mpirun_train_of_an_mlp_prompt_encoder_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&MLP_ENCODER);
+}
+
+#[test]
+fn mpirun_train_of_an_lstm_prompt_encoder_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&LSTM_ENCODER);
 }
 
 #[test]
