@@ -67,12 +67,19 @@ impl Settings {
             Some("all" | "all-linear") => all_sites(),
             other => other.unwrap_or("query_key_value").to_owned(),
         };
-        let expected = "`all`, names of linear layers separated by commas, or a regular expression for whole names";
+        let expected = "`all`, a list of query_key_value, dense, dense_h_to_4h, dense_4h_to_h, or a regular expression for whole names";
+        let wrong = || KeyError::new("lora_target", format!("\"{target}\""), expected);
+        let targets = Selector::new(&target).map_err(|_| wrong())?;
+        // A single name is known to be wrong before there is a model; a dotted one may be right.
+        let is_known = |name: &str| name.contains('.') || LinearSite::ALL.into_iter().any(|site| site_name(site) == name);
+        if targets.names().is_some_and(|mut names| !names.all(is_known)) {
+            return Err(wrong());
+        }
         Ok(Self {
             rank,
             alpha: within("lora_alpha", alpha, alpha > 0.0, "a number above 0")?,
             dropout: share_below_one("lora_dropout", keys.lora_dropout.unwrap_or(0.1))?,
-            targets: Selector::new(&target).map_err(|_| KeyError::new("lora_target", format!("\"{target}\""), expected))?,
+            targets,
             use_rslora: keys.use_rslora.unwrap_or(false),
             use_dora: keys.use_dora.unwrap_or(false),
         })

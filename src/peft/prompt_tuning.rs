@@ -162,6 +162,10 @@ impl PeftMethod for PromptTuning {
         Ok(Box::new(SoftHooks::new(self.table()?)))
     }
 
+    fn site_is_parameters(&self) -> bool {
+        true
+    }
+
     fn sizes(&self) -> BTreeMap<String, Value> {
         let tokens = self.params.layout().get(TABLE).map_or(0, |entry| entry.shape[0]);
         BTreeMap::from([("num_virtual_tokens".to_owned(), tokens.into())])

@@ -7,8 +7,12 @@ use serde_json::Value;
 use super::export::{self, ABOUT_FILE, ExportError, PEFT_CONFIG};
 use super::lora::Lora;
 use super::prefix_tuning::PrefixTuning;
+use super::prompt_tuning::PromptTuning;
 use super::{MethodError, PeftMethod};
 use crate::model::ChatGlm2;
+
+/// What `peft_type` may be.
+const KINDS: &str = "\"LORA\", \"PREFIX_TUNING\", \"PROMPT_TUNING\" or \"P_TUNING\"";
 
 /// The base that an adapter is to act on.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +43,8 @@ pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> 
     Ok(match config.get("peft_type").and_then(Value::as_str) {
         Some("LORA") => Box::new(Lora::read_peft(dir, base.model)?),
         Some("PREFIX_TUNING") => Box::new(PrefixTuning::read_peft(dir, &base.model.config)?),
-        _ => return Err(export::key_error(&path, &config, "peft_type", "\"LORA\" or \"PREFIX_TUNING\"".to_owned()).into()),
+        Some("PROMPT_TUNING" | "P_TUNING") => Box::new(PromptTuning::read_peft(dir, base.model)?),
+        _ => return Err(export::key_error(&path, &config, "peft_type", KINDS.to_owned()).into()),
     })
 }
 

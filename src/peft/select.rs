@@ -32,12 +32,17 @@ impl Selector {
         &self.0
     }
 
+    /// The names of a list; none for an expression.
+    pub fn names(&self) -> Option<impl Iterator<Item = &str>> {
+        (!is_pattern(&self.0)).then(|| self.0.split(',').map(str::trim))
+    }
+
     fn kind(&self) -> Result<Kind, String> {
         if is_pattern(&self.0) {
             let whole = Regex::new(&format!("^(?:{})$", self.0)).map_err(|e| e.to_string())?;
             return Ok(Kind::Pattern(Box::new(whole)));
         }
-        Ok(Kind::Names(self.0.split(',').map(|name| name.trim().to_owned()).collect()))
+        Ok(Kind::Names(self.names().into_iter().flatten().map(str::to_owned).collect()))
     }
 
     /// Those of `names` that are meant, in their order: a listed name means what ends in it.

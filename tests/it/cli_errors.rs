@@ -210,7 +210,7 @@ fn arguments_that_would_change_results_are_refused_with_the_reason() {
     hint: leave one of the two out
     ");
     insta::assert_snapshot!(refused("", &["--finetuning_type", "lora", "--lora_target", "qkv,dense"]), @r#"
-    error: `method.lora_target` is "qkv,dense", expected `all` or a list of query_key_value, dense, dense_h_to_4h, dense_4h_to_h, separated by commas
+    error: `method.lora_target` is "qkv,dense", expected `all`, a list of query_key_value, dense, dense_h_to_4h, dense_4h_to_h, or a regular expression for whole names
       --> command line, `--lora_target`
     "#);
     insta::assert_snapshot!(refused("", &["--finetuning_type", "lora", "--prefix_projection"]), @r"
