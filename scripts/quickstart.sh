@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a tuned model: installs what is missing, builds, trains a small ChatGLM2 of its own to write adverts (all weights),
-# then tunes it by P-Tuning v2 to write lists, each on two MPI ranks, and shows loss and answer before and after. Needs a Debian or Ubuntu
-# with root or sudo, and the package registries; neither a GPU nor a downloaded model.
+# tunes it by P-Tuning v2 to answer as a shop does, each on two MPI ranks, and shows held-out loss and a sample before and after. Needs a
+# Debian or Ubuntu with root or sudo, and the package registries; neither a GPU nor a downloaded model.
 #
 #   scripts/quickstart.sh         may be run again: it makes the folder demo anew
 set -euo pipefail
@@ -30,40 +30,42 @@ held_out() {
         --max_source_length 64 --max_target_length 64 --json | sed -n 's/.*"eval_loss": *\([-+0-9.eE]*\).*/\1/p'
 }
 
-# answer [ADAPTER]: what the base writes about the first held-out row, indented.
+# answer [ADAPTER]: what the base says to a held-out row.
 answer() {
-    "$glmddp" generate --model_name_or_path "$base" ${1:+--adapter "$1"} --prompt "$prompt" --max_new_tokens 64 | sed 's/^/        /'
+    "$glmddp" generate --model_name_or_path "$base" ${1:+--adapter "$1"} --prompt "$prompt" --max_new_tokens 64
 }
 
-say "making a small ChatGLM2 with random weights in demo/model; rows of two kinds about the same garments in demo/adverts and demo/points"
-"$glmddp" init-model --preset small --output_dir demo/model
+say "making a small ChatGLM2 with random weights, and rows of two kinds about the same garments: adverts, and answers when each is worn"
+"$glmddp" init-model --preset small --num_layers 4 --output_dir demo/model
 "$glmddp" demo-data --kind advert --output_dir demo/adverts
-"$glmddp" demo-data --kind points --output_dir demo/points
-prompt=$(sed -n '1s/.*"content": *"\([^"]*\)".*/\1/p' demo/points/dev.jsonl)
+"$glmddp" demo-data --kind answer --output_dir demo/answers
+row=$(grep -m 1 '季节.*场合' demo/answers/dev.jsonl)
+prompt=$(sed 's/.*"content": *"\([^"]*\)".*/\1/' <<<"$row")
+expected=$(sed 's/.*"summary": *"\([^"]*\)".*/\1/' <<<"$row")
 
-say "1. a base: all weights learn adverts: ${mpirun[*]} train --config configs/demo_base.toml"
+say "1. a base: all weights learn to write adverts: ${mpirun[*]} train --config configs/demo_base.toml"
 random=$(held_out adverts demo/model)
 started=$SECONDS
 "${mpirun[@]}" train --config configs/demo_base.toml
 base_took=$((SECONDS - started))
 adverts=$(held_out adverts "$base")
 
-say "2. P-Tuning v2: the frozen base learns lists: ${train[*]}"
-before=$(held_out points "$base")
-answer_before=$(answer)
+say "2. P-Tuning v2: a prefix teaches the frozen base to answer: ${train[*]}"
+before=$(held_out answers "$base")
+sample_before=$(answer)
 started=$SECONDS
 "${train[@]}"
 took=$((SECONDS - started))
-after=$(held_out points "$base" "$adapter")
+after=$(held_out answers "$base" "$adapter")
 
-say "held-out loss (nats a token)"
-LC_ALL=C printf '    adverts   %7.4f -> %7.4f   all weights of a random model, %s s\n' "$random" "$adverts" "$base_took" >&2
-LC_ALL=C printf '    lists     %7.4f -> %7.4f   P-Tuning v2 on that base, %s s\n' "$before" "$after" "$took" >&2
-say "a row that neither has seen: $prompt"
-note "the base, before:"
-printf '%s\n' "$answer_before" >&2
-note "with the prefix, after:"
-answer "$adapter" >&2
+say "loss on held-out rows (nats a token), before and after"
+LC_ALL=C printf '    adverts   %7.4f -> %7.4f   %s s, all weights of a random model\n' "$random" "$adverts" "$base_took" >&2
+LC_ALL=C printf '    answers   %7.4f -> %7.4f   %s s, P-Tuning v2 on that base\n' "$before" "$after" "$took" >&2
+say "a held-out row"
+note "asked:          $prompt"
+note "the base says:  $sample_before"
+note "tuned, it says: $(answer "$adapter")"
+note "expected:       $expected"
 awk -v a="$random" -v b="$adverts" 'BEGIN { exit !(b > 0 && b < a) }' || die "the loss of the base did not fall"
 awk -v a="$before" -v b="$after" 'BEGIN { exit !(b > 0 && b < a) }' || die "the held-out loss did not fall by tuning"
 
@@ -71,5 +73,5 @@ say "the adapter: adapter_* is PEFT's, pytorch_model.bin with config.json is THU
 find "$adapter" -type f -printf '    %p (%s bytes)\n' | sort >&2
 say "to ask it, and to go on from the last checkpoint:"
 note "$glmddp generate --model_name_or_path $base --adapter $adapter --prompt '类型#鞋*颜色#黑色*季节#冬季'"
-note "${train[*]} --resume_from_checkpoint latest --max_steps 200"
+note "${train[*]} --resume_from_checkpoint latest --max_steps 400"
 note "with the real model: README.md"

@@ -14,7 +14,7 @@ pub struct DemoDataArgs {
     /// Folder to write to
     #[arg(long, value_name = "DIR")]
     pub output_dir: PathBuf,
-    /// What is written about the attribute lists, which are the same for both
+    /// What is written about an attribute list; the lists are the same for each
     #[arg(long, value_enum, default_value_t = Kind::Advert)]
     pub kind: Kind,
     /// Rows of train.jsonl
@@ -34,15 +34,15 @@ pub struct DemoDataArgs {
 pub enum Kind {
     /// A sentence an attribute: 这款长裤，宽松的版型穿着舒服，适合春季，值得拥有。
     Advert,
-    /// The same sentences as a list: 这款长裤：, *宽松的版型穿着舒服, *适合春季
-    Points,
+    /// Season and occasion alone, a shop's answer to the question when it is worn: 这款长裤，适合春季，约会时穿正合适。
+    Answer,
 }
 
 pub fn run(args: &DemoDataArgs) -> anyhow::Result<()> {
     let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
     let kind = match args.kind {
         Kind::Advert => DemoKind::Advert,
-        Kind::Points => DemoKind::Points,
+        Kind::Answer => DemoKind::Answer,
     };
     demo::write_demo(&args.output_dir, kind, args.rows, args.dev_rows, args.seed, overwrite)?;
     let dir = args.output_dir.display();

@@ -93,9 +93,14 @@ pub enum DemoKind {
     /// A sentence an attribute and an ending: `这款长裤，宽松的版型穿着舒服，适合春季，值得拥有。`
     #[default]
     Advert,
-    /// The same sentences as a list with a bullet each: `这款长裤：`, `*宽松的版型穿着舒服`, `*适合春季`.
-    Points,
+    /// What a shop answers to the question when it is worn, season and occasion alone: `这款长裤，适合春季，约会时穿正合适。`
+    Answer,
 }
+
+/// What an answer is about.
+const WHEN: [&str; 2] = ["季节", "场合"];
+/// The answer where the list has neither; one of [`ENDINGS`].
+const ANY_TIME: &str = "怎么搭配都好看";
 
 /// Chance of each attribute to be in a row, in tenths.
 const TENTHS: u32 = 7;
@@ -115,18 +120,18 @@ fn demo_row(kind: DemoKind, seed: u64, index: u64) -> (String, String) {
         let value = attribute.values[below(attribute.values.len())];
         if (below(10) as u32) < TENTHS {
             content.push_str(&format!("*{}#{value}", attribute.key));
-            sentences.push(attribute.sentence.replace("{}", value));
+            if kind == DemoKind::Advert || WHEN.contains(&attribute.key) {
+                sentences.push(attribute.sentence.replace("{}", value));
+            }
         }
     }
     let ending = ENDINGS[below(ENDINGS.len())];
-    if kind == DemoKind::Advert || sentences.is_empty() {
-        sentences.push(ending.to_owned());
+    match kind {
+        DemoKind::Advert => sentences.push(ending.to_owned()),
+        DemoKind::Answer if sentences.is_empty() => sentences.push(ANY_TIME.to_owned()),
+        DemoKind::Answer => {}
     }
-    let summary = match kind {
-        DemoKind::Advert => format!("这款{}，{}。", garment.name, sentences.join("，")),
-        DemoKind::Points => format!("这款{}：\n*{}", garment.name, sentences.join("\n*")),
-    };
-    (content, summary)
+    (content, format!("这款{}，{}。", garment.name, sentences.join("，")))
 }
 
 /// `n` rows (content, summary), the same for the same seed.
@@ -204,43 +209,47 @@ mod tests {
         assert!(lists > 1_000_000, "{lists} attribute lists");
     }
 
+    fn values(list: &str) -> impl Iterator<Item = (&str, &str)> {
+        list.split('*').skip(1).filter_map(|pair| pair.split_once('#'))
+    }
+
     #[test]
-    fn demo_text_of_each_kind_names_every_attribute_of_its_list() {
-        for kind in [DemoKind::Advert, DemoKind::Points] {
-            for (content, summary) in demo_rows(kind, 500, 9) {
-                for value in content.split('*').skip(1).filter_map(|pair| pair.split('#').nth(1)) {
-                    assert!(summary.contains(value), "{value} is not in {summary}");
-                }
+    fn demo_advert_names_every_attribute_of_its_list() {
+        for (content, summary) in demo_rows(DemoKind::Advert, 500, 9) {
+            for (_, value) in values(&content) {
+                assert!(summary.contains(value), "{value} is not in {summary}");
             }
         }
     }
 
-    /// A tokenizer and a base that were trained on adverts know every sentence of the points.
+    /// A tokenizer and a base that were trained on adverts know all that an answer says.
     #[test]
-    fn demo_points_have_the_lists_and_the_sentences_of_the_adverts() {
-        let [adverts, points] = [DemoKind::Advert, DemoKind::Points].map(|kind| demo_rows(kind, 2000, 4));
-        for ((list, advert), (same, points)) in adverts.iter().zip(&points) {
+    fn demo_answer_has_the_list_and_sentences_of_the_advert_that_are_about_season_and_occasion() {
+        let [adverts, answers] = [DemoKind::Advert, DemoKind::Answer].map(|kind| demo_rows(kind, 2000, 4));
+        for ((list, advert), (same, answer)) in adverts.iter().zip(&answers) {
             assert_eq!(list, same);
-            let (head, sentences) = points.split_once("：\n*").unwrap();
-            assert!(advert.starts_with(&format!("{head}，")), "{advert}");
-            for sentence in sentences.split("\n*") {
-                assert!(advert.contains(&format!("，{sentence}")), "{sentence} is not in {advert}");
+            let when: Vec<&str> = values(list).filter(|(key, _)| WHEN.contains(key)).map(|(_, value)| value).collect();
+            let mut parts = answer.trim_end_matches('。').split('，');
+            assert!(advert.starts_with(parts.next().unwrap()));
+            let sentences: Vec<&str> = parts.collect();
+            assert_eq!(sentences.len(), when.len().max(1), "{list}: {answer}");
+            for (value, sentence) in when.iter().zip(&sentences) {
+                assert!(sentence.contains(value) && advert.contains(sentence), "{list}: {answer}");
+            }
+            if when.is_empty() {
+                assert!(ENDINGS.contains(&sentences[0]), "{answer}");
             }
         }
     }
 
     #[test]
     fn demo_rows_stay_what_they_were() {
-        let [(list, advert), (_, points)] = [DemoKind::Advert, DemoKind::Points].map(|kind| demo_rows(kind, 1, 0).remove(0));
+        let [(list, advert), (_, answer)] = [DemoKind::Advert, DemoKind::Answer].map(|kind| demo_rows(kind, 1, 0).remove(0));
         assert_eq!(list, "类型#裙*版型#修身*材质#棉*颜色#紫色*风格#清新*图案#条纹*季节#夏季*裙型#百褶裙");
-        assert_eq!(
-            advert,
-            "这款裙子，修身的版型穿着舒服，棉面料手感柔软，紫色让人眼前一亮，带着清新的气息，条纹图案很有特色，适合夏季，百褶裙的线条随步伐摆动，怎么搭配都好看。"
-        );
-        assert_eq!(
-            points,
-            "这款裙子：\n*修身的版型穿着舒服\n*棉面料手感柔软\n*紫色让人眼前一亮\n*带着清新的气息\n*条纹图案很有特色\n*适合夏季\n*百褶裙的线条随步伐摆动"
-        );
+        let told = "这款裙子，修身的版型穿着舒服，棉面料手感柔软，紫色让人眼前一亮，带着清新的气息，条纹图案很有特色，适合夏季，\
+                    百褶裙的线条随步伐摆动，怎么搭配都好看。";
+        assert_eq!(advert, told);
+        assert_eq!(answer, "这款裙子，适合夏季。");
     }
 
     #[test]
