@@ -5,6 +5,7 @@ use candle_core::{Result, Tensor};
 use crate::data::MicroBatch;
 use crate::kernels::attention::Rows;
 use crate::model::chatglm2::{Keep, Tokens};
+use crate::model::hooks::NoHooks;
 use crate::model::{ChatGlm2, Recompute, loss};
 use crate::peft::{Mode, PeftMethod, RowContext};
 
@@ -44,6 +45,26 @@ pub fn forward_backward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &Micro
 pub fn forward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch) -> Result<f64> {
     let hooks = method.hooks(rows(batch, Mode::Eval))?;
     let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
+    Ok(sum(&loss::nll(model, &hidden, &batch.targets)?))
+}
+
+/// KL(base || tuned) in nats, without dropout, summed over the target positions of a micro-batch; `base` is the model that no method touches.
+///
+/// # Errors
+/// When an id or a size does not fit the models.
+pub fn divergence(base: &ChatGlm2, model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch) -> Result<f64> {
+    let (base_hidden, _) = base.forward(tokens(batch), &NoHooks, Keep::Nothing)?;
+    let hooks = method.hooks(rows(batch, Mode::Eval))?;
+    let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
+    Ok(loss::kl((base, &base_hidden), (model, &hidden), &batch.targets)?.iter().sum())
+}
+
+/// As [`forward`], of a model that no method touches.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_base(model: &ChatGlm2, batch: &MicroBatch) -> Result<f64> {
+    let (hidden, _) = model.forward(tokens(batch), &NoHooks, Keep::Nothing)?;
     Ok(sum(&loss::nll(model, &hidden, &batch.targets)?))
 }
 

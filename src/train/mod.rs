@@ -2,11 +2,14 @@
 
 pub mod adapters;
 pub mod backprop;
+pub mod base;
+pub mod drift;
 mod dump;
 mod error;
 pub mod evaluate;
 pub mod run;
 pub mod state;
 pub mod step;
+pub mod together;
 
 pub use error::TrainError;
