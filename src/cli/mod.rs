@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod argv;
 pub mod bench;
+pub mod compare;
 pub mod completions;
 pub mod demo_data;
 pub mod doctor;
@@ -10,6 +11,7 @@ pub mod environment;
 pub mod init_model;
 pub mod man;
 pub mod plan;
+pub mod ranks;
 pub mod report;
 pub mod run_args;
 pub mod text;
@@ -39,6 +41,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Train(Box<train::TrainArgs>),
+    Compare(Box<compare::CompareArgs>),
     Plan(Box<plan::PlanArgs>),
     Tokenize(Box<tokenize::TokenizeArgs>),
     InitModel(init_model::InitModelArgs),
@@ -63,11 +66,12 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let argv::Argv { args, warnings } = argv::normalise(args, Cli::command())?;
     report::warn(&warnings);
     let command = Cli::try_parse_from(args)?.command;
-    if matches!(command, Command::Train(_) | Command::Bench(_)) {
+    if matches!(command, Command::Train(_) | Command::Compare(_) | Command::Bench(_)) {
         allocator::keep_memory();
     }
     match command {
         Command::Train(args) => return train::run(&args),
+        Command::Compare(args) => return compare::run(&args),
         Command::Plan(args) => plan::run(&args)?,
         Command::Tokenize(args) => tokenize::run(&args)?,
         Command::InitModel(args) => init_model::run(&args)?,
