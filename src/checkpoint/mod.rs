@@ -19,7 +19,7 @@ pub use fault::{Fault, FaultyDisk};
 pub use load::{Checkpoint, Latest, Skipped, latest, load};
 pub use manifest::{FORMAT_VERSION, FileEntry, Header, Identity, Manifest, Mismatch, TensorEntry, compare};
 pub use output_dir::{Claim, claim, clean_leftovers, retention};
-pub use save::{publish, save};
+pub use save::{publish, publish_file, save};
 
 use std::path::{Path, PathBuf};
 
@@ -56,6 +56,14 @@ fn by_step(disk: &dyn Disk, output_dir: &Path) -> Result<Vec<(u64, PathBuf)>, Ch
     };
     found.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
     Ok(found)
+}
+
+/// The step of the newest checkpoint of an output folder, by name alone; none where there is none.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn newest_step(disk: &dyn Disk, output_dir: &Path) -> Result<Option<u64>, CheckpointError> {
+    Ok(by_step(disk, output_dir)?.first().map(|(step, _)| *step))
 }
 
 /// `folder/.tmp-name` for `folder/name`.

@@ -64,6 +64,23 @@ pub fn publish(disk: &dyn Disk, path: &Path, files: &[(&str, &[u8])]) -> Result<
     result
 }
 
+/// Writes one file so that at any time the old content or the new one stands under its name, whole.
+///
+/// # Errors
+/// When the disk is full or fails; the old content stays.
+pub fn publish_file(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+    let temporary = beside(path, TEMPORARY);
+    let write = || {
+        let mut file = disk.create(&temporary)?;
+        file.write_all(bytes)?;
+        file.flush()?;
+        file.sync()?;
+        disk.rename(&temporary, path)?;
+        disk.sync_dir(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+    };
+    write().map_err(|e| CheckpointError::io("write", path, bytes.len() as u64, e))
+}
+
 /// A plain relative path below a folder.
 fn is_inside(name: &str) -> bool {
     let path = Path::new(name);

@@ -18,7 +18,7 @@ use crate::data::tokenize::Limits;
 use crate::dist::ProcessGroup;
 use crate::train::adapters::{Ranks, Tokenizer};
 use crate::train::evaluate::evaluate;
-use crate::train::run::together;
+use crate::train::together::together;
 
 /// Compute the loss on held-out rows, of a base alone or with an adapter; under mpirun, of all ranks together
 #[derive(Clone, Debug, Args)]

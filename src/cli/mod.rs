@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod argv;
 pub mod bench;
+pub mod compare;
 pub mod completions;
 pub mod demo_data;
 pub mod doctor;
@@ -47,6 +48,7 @@ pub enum Command {
     Evaluate(Box<evaluate::EvaluateArgs>),
     Generate(Box<generate::GenerateArgs>),
     Export(Box<export::ExportArgs>),
+    Compare(Box<compare::CompareArgs>),
     Plan(Box<plan::PlanArgs>),
     Tokenize(Box<tokenize::TokenizeArgs>),
     InitModel(init_model::InitModelArgs),
@@ -71,7 +73,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let argv::Argv { args, warnings } = argv::normalise(args, Cli::command())?;
     report::warn(&warnings);
     let command = Cli::try_parse_from(args)?.command;
-    if matches!(command, Command::Train(_) | Command::Evaluate(_) | Command::Bench(_)) {
+    if matches!(command, Command::Train(_) | Command::Evaluate(_) | Command::Compare(_) | Command::Bench(_)) {
         allocator::keep_memory();
     }
     match command {
@@ -79,6 +81,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Command::Evaluate(args) => return evaluate::run(&args),
         Command::Generate(args) => generate::run(&args)?,
         Command::Export(args) => export::run(&args)?,
+        Command::Compare(args) => return compare::run(&args),
         Command::Plan(args) => plan::run(&args)?,
         Command::Tokenize(args) => tokenize::run(&args)?,
         Command::InitModel(args) => init_model::run(&args)?,

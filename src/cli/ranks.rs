@@ -1,16 +1,30 @@
-//! A subcommand that runs on all ranks of a launcher: in good order to the end, or all of them stop.
+//! A subcommand that every rank of a job runs: how the ranks meet, speak, share the cores and leave.
 
 use std::process::ExitCode;
 
-use super::{environment, report};
-use crate::config::ConfigError;
+use clap::Args;
+
+use super::{environment, plan, report};
+use crate::compare::CompareError;
+use crate::config::{ConfigError, Plan};
 use crate::dist::{self, ProcessGroup};
+use crate::telemetry::{self, Console, Verbosity};
 use crate::train::TrainError;
 
-/// Connects the ranks and runs `work` on each.
+#[derive(Clone, Debug, Args)]
+pub struct MessageArgs {
+    /// Say more; twice: everything
+    #[arg(long, short, action = clap::ArgAction::Count, help_heading = "Messages")]
+    pub verbose: u8,
+    /// Say only what is wrong
+    #[arg(long, short, conflicts_with = "verbose", help_heading = "Messages")]
+    pub quiet: bool,
+}
+
+/// Does `work` on this rank. An error that all ranks have ends them in good order; one that is this rank's alone ends the job.
 ///
 /// # Errors
-/// When the ranks cannot be connected, or `work` fails on every rank alike or on the only one; a failure of some ranks ends the job here.
+/// That of `work`, or when the ranks cannot meet.
 pub fn run(work: impl FnOnce(&dyn ProcessGroup) -> anyhow::Result<()>) -> anyhow::Result<ExitCode> {
     let group = dist::connect(&environment::variable)?;
     dist::install_panic_hook(&*group);
@@ -32,8 +46,37 @@ pub fn run(work: impl FnOnce(&dyn ProcessGroup) -> anyhow::Result<()>) -> anyhow
 
 /// Whether every rank returns this error, so that all can leave in good order.
 fn is_everyones(error: &anyhow::Error) -> bool {
-    match error.downcast_ref::<TrainError>() {
+    if let Some(error) = error.downcast_ref::<TrainError>() {
+        return error.is_everyones();
+    }
+    match error.downcast_ref::<CompareError>() {
         Some(error) => error.is_everyones(),
         None => error.is::<ConfigError>(),
     }
+}
+
+/// # Errors
+/// When `RUST_LOG` is no filter.
+pub fn console(group: &dyn ProcessGroup, messages: &MessageArgs) -> anyhow::Result<Console> {
+    let verbosity = match (messages.quiet, messages.verbose) {
+        (true, _) => Verbosity::Quiet,
+        (false, 0) => Verbosity::Normal,
+        (false, 1) => Verbosity::Debug,
+        (false, _) => Verbosity::Trace,
+    };
+    Ok(telemetry::init(group.rank(), group.world_size(), verbosity, environment::variable("RUST_LOG").as_deref())?)
+}
+
+/// Takes this rank's share of the cores, and says how the batch is shared.
+///
+/// # Errors
+/// When the ranks cannot be asked or the threads cannot be started.
+pub fn take_threads(group: &dyn ProcessGroup, plan: &Plan) -> anyhow::Result<()> {
+    let threads = dist::plan_threads(group, plan.run.threads)?;
+    dist::install_thread_pool(threads.count)?;
+    if let (0, Some(hint)) = (group.rank(), threads.hint()) {
+        tracing::warn!("{hint}");
+    }
+    tracing::info!("{} ranks x {} threads; {}", group.world_size(), threads.count, plan::batch_line(&plan.batch));
+    Ok(())
 }

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use super::environment;
+use crate::compare::CompareError;
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::dist::DistError;
@@ -45,6 +46,10 @@ fn facts(error: &anyhow::Error) -> Facts {
             return Some(Facts { fault: Fault::User, place: config.place(), hint: config.hint() });
         }
         if let Some(error) = cause.downcast_ref::<TrainError>() {
+            let fault = if error.is_users() { Fault::User } else { Fault::Ours };
+            return Some(Facts { fault, place: None, hint: error.hint() });
+        }
+        if let Some(error) = cause.downcast_ref::<CompareError>() {
             let fault = if error.is_users() { Fault::User } else { Fault::Ours };
             return Some(Facts { fault, place: None, hint: error.hint() });
         }

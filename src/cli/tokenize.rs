@@ -8,7 +8,7 @@ use crate::data::tokenize::render;
 use crate::data::{Alone, load};
 use crate::tokenizer::GlmTokenizer;
 use crate::train::adapters::Tokenizer;
-use crate::train::run::load_request;
+use crate::train::base::load_request;
 
 /// Show training rows as tokens: ids, text, and what is in the loss
 #[derive(Clone, Debug, Args)]

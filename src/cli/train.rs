@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Args;
 
+use super::ranks::{self, MessageArgs};
+use super::report;
 use super::run_args::RunArgs;
-use super::{environment, plan, ranks, report};
 use crate::checkpoint::RealDisk;
 use crate::config::Plan;
-use crate::dist::{self, ProcessGroup};
-use crate::telemetry::{self, Verbosity};
+use crate::dist::ProcessGroup;
 use crate::train::run;
 
 /// Fine-tune a model; under mpirun, one process a device
@@ -18,12 +18,8 @@ use crate::train::run;
 pub struct TrainArgs {
     #[command(flatten)]
     pub run: RunArgs,
-    /// Say more; twice: everything
-    #[arg(long, short, action = clap::ArgAction::Count, help_heading = "Messages")]
-    pub verbose: u8,
-    /// Say only what is wrong
-    #[arg(long, short, conflicts_with = "verbose", help_heading = "Messages")]
-    pub quiet: bool,
+    #[command(flatten)]
+    pub messages: MessageArgs,
 }
 
 pub fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
@@ -31,21 +27,10 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn train(args: &TrainArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> {
-    let verbosity = match (args.quiet, args.verbose) {
-        (true, _) => Verbosity::Quiet,
-        (false, 0) => Verbosity::Normal,
-        (false, 1) => Verbosity::Debug,
-        (false, _) => Verbosity::Trace,
-    };
-    let console = telemetry::init(group.rank(), group.world_size(), verbosity, environment::variable("RUST_LOG").as_deref())?;
+    let console = ranks::console(group, &args.messages)?;
     let loaded = args.run.load()?;
     let plan = loaded.resolve(group.world_size())?;
-    let threads = dist::plan_threads(group, plan.run.threads)?;
-    dist::install_thread_pool(threads.count)?;
-    if let (0, Some(hint)) = (group.rank(), threads.hint()) {
-        tracing::warn!("{hint}");
-    }
-    tracing::info!("{} ranks x {} threads; {}", group.world_size(), threads.count, plan::batch_line(&plan.batch));
+    ranks::take_threads(group, &plan)?;
     let summary = run::run(&plan, group, &RealDisk, &console)?;
     if group.rank() == 0 {
         keep_arguments(&plan)?;

@@ -63,6 +63,16 @@ pub enum ConfigError {
     Needs { needs: &'static str, place: Place },
     #[error("`{}` contradicts `{other}`: {reason}", place.key)]
     Contradiction { other: &'static str, reason: String, place: Place },
+    #[error("no method of the comparison is called `{label}`")]
+    UnknownLabel { label: String, hint: String, place: Place },
+    #[error("`{}` names no method", place.key)]
+    NoLabel { known: Vec<String>, place: Place },
+    #[error("`{label}` cannot be the name of a method's folder")]
+    BadLabel { label: String, place: Place },
+    #[error("`{key}` is set for one method, but all methods of a comparison share it")]
+    Shared { key: String, section: &'static str, place: Place },
+    #[error("`{key}` is given for all methods of a comparison, but each has its own")]
+    PerMethod { key: String, place: Place },
     #[error("`{}` is {rows}, which {world_size} ranks x micro-batch {micro} = {} does not divide", place.key, world_size * micro)]
     NotDivisible { rows: usize, world_size: usize, micro: usize, place: Place },
     #[error("`{}` is {rows}: {} slots of micro-batch {micro}, fewer than {world_size} ranks", place.key, rows / micro)]
@@ -84,6 +94,11 @@ impl ConfigError {
             | Self::Value { place, .. }
             | Self::Needs { place, .. }
             | Self::Contradiction { place, .. }
+            | Self::UnknownLabel { place, .. }
+            | Self::NoLabel { place, .. }
+            | Self::BadLabel { place, .. }
+            | Self::Shared { place, .. }
+            | Self::PerMethod { place, .. }
             | Self::NotDivisible { place, .. }
             | Self::TooManyRanks { place, .. } => Some(place.to_string()),
         }
@@ -104,6 +119,13 @@ impl ConfigError {
             Self::Missing { key } => format!("add `{key}` to the configuration file or give `--{key}`"),
             Self::Needs { needs, .. } => format!("give `{needs}` as well"),
             Self::Contradiction { .. } => "leave one of the two out".to_owned(),
+            Self::UnknownLabel { hint, .. } => hint.clone(),
+            Self::NoLabel { known, .. } => format!("give `--methods all`, or some of {}", known.join(",")),
+            Self::BadLabel { .. } => "use letters, digits, `_` and `-`".to_owned(),
+            Self::Shared { key, section, .. } => format!("move `{key}` to `[{section}]`"),
+            Self::PerMethod { key, .. } => {
+                format!("set `{key}` in `[methods.LABEL]` of the configuration file, as configs/compare.toml does")
+            }
             Self::NotDivisible { rows, world_size, micro, .. } => match divisible_neighbours(*rows, world_size * micro) {
                 (0, above) => format!("use {above}"),
                 (below, above) => format!("use {below} or {above}"),

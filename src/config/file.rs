@@ -13,6 +13,9 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 use super::error::{ConfigError, Place, Source, nearest};
 use super::{KeyTable, SECTIONS, Sources, foreign};
 
+/// The section whose tables are the methods of a comparison.
+const METHODS: &str = "methods";
+
 /// What a file says: checked values by key, and where each stands.
 #[derive(Debug, Default)]
 pub(super) struct FileValues {
@@ -29,17 +32,53 @@ struct Entry {
     line: usize,
 }
 
+/// A `[methods.LABEL]` table: what one method of a comparison has of its own.
+#[derive(Debug)]
+pub(super) struct MethodTable {
+    pub label: String,
+    pub place: Place,
+    pub own: FileValues,
+}
+
+/// Reads the file of a run.
 pub(super) fn read(path: &Path) -> Result<FileValues, ConfigError> {
+    let (values, methods) = read_comparison(path)?;
+    match methods.first() {
+        Some(MethodTable { place: Place { source: Source::File { line, .. }, .. }, .. }) => Err(unknown_section(path, "methods", *line)),
+        _ => Ok(values),
+    }
+}
+
+/// Reads the file of a comparison: a run's, and `[methods.LABEL]` tables where it is TOML.
+pub(super) fn read_comparison(path: &Path) -> Result<(FileValues, Vec<MethodTable>), ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|e| ConfigError::Read {
         path: path.to_owned(),
         reason: if path.is_dir() { "it is a directory".into() } else { e.to_string() },
     })?;
     let is_json = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("json"));
-    let entries = if is_json { json_entries(path, &text)? } else { toml_entries(path, &text)? };
-    check(path, entries)
+    if is_json { Ok((check(path, "", json_entries(path, &text)?)?, Vec::new())) } else { parse_toml(path, &text) }
 }
 
-fn toml_entries(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
+/// As [`read_comparison`], of a text that stands at `path`.
+pub(super) fn parse_toml(path: &Path, text: &str) -> Result<(FileValues, Vec<MethodTable>), ConfigError> {
+    let (entries, tables) = toml_entries(path, text)?;
+    let values = check(path, "", entries)?;
+    let methods = tables.into_iter().map(|Table { label, line, entries }| {
+        let key = format!("methods.{label}");
+        let own = check(path, &format!("{key}."), entries)?;
+        Ok(MethodTable { label, place: Place { source: Source::File { path: path.into(), line }, key }, own })
+    });
+    Ok((values, methods.collect::<Result<_, ConfigError>>()?))
+}
+
+/// A `[methods.LABEL]` table as written.
+struct Table {
+    label: String,
+    line: usize,
+    entries: Vec<Entry>,
+}
+
+fn toml_entries(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<Table>), ConfigError> {
     let line_of = |offset: usize| 1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|&&b| b == b'\n').count();
     let syntax = |e: &toml::de::Error| ConfigError::Syntax {
         path: path.to_owned(),
@@ -48,24 +87,37 @@ fn toml_entries(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
         message: e.message().to_owned(),
     };
     let document = DeTable::parse(text).map_err(|e| syntax(&e))?;
-    let mut entries = Vec::new();
-    let mut push = |section: Option<&str>, key: &toml::Spanned<std::borrow::Cow<str>>, value: &toml::Spanned<DeValue>| {
+    let entry = |section: Option<&str>, key: &toml::Spanned<std::borrow::Cow<str>>, value: &toml::Spanned<DeValue>| {
         let line = line_of(key.span().start);
         let value = Value::deserialize(ValueDeserializer::from(value.clone())).map_err(|e| syntax(&e))?;
-        entries.push(Entry { section: section.map(str::to_owned), key: key.get_ref().to_string(), value, line });
-        Ok::<_, ConfigError>(())
+        Ok::<_, ConfigError>(Entry { section: section.map(str::to_owned), key: key.get_ref().to_string(), value, line })
     };
+    let (mut entries, mut tables) = (Vec::new(), Vec::new());
     for (key, value) in document.get_ref() {
+        let name: &str = key.get_ref();
+        let line = line_of(key.span().start);
         match value.get_ref().as_table() {
-            Some(_) if !SECTIONS.contains(&key.get_ref().as_ref()) => {
-                return Err(unknown_section(path, key.get_ref(), line_of(key.span().start)));
+            Some(methods) if name == METHODS => {
+                for (label, table) in methods {
+                    let line = line_of(label.span().start);
+                    let Some(table) = table.get_ref().as_table() else { return Err(unknown_section(path, name, line)) };
+                    let mut entries = table.iter().map(|(k, v)| entry(None, k, v)).collect::<Result<Vec<_>, _>>()?;
+                    entries.sort_by_key(|e| e.line);
+                    tables.push(Table { label: label.get_ref().to_string(), line, entries });
+                }
             }
-            Some(table) => table.iter().try_for_each(|(k, v)| push(Some(key.get_ref()), k, v))?,
-            None => push(None, key, value)?,
+            Some(_) if !SECTIONS.contains(&name) => return Err(unknown_section(path, name, line)),
+            Some(table) => {
+                for (k, v) in table {
+                    entries.push(entry(Some(name), k, v)?);
+                }
+            }
+            None => entries.push(entry(None, key, value)?),
         }
     }
     entries.sort_by_key(|e| e.line);
-    Ok(entries)
+    tables.sort_by_key(|t| t.line);
+    Ok((entries, tables))
 }
 
 fn json_entries(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
@@ -96,13 +148,14 @@ fn unknown_section(path: &Path, section: &str, line: usize) -> ConfigError {
     ConfigError::UnknownSection { section: section.to_owned(), nearest: nearest(section, SECTIONS.into_iter()), place }
 }
 
-fn check(path: &Path, entries: Vec<Entry>) -> Result<FileValues, ConfigError> {
+/// `table` stands before the names of keys in messages.
+fn check(path: &Path, table: &str, entries: Vec<Entry>) -> Result<FileValues, ConfigError> {
     let keys = KeyTable::new();
     let path: Arc<Path> = path.into();
     let mut file = FileValues::default();
     for Entry { section, key, value, line } in entries {
         let source = Source::File { path: path.clone(), line };
-        let written = section.as_ref().map_or_else(|| key.clone(), |s| format!("{s}.{key}"));
+        let written = section.as_ref().map_or_else(|| format!("{table}{key}"), |s| format!("{s}.{key}"));
         let Some(expected) = keys.section_of(&key) else {
             let place = Place { source, key: written };
             file.warnings.push(pass_over(&key, &value, &keys, place)?);
@@ -111,7 +164,7 @@ fn check(path: &Path, entries: Vec<Entry>) -> Result<FileValues, ConfigError> {
         if let Some(found) = section.filter(|s| s != expected) {
             return Err(ConfigError::WrongSection { key, found, expected, place: Place { source, key: written } });
         }
-        let place = Place { source, key: format!("{expected}.{key}") };
+        let place = Place { source, key: if table.is_empty() { format!("{expected}.{key}") } else { written } };
         super::check_type(expected, &key, &value).map_err(|message| ConfigError::WrongType { message, place: place.clone() })?;
         if let Some(Source::File { line: first, .. }) = file.sources.get(&key) {
             return Err(ConfigError::Twice { key, first: *first, second: line, place });

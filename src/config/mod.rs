@@ -10,6 +10,7 @@ pub mod plan;
 pub mod sections;
 pub mod values;
 
+mod comparison;
 mod file;
 mod resolve;
 mod write;
@@ -21,6 +22,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
+pub use comparison::{Comparison, load_comparison};
 pub use error::{ConfigError, Place, Source};
 pub use plan::Plan;
 use sections::{BatchConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, ScheduleConfig};
@@ -99,16 +101,20 @@ const ALTERNATIVES: [&[&str]; 4] = [
 /// When the file cannot be read or parsed, or holds a key that is unknown, misplaced, repeated, unsupported or of the wrong type.
 pub fn load(file: Option<&Path>, command_line: &RunConfig) -> Result<Loaded, ConfigError> {
     let file::FileValues { mut values, mut sources, warnings } = file.map(file::read).transpose()?.unwrap_or_default();
-    let over = flatten(command_line)?;
-    for group in ALTERNATIVES.iter().filter(|group| group.iter().any(|key| over.contains_key(*key))) {
+    overlay(&mut values, &mut sources, flatten(command_line)?.into_iter().map(|(key, value)| (key, value, Source::CommandLine)).collect());
+    Ok(Loaded { config: unflatten(values)?, sources, warnings })
+}
+
+/// Lays `over` = (key, value, source) over what is there; a key displaces its alternatives as well.
+fn overlay(values: &mut BTreeMap<String, Value>, sources: &mut Sources, over: Vec<(String, Value, Source)>) {
+    for group in ALTERNATIVES.iter().filter(|group| over.iter().any(|(key, ..)| group.contains(&key.as_str()))) {
         values.retain(|key, _| !group.contains(&key.as_str()));
         sources.0.retain(|key, _| !group.contains(&key.as_str()));
     }
-    for (key, value) in over {
-        sources.insert(&key, Source::CommandLine);
+    for (key, value, source) in over {
+        sources.insert(&key, source);
         values.insert(key, value);
     }
-    Ok(Loaded { config: unflatten(values)?, sources, warnings })
 }
 
 /// Given keys and their values, without sections.

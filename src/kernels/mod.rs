@@ -10,6 +10,7 @@ pub mod cross_entropy;
 pub mod elementwise;
 mod gemm;
 pub mod host;
+pub mod kl;
 pub mod lstm;
 pub mod matmul;
 pub mod rms_norm;

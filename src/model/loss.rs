@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::chatglm2::ChatGlm2;
 use super::hooks::{BaseWeight, Hooks};
 use crate::kernels::cross_entropy::{self, Logits};
-use crate::kernels::{matmul, rms_norm};
+use crate::kernels::{kl, matmul, rms_norm};
 
 /// Positions whose logits are held at once: 133 MB in f32 at ChatGLM2's vocabulary. A weight of the head is packed once a chunk, so smaller
 /// chunks cost time.
@@ -58,6 +58,22 @@ pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u
         dx_TH = dx_TH.index_add(&index, &model.final_norm_backward(dh_NH, &x_NH, rstd.as_ref())?, 0)?;
     }
     Ok((losses, dx_TH))
+}
+
+/// KL(p || q) in nats at each of `targets` = (index of the predicting token, id): p what `base` predicts from its hidden states, q what
+/// `tuned` predicts from its own, both `[T, H]`.
+///
+/// # Errors
+/// When a target's index is out of range or the vocabularies differ.
+pub fn kl(base: (&ChatGlm2, &Tensor), tuned: (&ChatGlm2, &Tensor), targets: &[(u32, u32)]) -> Result<Vec<f64>> {
+    let mut divergences = Vec::with_capacity(targets.len());
+    for chunk in targets.chunks(CHUNK) {
+        let (index, _) = split(chunk);
+        let index = Tensor::new(index, base.1.device())?;
+        let logits_NV = |(model, hidden_TH): (&ChatGlm2, &Tensor)| logits(model, &hidden_TH.index_select(&index, 0)?);
+        divergences.extend(kl::rows(&logits_NV(base)?, &logits_NV(tuned)?)?);
+    }
+    Ok(divergences)
 }
 
 fn split(targets: &[(u32, u32)]) -> (Vec<u32>, Vec<u32>) {

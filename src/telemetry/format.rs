@@ -35,7 +35,7 @@ fn scientific(value: f64) -> String {
 }
 
 /// `14,210`
-fn thousands(value: u64) -> String {
+pub fn thousands(value: u64) -> String {
     let digits = value.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
     for (i, digit) in digits.chars().enumerate() {

@@ -5,6 +5,11 @@ pub fn peak_rss_bytes() -> Option<u64> {
     parse_peak(&std::fs::read_to_string("/proc/self/status").ok()?)
 }
 
+/// Lets [`peak_rss_bytes`] count anew from the present size; false where the system does not allow it, and the old peak goes on.
+pub fn reset_peak_rss() -> bool {
+    std::fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
 /// The value of `VmHWM:   123 kB`.
 fn parse_peak(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -26,6 +31,20 @@ mod tests {
         for status in ["", "VmRSS: 1 kB", "VmHWM: many kB", "VmHWM: 1", "VmHWM: 18446744073709551615 kB"] {
             assert_eq!(parse_peak(status), None, "{status}");
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn peak_counts_anew_after_a_reset() {
+        let block = std::hint::black_box(vec![1u8; 256 << 20]);
+        let before = peak_rss_bytes().unwrap();
+        drop(block);
+        if !reset_peak_rss() {
+            eprintln!("NOT RUN: /proc/self/clear_refs cannot be written here, and the test needs it");
+            return;
+        }
+        // Other tests may run in this process, but none holds so much.
+        assert!(peak_rss_bytes().unwrap() + (128 << 20) < before);
     }
 
     #[cfg(target_os = "linux")]

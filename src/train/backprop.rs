@@ -51,6 +51,17 @@ pub fn forward(model: &ChatGlm2, method: Option<&dyn PeftMethod>, batch: &MicroB
     Ok(sum(&loss::nll(model, &hidden, &batch.targets)?))
 }
 
+/// KL(base || tuned) in nats, without dropout, summed over the target positions of a micro-batch; `base` is the model that no method touches.
+///
+/// # Errors
+/// When an id or a size does not fit the models.
+pub fn divergence(base: &ChatGlm2, model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch) -> Result<f64> {
+    let (base_hidden, _) = base.forward(tokens(batch), &NoHooks, Keep::Nothing)?;
+    let hooks = method.hooks(rows(batch, Mode::Eval))?;
+    let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
+    Ok(loss::kl((base, &base_hidden), (model, &hidden), &batch.targets)?.iter().sum())
+}
+
 fn rows(batch: &MicroBatch, mode: Mode) -> RowContext<'_> {
     RowContext { stream_positions: &batch.stream_positions, row_bounds: &batch.row_bounds, mode }
 }

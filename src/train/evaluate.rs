@@ -4,9 +4,9 @@ use std::num::NonZeroUsize;
 
 use super::TrainError;
 use super::backprop;
-use crate::data::Dataset;
 use crate::data::collate::collate;
 use crate::data::sampler::{eval_slot, num_eval_slots, slots_of_rank};
+use crate::data::{Dataset, MicroBatch};
 use crate::dist::{self, ProcessGroup, SlotScalars};
 use crate::model::ChatGlm2;
 use crate::peft::PeftMethod;
@@ -31,14 +31,26 @@ pub fn evaluate(
     data: &Dataset,
     rows_per_slot: NonZeroUsize,
 ) -> Result<Evaluation, TrainError> {
-    let num_slots = num_eval_slots(data.num_samples(), rows_per_slot);
+    mean_over_rows(group, data, data.num_samples(), rows_per_slot, |batch| backprop::forward(model, method, batch))
+}
+
+/// The mean over target tokens of what `sum_of` gives for a slot's, over the first `num_rows` rows of `data`.
+pub(super) fn mean_over_rows(
+    group: &dyn ProcessGroup,
+    data: &Dataset,
+    num_rows: usize,
+    rows_per_slot: NonZeroUsize,
+    sum_of: impl Fn(&MicroBatch) -> candle_core::Result<f64>,
+) -> Result<Evaluation, TrainError> {
+    let num_rows = num_rows.min(data.num_samples());
+    let num_slots = num_eval_slots(num_rows, rows_per_slot);
     let world_size = NonZeroUsize::new(group.world_size()).unwrap_or(NonZeroUsize::MIN);
     let mut mine = Vec::new();
     for slot in slots_of_rank(num_slots, world_size, group.rank()) {
-        let rows: Vec<(u64, usize)> = eval_slot(slot, data.num_samples(), rows_per_slot).map(|row| (row as u64, row)).collect();
+        let rows: Vec<(u64, usize)> = eval_slot(slot, num_rows, rows_per_slot).map(|row| (row as u64, row)).collect();
         let batch = collate(&rows, data);
-        let nll_sum = backprop::forward(model, method, &batch)?;
-        mine.push(SlotScalars { slot, nll_sum, num_targets: batch.targets.len() as u64, finite: nll_sum.is_finite() });
+        let sum = sum_of(&batch)?;
+        mine.push(SlotScalars { slot, nll_sum: sum, num_targets: batch.targets.len() as u64, finite: sum.is_finite() });
     }
     let all = dist::gather_slots(group, &mine)?;
     let num_targets = all.iter().map(|s| s.num_targets).sum::<u64>();
@@ -46,5 +58,5 @@ pub fn evaluate(
         return Err(TrainError::NoTargets);
     }
     let loss = all.iter().map(|s| s.nll_sum).sum::<f64>() / num_targets as f64;
-    Ok(Evaluation { loss, num_rows: data.num_samples() as u64, num_targets })
+    Ok(Evaluation { loss, num_rows: num_rows as u64, num_targets })
 }

@@ -2,6 +2,8 @@
 
 pub mod adapters;
 pub mod backprop;
+pub mod base;
+pub mod drift;
 mod dump;
 mod error;
 pub mod evaluate;
@@ -9,6 +11,7 @@ pub mod optimizer;
 pub mod run;
 pub mod state;
 pub mod step;
+pub mod together;
 pub mod tuned;
 
 pub use error::TrainError;

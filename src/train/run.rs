@@ -1,35 +1,28 @@
 //! A whole training run, from a plan to an adapter.
 
-use std::fmt::Write as _;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::Device;
-
-use super::adapters::{Ranks, Tokenizer};
+use super::base::Base;
 use super::evaluate::{Evaluation, evaluate};
 use super::optimizer::Optimizer;
 use super::state::{self, Progress, Saver};
 use super::step::{StepOutcome, StepSettings, Trainer};
+use super::together::together;
 use super::{TrainError, dump};
 use crate::checkpoint::{self, Claim, Disk, Identity};
 use crate::config::Plan;
 use crate::config::plan::{Duration, Resume};
-use crate::data::load::{CacheRequest, CacheUse, LoadRequest};
+use crate::data::Dataset;
 use crate::data::loader::{Division, training_batches};
-use crate::data::record::Columns;
 use crate::data::sampler::{Sampler, slot_positions};
-use crate::data::tokenize::Limits;
-use crate::data::{self, Dataset};
-use crate::dist::{self, ProcessGroup};
-use crate::model::weights::WeightSource;
-use crate::model::{ChatGlm2, ModelConfig};
+use crate::dist::ProcessGroup;
+use crate::model::ChatGlm2;
 use crate::optim::{AdamWConfig, Schedule};
 use crate::peft::{self, PeftMethod};
 use crate::telemetry::{Console, EvalRecord, Phase, PhaseTimer, RunLog, StepClock, StepRecord, peak_rss_bytes};
-use crate::tokenizer::GlmTokenizer;
 
 /// How dialogues become text; part of a checkpoint's identity.
 const TEMPLATE: &str = "chatglm2";
@@ -45,16 +38,46 @@ pub struct Summary {
     pub adapter: PathBuf,
 }
 
+/// A run that has ended: what it came to, and the tuned model.
+pub struct Outcome {
+    pub summary: Summary,
+    pub model: ChatGlm2,
+    pub method: Box<dyn PeftMethod>,
+}
+
 /// Trains as `plan` says. Every rank calls it with the same plan.
 ///
 /// # Errors
 /// What the user gave is at fault, a value is not finite, or a rank or the disk failed; see [`TrainError`].
 pub fn run(plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk, console: &Console) -> Result<Summary, TrainError> {
-    let job = Job::load(plan, group, disk)?;
-    job.train(disk, console)
+    claim(plan, group, disk)?;
+    let base = Base::load(plan, group)?;
+    let job = Job::new(plan, base, group, disk)?;
+    together(group, || job.refuse_if_done())?;
+    Ok(job.train(disk, console)?.summary)
 }
 
-/// Everything that is loaded before the first step.
+/// As [`run`], on a base that is loaded. A run whose checkpoint is at its last step is not trained again: it comes back as it ended,
+/// without losses.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on(base: &Base, plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk, console: &Console) -> Result<Outcome, TrainError> {
+    claim(plan, group, disk)?;
+    Job::new(plan, base.clone(), group, disk)?.train(disk, console)
+}
+
+/// Takes the output folder for this run.
+fn claim(plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk) -> Result<(), TrainError> {
+    let claim = match (&plan.run.resume, plan.run.overwrite_output_dir) {
+        (Resume::No, true) => Claim::Overwrite,
+        (Resume::No, false) => Claim::Start,
+        _ => Claim::Resume,
+    };
+    together(group, || if group.rank() == 0 { Ok(checkpoint::claim(disk, &plan.run.output_dir, claim)?) } else { Ok(()) })
+}
+
+/// Everything that is there before the first step.
 struct Job<'a> {
     plan: &'a Plan,
     group: &'a dyn ProcessGroup,
@@ -63,35 +86,17 @@ struct Job<'a> {
     optimizer: Optimizer<'a>,
     identity: Identity,
     train: Arc<Dataset>,
-    validation: Option<Dataset>,
+    validation: Option<Arc<Dataset>>,
     progress: Progress,
+    resumed_from: Option<PathBuf>,
     total_steps: u64,
 }
 
 impl<'a> Job<'a> {
-    fn load(plan: &'a Plan, group: &'a dyn ProcessGroup, disk: &dyn Disk) -> Result<Self, TrainError> {
-        let claim = match (&plan.run.resume, plan.run.overwrite_output_dir) {
-            (Resume::No, true) => Claim::Overwrite,
-            (Resume::No, false) => Claim::Start,
-            _ => Claim::Resume,
-        };
-        together(group, || if group.rank() == 0 { Ok(checkpoint::claim(disk, &plan.run.output_dir, claim)?) } else { Ok(()) })?;
-
-        let dir = &plan.model.model_name_or_path;
-        let (tokenizer, config) = together(group, || {
-            let config = ModelConfig::load(dir)?;
-            let tokenizer = GlmTokenizer::from_file(&dir.join("tokenizer.model"))?;
-            tokenizer.check_fits(config.padded_vocab_size)?;
-            Ok((tokenizer, config))
-        })?;
-        let (train, validation) = load_data(plan, &tokenizer, group)?;
-        let (mut model, fingerprint) = together(group, || {
-            let source = WeightSource::open(dir)?;
-            // One rank of each machine reads every byte: the others have the same files.
-            let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
-            Ok((ChatGlm2::load(config.clone(), &source, plan.model.rope_table, &Device::Cpu)?, fingerprint))
-        })?;
-        let base_fingerprint = same_base(group, &fingerprint)?;
+    /// A method and an optimizer on `base`: fresh, or as the checkpoint has them that `plan` goes on from.
+    fn new(plan: &'a Plan, base: Base, group: &'a dyn ProcessGroup, disk: &dyn Disk) -> Result<Self, TrainError> {
+        let Base { mut model, train, validation, fingerprint, tokenizer_sha256 } = base;
+        let config = model.config.clone();
         let mut method = together(group, || Ok(peft::create(&plan.method, &model, plan.run.seed)?))?;
         let o = &plan.optim;
         let adamw = AdamWConfig { beta1: o.adam_beta1, beta2: o.adam_beta2, epsilon: o.adam_epsilon, weight_decay: o.weight_decay };
@@ -105,8 +110,8 @@ impl<'a> Job<'a> {
         let mut identity = Identity {
             method: method.name().to_owned(),
             sizes: method.sizes(),
-            base_fingerprint,
-            tokenizer_sha256: tokenizer.sha256().to_owned(),
+            base_fingerprint: fingerprint,
+            tokenizer_sha256,
             template: TEMPLATE.to_owned(),
         };
         // What decides the order of the rows: a run goes on only where it stopped.
@@ -115,20 +120,21 @@ impl<'a> Job<'a> {
         identity.sizes.insert("train_tokens".to_owned(), train.num_tokens().into());
 
         let total_steps = total_steps(plan, train.num_samples());
-        let progress = together(group, || {
-            let Some(checkpoint) = state::find(disk, &plan.run.output_dir, &plan.run.resume)? else { return Ok(Progress::default()) };
+        let (progress, resumed_from) = together(group, || {
+            let Some(checkpoint) = state::find(disk, &plan.run.output_dir, &plan.run.resume)? else {
+                return Ok((Progress::default(), None));
+            };
             let path = checkpoint.path.clone();
             let progress = state::restore(checkpoint, &identity, &mut *method, &mut optimizer)?;
-            if progress.step >= total_steps {
-                return Err(TrainError::AlreadyDone { path, step: progress.step, total: total_steps });
+            if progress.step < total_steps {
+                tracing::info!(
+                    "goes on from {}: step {}, row {} of the training stream",
+                    path.display(),
+                    progress.step,
+                    progress.consumed_rows
+                );
             }
-            tracing::info!(
-                "goes on from {}: step {}, row {} of the training stream",
-                path.display(),
-                progress.step,
-                progress.consumed_rows
-            );
-            Ok(progress)
+            Ok((progress, Some(path)))
         })?;
         model.replace_weights(&method.trained_base_weights()?)?;
         tracing::info!(
@@ -139,10 +145,19 @@ impl<'a> Job<'a> {
             num_elements,
             method.name()
         );
-        Ok(Self { plan, group, model, method, optimizer, identity, train: Arc::new(train), validation, progress, total_steps })
+        Ok(Self { plan, group, model, method, optimizer, identity, train, validation, progress, resumed_from, total_steps })
     }
 
-    fn train(mut self, disk: &dyn Disk, console: &Console) -> Result<Summary, TrainError> {
+    fn refuse_if_done(&self) -> Result<(), TrainError> {
+        match &self.resumed_from {
+            Some(path) if self.progress.step >= self.total_steps => {
+                Err(TrainError::AlreadyDone { path: path.clone(), step: self.progress.step, total: self.total_steps })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn train(mut self, disk: &dyn Disk, console: &Console) -> Result<Outcome, TrainError> {
         let (plan, group) = (self.plan, self.group);
         let config = self.model.config.clone();
         let saver = Saver { disk, plan, config: &config, identity: self.identity.clone() };
@@ -218,14 +233,15 @@ impl<'a> Job<'a> {
         }
         let adapter = together(group, || if group.rank() == 0 { saver.export(&*self.method) } else { Ok(PathBuf::new()) })?;
         let (last_loss, evaluation, checkpoint) = last;
-        Ok(Summary {
+        let summary = Summary {
             steps: self.progress.step,
             first_loss: first_loss.unwrap_or(f64::NAN),
             last_loss,
             evaluation,
-            checkpoint: checkpoint.unwrap_or_default(),
+            checkpoint: checkpoint.or(self.resumed_from).unwrap_or_default(),
             adapter,
-        })
+        };
+        Ok(Outcome { summary, model: self.model, method: self.method })
     }
 
     fn save(&self, saver: &Saver) -> Result<Option<PathBuf>, TrainError> {
@@ -312,29 +328,12 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Runs `work` on every rank; if it fails on any, all fail with the lowest failing rank's message.
-///
-/// # Errors
-/// The work's own on a single rank, else what the ranks agree on.
-pub fn together<T>(group: &dyn ProcessGroup, work: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
-    match work() {
-        Ok(value) => Ok(dist::agree(group, Ok(value))?),
-        Err(error) if group.world_size() == 1 => Err(error),
-        Err(error) => {
-            let mut text = error.to_string();
-            if let Some(hint) = error.hint() {
-                let _ = write!(text, "\n\nhint: {hint}");
-            }
-            dist::agree(group, Err::<T, _>(text)).map_err(TrainError::from)
-        }
-    }
-}
-
 fn is_due(every: Option<NonZeroUsize>, step: u64) -> bool {
     every.is_some_and(|every| step.is_multiple_of(every.get() as u64))
 }
 
-fn total_steps(plan: &Plan, num_rows: usize) -> u64 {
+/// Optimizer steps of a run over `num_rows` training rows.
+pub fn total_steps(plan: &Plan, num_rows: usize) -> u64 {
     match plan.run.duration {
         Duration::Steps(steps) => steps,
         Duration::Epochs(epochs) => (num_rows as f64 * epochs / plan.batch.rows_per_step() as f64).ceil().max(1.0) as u64,
@@ -348,60 +347,4 @@ fn open_log(plan: &Plan, step: u64) -> Result<RunLog, TrainError> {
         tracing::info!("{}: {} records behind step {step} are dropped", log.path().display(), dropped.dropped);
     }
     Ok(log)
-}
-
-/// The ranks of each machine must have loaded the same base.
-pub(super) fn same_base(group: &dyn ProcessGroup, mine: &str) -> Result<String, TrainError> {
-    let all = group.all_gather_bytes(mine.as_bytes())?;
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let expected = text(&all[0]);
-    match all.iter().enumerate().find(|(_, f)| !f.is_empty() && **f != all[0]) {
-        Some((rank, found)) => Err(TrainError::BaseDiffers { rank, expected, found: text(found) }),
-        None => Ok(expected),
-    }
-}
-
-fn load_data(plan: &Plan, tokenizer: &GlmTokenizer, group: &dyn ProcessGroup) -> Result<(Dataset, Option<Dataset>), TrainError> {
-    let load = |file: &Path, max_samples| -> Result<Dataset, TrainError> {
-        let (data, cache) =
-            together(group, || Ok(data::load::load(&load_request(plan, file, max_samples), &Tokenizer(tokenizer), &Ranks(group))?))?;
-        report(&data, &cache);
-        Ok(data)
-    };
-    let train = load(&plan.data.train_file, plan.data.max_train_samples)?;
-    let validation = plan.data.validation_file.as_ref().map(|file| load(file, plan.data.max_eval_samples)).transpose()?;
-    Ok((train, validation))
-}
-
-/// The plan's part that decides how a file's rows become tokens.
-pub fn load_request(plan: &Plan, file: &Path, max_samples: Option<usize>) -> LoadRequest {
-    let d = &plan.data;
-    LoadRequest {
-        file: file.to_owned(),
-        columns: Columns { prompt: d.prompt_column.clone(), response: d.response_column.clone(), history: d.history_column.clone() },
-        limits: Limits { max_source_length: d.max_source_length, max_target_length: d.max_target_length, truncation: d.truncation },
-        on_bad_row: d.on_bad_row,
-        max_samples,
-        cache: d.cache_dir.as_ref().map(|dir| CacheRequest { dir: dir.clone(), overwrite: d.overwrite_cache }),
-    }
-}
-
-fn report(data: &Dataset, cache: &CacheUse) {
-    let lengths = data.length_stats().map_or(String::new(), |l| format!(", {} to {} tokens, mean {:.0}", l.min, l.max, l.mean));
-    tracing::info!("{}: {} rows{lengths}", data.file().display(), data.num_samples());
-    for bad in &data.bad_rows.first {
-        tracing::warn!("row left out: {bad}");
-    }
-    if data.bad_rows.total > data.bad_rows.first.len() {
-        tracing::warn!("{} rows left out in all", data.bad_rows.total);
-    }
-    if data.num_cut_prompts + data.num_cut_answers > 0 {
-        tracing::info!("{} prompts and {} answers were cut to their maximum", data.num_cut_prompts, data.num_cut_answers);
-    }
-    match cache {
-        CacheUse::Rebuilt { path, reason } => tracing::warn!("{} was made anew: {reason}", path.display()),
-        CacheUse::NotKept { path, reason } => tracing::warn!("tokenized rows could not be kept in {}: {reason}", path.display()),
-        CacheUse::Hit(path) => tracing::info!("tokenized rows come from {}", path.display()),
-        CacheUse::Off | CacheUse::Built(_) => {}
-    }
 }

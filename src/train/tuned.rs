@@ -5,7 +5,8 @@ use std::path::Path;
 use candle_core::Device;
 
 use super::TrainError;
-use super::run::{same_base, together};
+use super::base::same_base;
+use super::together::together;
 use crate::dist::ProcessGroup;
 use crate::model::hooks::{Hooks, NoHooks};
 use crate::model::weights::WeightSource;

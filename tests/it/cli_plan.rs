@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use clap::CommandFactory;
 use glmddp::config::arithmetic::{plan_arithmetic, plan_length};
 use glmddp::config::plan::{Duration, LossMean, Recompute, Reduction, Resume, Truncation, Warmup};
+use glmddp::config::values::FinetuningType;
 use glmddp::config::{self, Plan, RunConfig};
 use glmddp::model::shape::ModelShape;
 
@@ -21,12 +23,66 @@ const CONFIG_JSON: &str = r#"{"model_type": "chatglm", "architectures": ["ChatGL
 fn configs() -> Vec<std::path::PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
     let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    // A comparison is no run: it has a test of its own.
+    files.retain(|file| !file.ends_with("compare.toml"));
     files.sort();
     files
 }
 
 fn resolve(file: &Path, world_size: usize) -> Plan {
     config::load(Some(file), &RunConfig::default()).unwrap().resolve(world_size).unwrap()
+}
+
+/// The plans of a comparison, by label.
+fn resolve_all(file: &Path, world_size: usize) -> Vec<(String, Plan)> {
+    let comparison = config::load_comparison(Some(file), &RunConfig::default()).unwrap();
+    assert_eq!(comparison.warnings, [""; 0], "{}", file.display());
+    let methods = comparison.select("all").unwrap();
+    methods.into_iter().map(|(label, loaded)| (label, loaded.resolve(world_size).unwrap())).collect()
+}
+
+/// A method that a comparison cannot train from nothing but rows stands here.
+const NOT_IN_COMPARE: &[&str] = &[];
+
+#[test]
+fn compare_config_has_every_method_with_its_own_learning_rate_on_1_2_and_4_ranks() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/compare.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    for table in text.split("\n[methods.").skip(1) {
+        let rate = table.lines().find(|line| line.starts_with("learning_rate = ")).expect("each table has its learning rate");
+        assert!(rate.split_once('#').is_some_and(|(_, source)| source.trim().len() > 8), "where does it come from? {rate}");
+    }
+    for world_size in [1, 2, 4] {
+        let plans = resolve_all(&file, world_size);
+        let first = &plans[0].1;
+        for (label, plan) in &plans {
+            assert_eq!((&plan.data, &plan.batch, &plan.run), (&first.data, &first.batch, &first.run), "{label}");
+            assert_eq!(plan.batch.rows_per_step(), 16);
+            assert!(plan.data.validation_file.is_some());
+        }
+        let mut train = glmddp::cli::Cli::command();
+        train.build();
+        let train = train.find_subcommand("train").unwrap();
+        let kinds = train.get_arguments().find(|a| a.get_id() == "finetuning_type").unwrap().get_possible_values();
+        for kind in kinds.iter().map(|k| k.get_name()).filter(|k| !NOT_IN_COMPARE.contains(k)) {
+            let kind: FinetuningType = serde_json::from_value(kind.into()).unwrap();
+            let name = serde_json::to_value(kind).unwrap();
+            assert!(plans.iter().any(|(_, plan)| serde_json::to_value(&plan.method).unwrap()["name"] == name), "{name} is not compared");
+        }
+    }
+}
+
+#[test]
+fn methods_that_are_built_in_hold_for_files_without_their_own() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let built_in = config::load_comparison(Some(&root.join("configs/demo.toml")), &RunConfig::default()).unwrap();
+    let own: Vec<_> = resolve_all(&root.join("configs/compare.toml"), 1).into_iter().map(|(label, plan)| (label, plan.method)).collect();
+    let chosen = built_in.select("all").unwrap().into_iter();
+    assert_eq!(chosen.map(|(label, loaded)| (label, loaded.resolve(1).unwrap().method)).collect::<Vec<_>>(), own);
+    // demo.toml is of one method: its keys are passed over aloud.
+    assert!(built_in.warnings.iter().any(|w| w.contains("`pre_seq_len` does nothing here")), "{:?}", built_in.warnings);
+    let error = config::load(Some(&root.join("configs/compare.toml")), &RunConfig::default()).unwrap_err();
+    assert_eq!(error.to_string(), "unknown section `[methods]`");
 }
 
 #[test]

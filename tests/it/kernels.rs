@@ -5,7 +5,7 @@ use glmddp::kernels::attention::{self, Heads, Prefix, Rows, Wanted};
 use glmddp::kernels::cross_entropy::{self, Logits};
 use glmddp::kernels::lstm::{self, Order};
 use glmddp::kernels::rotary::{self, Angles, Direction, Precision, Table};
-use glmddp::kernels::{elementwise, matmul, rms_norm, swiglu};
+use glmddp::kernels::{elementwise, kl, matmul, rms_norm, swiglu};
 use glmddp::rng::{KeyedRng, Stream};
 
 const RELATIVE: f64 = 2e-5;
@@ -359,4 +359,41 @@ fn additions_in_place_change_every_view() {
     elementwise::scale_(&x, 2.0).unwrap();
     elementwise::add_bias_(&x, &Tensor::full(0.5f32, 6, &Device::Cpu).unwrap()).unwrap();
     assert!(values(&view).iter().zip(before).all(|(a, b)| (a - ((b + 1.0) * 2.0 + 0.5)).abs() < 1e-6));
+}
+
+/// Sum of p (log p - log q) in f64, log-softmax by log-softmax.
+fn naive_kl(a: &[f32], b: &[f32]) -> f64 {
+    let log_softmax = |x: &[f32]| -> Vec<f64> {
+        let sum: f64 = x.iter().map(|&x| f64::from(x).exp()).sum();
+        x.iter().map(|&x| f64::from(x) - sum.ln()).collect()
+    };
+    log_softmax(a).iter().zip(log_softmax(b)).map(|(p, q)| p.exp() * (p - q)).sum()
+}
+
+#[test]
+fn kl_at_odd_sizes_equals_the_naive_sum_and_is_zero_for_equal_logits() {
+    for (n, v) in [(1, 1), (1, 31), (33, 33), (5, 1000)] {
+        let (a, b) = (random(&[n, v], 1), random(&[n, v], 2));
+        let ours = kl::rows(&a, &b).unwrap();
+        for (i, kl) in ours.iter().enumerate() {
+            let row = |t: &Tensor| values(&t.get(i).unwrap());
+            let naive = naive_kl(&row(&a), &row(&b));
+            assert!((kl - naive).abs() < 1e-12, "row {i} of [{n}, {v}]: {kl}, expected {naive}");
+            assert!(*kl >= 0.0 && (v == 1 || *kl > 1e-3));
+        }
+        assert_eq!(kl::rows(&a, &a).unwrap(), vec![0.0; n]);
+        // A shift of all logits changes no probability.
+        let shifted = kl::rows(&a, &(&a + 64.0).unwrap()).unwrap();
+        assert!(shifted.iter().all(|kl| *kl < 1e-5), "{shifted:?}");
+    }
+}
+
+#[test]
+fn kl_of_extreme_and_non_finite_logits_is_right_or_says_so() {
+    let logits = |x: [f32; 3]| Tensor::new(&[x], &Device::Cpu).unwrap();
+    let kl = |a, b| kl::rows(&logits(a), &logits(b)).unwrap()[0];
+    assert!((kl([0.0, -1e4, -1e4], [0.0, 0.0, -1e4]) - 2f64.ln()).abs() < 1e-12);
+    assert!((kl([1e4, 0.0, 0.0], [0.0, 1e4, 0.0]) - 1e4).abs() < 1e-8);
+    assert!(kl([f32::NAN, 0.0, 0.0], [0.0; 3]).is_nan() && kl([0.0; 3], [0.0, f32::INFINITY, 0.0]).is_nan());
+    assert!(kl::rows(&random(&[2, 3], 1), &random(&[2, 4], 1)).is_err());
 }

@@ -5,6 +5,7 @@ mod cli_errors;
 mod cli_help;
 mod cli_plan;
 mod cli_support;
+mod compare;
 mod data_errors;
 mod docs;
 mod golden;

@@ -1,0 +1,98 @@
+//! `glmddp compare`.
+
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::ranks::{self, MessageArgs};
+use super::{allocator, report};
+use crate::checkpoint::RealDisk;
+use crate::compare::{self, Contender, Options, REPORT_FILE, Report, picture, table};
+use crate::config::sections::{BatchConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig};
+use crate::config::{self, ConfigError, RunConfig};
+use crate::dist::ProcessGroup;
+
+/// Train several methods on the same rows and show them side by side
+///
+/// Each method runs in OUTPUT_DIR/LABEL with the same data, batches, seed and number of steps. A comparison that was stopped goes on
+/// with the same command. Methods are the tables [methods.LABEL] of the configuration file, or those of configs/compare.toml, which are
+/// built in.
+#[derive(Clone, Debug, Args)]
+#[command(rename_all = "snake_case")]
+pub struct CompareArgs {
+    /// Configuration file, TOML or JSON; keys given on the command line go over it
+    #[arg(value_name = "FILE", conflicts_with = "config")]
+    pub config_file: Option<PathBuf>,
+    /// The same, as an option
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Labels separated by commas, or all
+    #[arg(long, value_name = "LABELS", default_value = "all", help_heading = "Comparison")]
+    pub methods: String,
+    /// Train each method until it has seen so many tokens of training rows; the step that reaches them is the last
+    #[arg(long, value_name = "TOKENS", conflicts_with_all = ["max_steps", "num_train_epochs"], help_heading = "Comparison")]
+    pub max_tokens: Option<NonZeroU64>,
+    /// Measure the drift from the base on the first so many held-out rows
+    #[arg(long, value_name = "ROWS", default_value = "32", help_heading = "Comparison")]
+    pub drift_rows: NonZeroUsize,
+    /// Print JSON
+    #[arg(long, help_heading = "Comparison")]
+    pub json: bool,
+    #[command(flatten)]
+    pub model: ModelConfig,
+    #[command(flatten)]
+    pub data: DataConfig,
+    #[command(flatten)]
+    pub batch: BatchConfig,
+    #[command(flatten)]
+    pub optim: OptimConfig,
+    #[command(flatten)]
+    pub run: ScheduleConfig,
+    #[command(flatten)]
+    pub messages: MessageArgs,
+}
+
+pub fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
+    ranks::run(|group| run_on_rank(args, group))
+}
+
+fn run_on_rank(args: &CompareArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> {
+    let console = ranks::console(group, &args.messages)?;
+    let contenders = contenders(args, group.world_size())?;
+    let Some(Contender { plan, .. }) = contenders.first() else { return Ok(()) };
+    ranks::take_threads(group, plan)?;
+    let options = Options {
+        output_dir: &plan.run.output_dir,
+        overwrite: plan.run.overwrite_output_dir,
+        max_tokens: args.max_tokens,
+        drift_rows: args.drift_rows,
+        free_memory: &allocator::give_memory_back,
+    };
+    let report = compare::run(&contenders, options, group, &RealDisk, &console)?;
+    if group.rank() == 0 {
+        report::print(&if args.json { format!("{:#}\n", serde_json::to_value(&report)?) } else { text(&report, &options) })?;
+    }
+    Ok(())
+}
+
+/// The methods that the arguments name, each with its plan; at least one.
+fn contenders(args: &CompareArgs, world_size: usize) -> Result<Vec<Contender>, ConfigError> {
+    let CompareArgs { model, data, batch, optim, run, .. } = args.clone();
+    let keys = RunConfig { model, data, batch, optim, run, ..RunConfig::default() };
+    let comparison = config::load_comparison(args.config.as_deref().or(args.config_file.as_deref()), &keys)?;
+    report::warn(&comparison.warnings);
+    let chosen = comparison.select(&args.methods)?;
+    let contenders = chosen.into_iter().map(|(label, loaded)| Ok(Contender { label, plan: loaded.resolve(world_size)? }));
+    let contenders: Vec<Contender> = contenders.collect::<Result<_, ConfigError>>()?;
+    if contenders.iter().any(|c| c.plan.data.validation_file.is_none()) {
+        return Err(ConfigError::Missing { key: "validation_file" });
+    }
+    Ok(contenders)
+}
+
+fn text(report: &Report, options: &Options) -> String {
+    let files = [REPORT_FILE, table::FILE, picture::FILE].map(|name| options.output_dir.join(name).display().to_string());
+    format!("{}\n{}{}\n", table::table(report), table::notes(report), files.join(", "))
+}

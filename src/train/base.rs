@@ -1,0 +1,112 @@
+//! What runs on the same model and the same rows share, loaded once.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::Device;
+
+use super::TrainError;
+use super::adapters::{Ranks, Tokenizer};
+use super::together::together;
+use crate::config::Plan;
+use crate::data::load::{CacheRequest, CacheUse, LoadRequest};
+use crate::data::record::Columns;
+use crate::data::tokenize::Limits;
+use crate::data::{self, Dataset};
+use crate::dist::ProcessGroup;
+use crate::model::weights::WeightSource;
+use crate::model::{ChatGlm2, ModelConfig};
+use crate::tokenizer::GlmTokenizer;
+
+/// The base model and the rows. A clone shares the memory of both.
+#[derive(Clone, Debug)]
+pub struct Base {
+    pub model: ChatGlm2,
+    pub train: Arc<Dataset>,
+    pub validation: Option<Arc<Dataset>>,
+    /// sha256 of the weights.
+    pub fingerprint: String,
+    pub tokenizer_sha256: String,
+}
+
+impl Base {
+    /// Loads what `plan.model` and `plan.data` name. Every rank calls it.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, rows cannot be read, or the ranks have different weights.
+    pub fn load(plan: &Plan, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
+        let dir = &plan.model.model_name_or_path;
+        let (tokenizer, config) = together(group, || {
+            let config = ModelConfig::load(dir)?;
+            let tokenizer = GlmTokenizer::from_file(&dir.join("tokenizer.model"))?;
+            tokenizer.check_fits(config.padded_vocab_size)?;
+            Ok((tokenizer, config))
+        })?;
+        let (train, validation) = load_data(plan, &tokenizer, group)?;
+        let (model, fingerprint) = together(group, || {
+            let source = WeightSource::open(dir)?;
+            // One rank of each machine reads every byte: the others have the same files.
+            let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
+            Ok((ChatGlm2::load(config.clone(), &source, plan.model.rope_table, &Device::Cpu)?, fingerprint))
+        })?;
+        let fingerprint = same_base(group, &fingerprint)?;
+        let validation = validation.map(Arc::new);
+        Ok(Self { model, train: Arc::new(train), validation, fingerprint, tokenizer_sha256: tokenizer.sha256().to_owned() })
+    }
+}
+
+/// The ranks of each machine must have loaded the same base.
+pub(super) fn same_base(group: &dyn ProcessGroup, mine: &str) -> Result<String, TrainError> {
+    let all = group.all_gather_bytes(mine.as_bytes())?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let expected = text(&all[0]);
+    match all.iter().enumerate().find(|(_, f)| !f.is_empty() && **f != all[0]) {
+        Some((rank, found)) => Err(TrainError::BaseDiffers { rank, expected, found: text(found) }),
+        None => Ok(expected),
+    }
+}
+
+fn load_data(plan: &Plan, tokenizer: &GlmTokenizer, group: &dyn ProcessGroup) -> Result<(Dataset, Option<Dataset>), TrainError> {
+    let load = |file: &Path, max_samples| -> Result<Dataset, TrainError> {
+        let (data, cache) =
+            together(group, || Ok(data::load::load(&load_request(plan, file, max_samples), &Tokenizer(tokenizer), &Ranks(group))?))?;
+        report(&data, &cache);
+        Ok(data)
+    };
+    let train = load(&plan.data.train_file, plan.data.max_train_samples)?;
+    let validation = plan.data.validation_file.as_ref().map(|file| load(file, plan.data.max_eval_samples)).transpose()?;
+    Ok((train, validation))
+}
+
+/// The plan's part that decides how a file's rows become tokens.
+pub fn load_request(plan: &Plan, file: &Path, max_samples: Option<usize>) -> LoadRequest {
+    let d = &plan.data;
+    LoadRequest {
+        file: file.to_owned(),
+        columns: Columns { prompt: d.prompt_column.clone(), response: d.response_column.clone(), history: d.history_column.clone() },
+        limits: Limits { max_source_length: d.max_source_length, max_target_length: d.max_target_length, truncation: d.truncation },
+        on_bad_row: d.on_bad_row,
+        max_samples,
+        cache: d.cache_dir.as_ref().map(|dir| CacheRequest { dir: dir.clone(), overwrite: d.overwrite_cache }),
+    }
+}
+
+fn report(data: &Dataset, cache: &CacheUse) {
+    let lengths = data.length_stats().map_or(String::new(), |l| format!(", {} to {} tokens, mean {:.0}", l.min, l.max, l.mean));
+    tracing::info!("{}: {} rows{lengths}", data.file().display(), data.num_samples());
+    for bad in &data.bad_rows.first {
+        tracing::warn!("row left out: {bad}");
+    }
+    if data.bad_rows.total > data.bad_rows.first.len() {
+        tracing::warn!("{} rows left out in all", data.bad_rows.total);
+    }
+    if data.num_cut_prompts + data.num_cut_answers > 0 {
+        tracing::info!("{} prompts and {} answers were cut to their maximum", data.num_cut_prompts, data.num_cut_answers);
+    }
+    match cache {
+        CacheUse::Rebuilt { path, reason } => tracing::warn!("{} was made anew: {reason}", path.display()),
+        CacheUse::NotKept { path, reason } => tracing::warn!("tokenized rows could not be kept in {}: {reason}", path.display()),
+        CacheUse::Hit(path) => tracing::info!("tokenized rows come from {}", path.display()),
+        CacheUse::Off | CacheUse::Built(_) => {}
+    }
+}
