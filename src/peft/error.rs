@@ -1,5 +1,7 @@
 //! Why a method cannot be made for a model.
 
+use std::path::PathBuf;
+
 use super::export::ExportError;
 
 #[derive(Debug, thiserror::Error)]
@@ -7,6 +9,9 @@ pub enum MethodError {
     /// A setting that only the model can judge.
     #[error("`method.{key}` is \"{found}\", and in this model {reason}")]
     Setting { key: &'static str, found: String, reason: String, hint: String },
+    /// Two adapters that cannot be joined: folder and value of each.
+    #[error("`{what}` of {} is \"{}\" and of {} \"{}\"", pair[0].0.display(), pair[0].1, pair[1].0.display(), pair[1].1)]
+    Pair { what: &'static str, pair: Box<[(PathBuf, String); 2]> },
     #[error(transparent)]
     Adapter(#[from] ExportError),
     #[error(transparent)]
@@ -18,6 +23,10 @@ impl MethodError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Setting { hint, .. } => Some(hint.clone()),
+            Self::Pair { what: "adapter_name", .. } => {
+                Some("the adapters of a fusion need different names: train one of them with another `adapter_name`".to_owned())
+            }
+            Self::Pair { .. } => Some("the adapters of a fusion need to be trained on the same base".to_owned()),
             Self::Adapter(error) => error.hint(),
             Self::Tensor(_) => None,
         }

@@ -49,6 +49,10 @@ pub enum ExportError {
     MissingTensor { name: String },
     #[error("tensor `{name}` does not belong to a prefix encoder")]
     UnknownTensor { name: String },
+    #[error("{} is for {found} layers, expected {expected}", path.display())]
+    Layers { path: PathBuf, expected: usize, found: usize },
+    #[error("{} holds tensor `{name}`, which such an adapter does not have", path.display())]
+    OtherTensor { path: PathBuf, name: String },
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
@@ -63,6 +67,9 @@ impl ExportError {
         match self {
             Self::Model(error) => error.hint(),
             Self::Format(error) => error.hint(),
+            Self::Io { path, .. } if path.ends_with(PEFT_CONFIG) => {
+                Some("give the folder that a run exported, OUTPUT_DIR/adapter, or that PEFT or the adapters library saved".to_owned())
+            }
             Self::Key { key: "pre_seq_len", .. } => Some("give the folder that the prefix was saved to, not the base model's".to_owned()),
             _ => None,
         }
@@ -312,7 +319,7 @@ fn thudm_shapes(shape: &PrefixShape, projection: Option<usize>) -> BTreeMap<&'st
     shapes
 }
 
-fn read_tensor(file: &TensorFile, name: &str, dims: &[usize]) -> Result<Tensor, ExportError> {
+pub(super) fn read_tensor(file: &TensorFile, name: &str, dims: &[usize]) -> Result<Tensor, ExportError> {
     let view = file.get(name)?;
     if view.shape() != dims {
         return Err(wrong_shape(name, &format!("{dims:?}"), &format!("{:?}", view.shape()), Some(file.path())));
@@ -328,12 +335,12 @@ fn wrong_shape(name: &str, expected: &str, found: &str, path: Option<&Path>) -> 
     ExportError::Shape { path: path.map(Path::to_owned), name: name.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
 }
 
-fn read_json(path: &Path) -> Result<Value, ExportError> {
+pub(super) fn read_json(path: &Path) -> Result<Value, ExportError> {
     let text = std::fs::read(path).map_err(|source| ExportError::Io { path: path.to_owned(), source })?;
     serde_json::from_slice(&text).map_err(|source| ExportError::Json { path: path.to_owned(), source })
 }
 
-fn read_about(dir: &Path) -> Result<Option<Value>, ExportError> {
+pub(super) fn read_about(dir: &Path) -> Result<Option<Value>, ExportError> {
     let path = dir.join(ABOUT_FILE);
     path.exists().then(|| read_json(&path)).transpose()
 }

@@ -15,6 +15,13 @@ const PREFIX: [&str; 4] = ["--finetuning_type", "ptuning_v2", "--pre_seq_len", "
 const PEFT_PREFIX: [&str; 4] = ["--finetuning_type", "prefix_tuning", "--pre_seq_len", "8"];
 const LOW_RANK: [&str; 8] =
     ["--finetuning_type", "lora", "--lora_rank", "4", "--lora_target", "query_key_value,dense_4h_to_h", "--lora_dropout", "0.1"];
+const HOULSBY: [&str; 6] = ["--finetuning_type", "adapter", "--adapter_config", "houlsby", "--reduction_factor", "8"];
+const PFEIFFER: [&str; 6] = ["--finetuning_type", "adapter", "--adapter_config", "pfeiffer", "--adapter_name", "one"];
+const PFEIFFER_TWO: [&str; 6] = ["--finetuning_type", "adapter", "--reduction_factor", "8", "--adapter_name", "two"];
+const FUSION: [&str; 6] =
+    ["--finetuning_type", "adapter_fusion", "--fusion_adapters", "first/adapter,second/adapter", "--fusion_regularization", "0.01"];
+/// Where a method's export has its weights.
+const WEIGHTS: [&str; 3] = ["adapter_model.safetensors", "pytorch_adapter.bin", "one,two/pytorch_model_adapter_fusion.bin"];
 /// A job that fails must end within this time.
 const END: Duration = Duration::from_secs(10);
 
@@ -74,7 +81,8 @@ impl Setup {
     /// Hashes of the final adapter and of the loss column of the log.
     fn hashes(&self, output: &str) -> (String, String) {
         let output = self.dir.path().join(output);
-        let adapter = std::fs::read(output.join("adapter/adapter_model.safetensors")).expect("an adapter was written");
+        let adapter =
+            WEIGHTS.iter().find_map(|file| std::fs::read(output.join("adapter").join(file)).ok()).expect("an adapter was written");
         let log = std::fs::read_to_string(output.join("trainer_log.jsonl")).expect("a log was written");
         let losses: String = log
             .lines()
@@ -100,8 +108,31 @@ fn mpirun_train_of_low_rank_updates_on_1_to_4_ranks_and_over_resumes_gives_the_s
     same_bits_on_1_to_4_ranks_and_over_resumes(&LOW_RANK);
 }
 
+#[test]
+fn mpirun_train_of_houlsby_adapters_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&HOULSBY);
+}
+
+#[test]
+fn mpirun_train_of_pfeiffer_adapters_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&PFEIFFER);
+}
+
+#[test]
+fn mpirun_train_of_a_fusion_of_two_adapters_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    let mut setup = Setup::new(&PFEIFFER);
+    setup.train(1, "first", &["--max_steps", "2"]);
+    setup.method = &PFEIFFER_TWO;
+    setup.train(1, "second", &["--max_steps", "2", "--seed", "7"]);
+    setup.method = &FUSION;
+    same_bits(&setup);
+}
+
 fn same_bits_on_1_to_4_ranks_and_over_resumes(method: &'static [&'static str]) {
-    let setup = Setup::new(method);
+    same_bits(&Setup::new(method));
+}
+
+fn same_bits(setup: &Setup) {
     let constant = ["--lr_scheduler_type", "constant", "--save_steps", "2"];
     let with = |steps: &'static str| [&constant[..], &["--max_steps", steps]].concat();
     setup.train(1, "one", &with("6"));
@@ -123,7 +154,7 @@ fn same_bits_on_1_to_4_ranks_and_over_resumes(method: &'static [&'static str]) {
 
 #[test]
 fn mpirun_train_with_recompute_gives_the_same_bits() {
-    for method in [&PREFIX[..], &LOW_RANK] {
+    for method in [&PREFIX[..], &LOW_RANK, &HOULSBY, &PFEIFFER] {
         let setup = Setup::new(method);
         let steps = ["--max_steps", "2"];
         setup.train(1, "kept", &steps);
