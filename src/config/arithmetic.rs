@@ -107,14 +107,15 @@ pub fn token_flops(shape: &ModelShape, costs: &Costs, recompute: Recompute) -> T
         Recompute::Block => 1,
     };
     let forward = 2 * shape.trunk_weights();
-    let share = |flops: u64| flops / shape.layers.max(1) * (shape.layers - costs.lowest_layer);
+    let from = |flops: u64, layer: u64| flops / shape.layers.max(1) * (shape.layers - layer);
+    let lowest_gradient = costs.lowest_layer.max(costs.lowest_base_gradient);
     let scores = 4 * shape.layers * shape.heads * shape.kv;
     TokenFlops {
         trunk_forward: forward + costs.forward,
-        trunk_backward: share(forward) + costs.backward,
-        trunk_recompute: passes_recomputed * (share(forward) + costs.forward),
+        trunk_backward: from(forward, lowest_gradient) + costs.backward,
+        trunk_recompute: passes_recomputed * (from(forward, costs.lowest_layer) + costs.forward),
         head: 4 * shape.head_weights() + costs.head_backward,
-        attention_per_key: scores + share((2 + passes_recomputed) * scores),
+        attention_per_key: scores + from(2 * scores, lowest_gradient) + passes_recomputed * from(scores, costs.lowest_layer),
     }
 }
 
@@ -135,7 +136,7 @@ pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, Me
         }
     };
     // Trained weights of the base are counted among the trainable ones.
-    let weights = shape.parameters() - costs.trained_base_parameters;
+    let weights = shape.parameters() + costs.frozen_parameters - costs.trained_base_parameters;
     let trained = costs.trainable_parameters;
     let shard = optimizer_shard(plan, trained);
     Ok(Arithmetic {

@@ -5,6 +5,7 @@
 //! Results do not depend on the number of threads: work is split over independent rows only, sums run in a fixed order.
 #![allow(non_snake_case, reason = "tensor names carry shape suffixes")]
 
+pub mod activation;
 pub mod attention;
 pub mod cross_entropy;
 pub mod elementwise;

@@ -11,6 +11,9 @@ pub enum MethodError {
     Setting { key: &'static str, found: String, reason: String, hint: String },
     #[error("{} is of {name}, which cannot be folded into the base's weights", path.display())]
     NotMergeable { path: PathBuf, name: &'static str },
+    /// Two adapters that cannot be joined: folder and value of each.
+    #[error("`{what}` of {} is \"{}\" and of {} \"{}\"", pair[0].0.display(), pair[0].1, pair[1].0.display(), pair[1].1)]
+    Pair { what: &'static str, pair: Box<[(PathBuf, String); 2]> },
     #[error(transparent)]
     Adapter(#[from] ExportError),
     #[error(transparent)]
@@ -23,6 +26,10 @@ impl MethodError {
         match self {
             Self::Setting { hint, .. } => Some(hint.clone()),
             Self::NotMergeable { .. } => Some("LoRA, rsLoRA and DoRA can be; use this one beside its base".to_owned()),
+            Self::Pair { what: "adapter_name", .. } => {
+                Some("the adapters of a fusion need different names: train one of them with another `adapter_name`".to_owned())
+            }
+            Self::Pair { .. } => Some("the adapters of a fusion need to be trained on the same base".to_owned()),
             Self::Adapter(error) => error.hint(),
             Self::Tensor(_) => None,
         }

@@ -53,6 +53,10 @@ pub enum ExportError {
     NoAdapter { path: PathBuf },
     #[error("{}: the adapter was trained on {what} {found}, and this is {what} {expected}", path.display())]
     OtherBase { path: PathBuf, what: &'static str, expected: String, found: String },
+    #[error("{} is for {found} layers, expected {expected}", path.display())]
+    Layers { path: PathBuf, expected: usize, found: usize },
+    #[error("{} holds tensor `{name}`, which such an adapter does not have", path.display())]
+    OtherTensor { path: PathBuf, name: String },
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
@@ -72,6 +76,9 @@ impl ExportError {
             ),
             Self::OtherBase { .. } => {
                 Some("give the base that the adapter was trained on; adapter_config.json names its folder".to_owned())
+            }
+            Self::Io { path, .. } if path.ends_with(PEFT_CONFIG) => {
+                Some("give the folder that a run exported, OUTPUT_DIR/adapter, or that PEFT or the adapters library saved".to_owned())
             }
             Self::Key { key: "pre_seq_len", .. } => Some("give the folder that the prefix was saved to, not the base model's".to_owned()),
             _ => None,
@@ -328,7 +335,7 @@ fn thudm_shapes(shape: &PrefixShape, projection: Option<usize>) -> BTreeMap<&'st
     shapes
 }
 
-fn read_tensor(file: &TensorFile, name: &str, dims: &[usize]) -> Result<Tensor, ExportError> {
+pub(super) fn read_tensor(file: &TensorFile, name: &str, dims: &[usize]) -> Result<Tensor, ExportError> {
     let view = file.get(name)?;
     if view.shape() != dims {
         return Err(wrong_shape(name, &format!("{dims:?}"), &format!("{:?}", view.shape()), Some(file.path())));

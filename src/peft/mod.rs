@@ -4,7 +4,11 @@
 //! one place where methods are listed.
 
 pub mod adapter;
+mod adapter_files;
+pub mod adapter_fusion;
+mod adapter_hooks;
 pub mod base_weights;
+mod bottleneck;
 mod error;
 pub mod export;
 pub mod export_model;
@@ -23,6 +27,7 @@ mod soft_prompt;
 
 pub mod freeze;
 pub mod full;
+mod fusion_layer;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -97,6 +102,8 @@ methods! {
     PTuning = p_tuning,
     PromptTuning = prompt_tuning,
     Lora = lora,
+    Adapter = adapter,
+    AdapterFusion = adapter_fusion,
     Freeze = freeze,
     Full = full,
 }
@@ -142,6 +149,10 @@ pub struct Costs {
     pub head_backward: u64,
     /// The backward pass ends in this layer.
     pub lowest_layer: u64,
+    /// The lowest layer with a gradient through the base's own products, where that is one above [`Self::lowest_layer`].
+    pub lowest_base_gradient: u64,
+    /// Parameters of the method that do not train.
+    pub frozen_parameters: u64,
     /// f32 values that the method keeps of one token for the backward pass, over all layers.
     pub saved_floats: u64,
 }

@@ -4,6 +4,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::adapter::Adapter;
+use super::adapter_files;
+use super::adapter_fusion::AdapterFusion;
 use super::export::{self, ABOUT_FILE, ExportError, PEFT_CONFIG};
 use super::lora::Lora;
 use super::prefix_tuning::PrefixTuning;
@@ -23,7 +26,7 @@ pub struct Base<'a> {
     pub tokenizer_sha256: &'a str,
 }
 
-/// Reads the adapter in `dir`, in PEFT's format. A prefix comes back as a plain table, whatever computed it.
+/// Reads the adapter in `dir`, in PEFT's format or that of the adapters library. A prefix comes back as a plain table, whatever computed it.
 ///
 /// An adapter without [`ABOUT_FILE`] was not exported by this program; nothing says what base it belongs to, and its sizes alone are checked.
 ///
@@ -32,13 +35,21 @@ pub struct Base<'a> {
 /// or not whole, or sizes disagree.
 pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> {
     let path = dir.join(PEFT_CONFIG);
-    if !path.exists() {
+    let is_fusion = dir.join(adapter_files::SETUP).exists();
+    if !path.exists() && !is_fusion {
         return Err(ExportError::NoAdapter { path }.into());
     }
-    let config = export::read_json(&path)?;
     if let Some(about) = export::read_about(dir)? {
         same(dir, &about, "base_fingerprint", "base model", base.fingerprint)?;
         same(dir, &about, "tokenizer_sha256", "tokenizer", base.tokenizer_sha256)?;
+    }
+    if is_fusion {
+        return Ok(Box::new(AdapterFusion::read(dir, &base.model.config)?));
+    }
+    let config = export::read_json(&path)?;
+    // PEFT's adapters name their kind; those of the adapters library do not.
+    if config.get("peft_type").is_none() {
+        return Ok(Box::new(Adapter::read(dir, &base.model.config)?));
     }
     Ok(match config.get("peft_type").and_then(Value::as_str) {
         Some("LORA") => Box::new(Lora::read_peft(dir, base.model)?),

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 use glmddp::model::{ChatGlm2, ModelConfig, Recompute};
+use glmddp::peft::adapter::{self, Adapter, AdapterKind};
+use glmddp::peft::adapter_fusion::AdapterFusion;
 use glmddp::peft::keys::MethodKeys;
 use glmddp::peft::lora::{self, Lora};
 use glmddp::peft::p_tuning::{EncoderKind, PTuning};
@@ -58,6 +60,11 @@ pub const SUBJECTS: &[Subject] = &[
     Subject { file: "rslora_qkv_random", variants: PLAIN, build: low_rank, gradient: of_low_rank },
     Subject { file: "dora_qkv_fresh", variants: PLAIN, build: low_rank, gradient: of_low_rank },
     Subject { file: "dora_qkv_random", variants: PLAIN, build: low_rank, gradient: of_low_rank },
+    Subject { file: "adapter_houlsby_fresh", variants: &["plain", "right_mask"], build: bottlenecks, gradient: with_variant },
+    Subject { file: "adapter_houlsby_random", variants: &["plain", "right_mask"], build: bottlenecks, gradient: with_variant },
+    Subject { file: "adapter_pfeiffer_fresh", variants: &["plain", "right_mask"], build: bottlenecks, gradient: with_variant },
+    Subject { file: "adapter_pfeiffer_random", variants: &["plain", "right_mask"], build: bottlenecks, gradient: with_variant },
+    Subject { file: "adapter_fusion", variants: &["plain", "right_mask"], build: fusion, gradient: with_variant },
     Subject { file: "full_grads", variants: PLAIN, build: full, gradient: |_, parameter| parameter.to_owned() },
     Subject { file: "freeze", variants: PLAIN, build: freeze, gradient: with_variant },
 ];
@@ -74,6 +81,9 @@ pub const TRAININGS: &[Training] = &[
     Training { file: "train_lora_all", initial: Some("lora_all_fresh"), build: low_rank, golden_name: golden_low_rank_name },
     Training { file: "train_rslora_qkv", initial: Some("lora_qkv_fresh"), build: low_rank, golden_name: golden_low_rank_name },
     Training { file: "train_dora_qkv", initial: Some("dora_qkv_fresh"), build: low_rank, golden_name: golden_low_rank_name },
+    Training { file: "train_adapter_houlsby", initial: Some("adapter_houlsby_fresh"), build: bottlenecks, golden_name: same },
+    Training { file: "train_adapter_pfeiffer", initial: Some("adapter_pfeiffer_fresh"), build: bottlenecks, golden_name: same },
+    Training { file: "train_adapter_fusion", initial: Some("adapter_fusion"), build: fusion, golden_name: same },
     Training { file: "train_full", initial: None, build: full, golden_name: same },
     Training { file: "train_freeze_1", initial: None, build: freeze, golden_name: same },
     Training { file: "train_freeze_2", initial: None, build: freeze, golden_name: same },
@@ -163,6 +173,35 @@ pub fn lora(model: &ChatGlm2, golden: &Tensors, file: &str) -> Lora {
 
 fn low_rank(model: &ChatGlm2, golden: &Tensors, file: &str) -> Box<dyn PeftMethod> {
     Box::new(lora(model, golden, file))
+}
+
+/// The adapter `name` of a golden file, of the kind that its sites say.
+pub fn bottleneck(model: &ChatGlm2, golden: &Tensors, name: &str) -> Adapter {
+    let is_own = |parameter: &str| !parameter.contains("grad.") && parameter.contains(&format!("_adapters.adapters.{name}."));
+    let tensors: Tensors = golden.iter().filter(|(n, _)| is_own(n)).map(|(n, t)| (n.clone(), t.clone())).collect();
+    let houlsby = tensors.keys().any(|n| n.contains("attention_adapters"));
+    let keys = MethodKeys {
+        adapter_config: Some(if houlsby { AdapterKind::Houlsby } else { AdapterKind::Pfeiffer }),
+        adapter_name: Some(name.to_owned()),
+        ..MethodKeys::default()
+    };
+    Adapter::from_tensors(adapter::Settings::resolve(&keys).unwrap(), &model.config, &tensors).unwrap()
+}
+
+fn bottlenecks(model: &ChatGlm2, golden: &Tensors, _: &str) -> Box<dyn PeftMethod> {
+    Box::new(bottleneck(model, golden, "a"))
+}
+
+/// The fusion of a golden file with a weight of the regularization; it is in no loss and no gradient of the files.
+pub fn golden_fusion(model: &ChatGlm2, golden: &Tensors, regularization: f64) -> AdapterFusion {
+    let own = golden.iter().filter(|(n, _)| !n.contains("grad.") && n.contains(".adapter_fusion_layer."));
+    let tensors = own.map(|(n, t)| (n.clone(), t.clone())).collect();
+    let adapters = ["a", "b"].map(|name| bottleneck(model, golden, name)).into();
+    AdapterFusion::from_tensors(adapters, regularization, &model.config, &tensors).unwrap()
+}
+
+fn fusion(model: &ChatGlm2, golden: &Tensors, _: &str) -> Box<dyn PeftMethod> {
+    Box::new(golden_fusion(model, golden, 0.0))
 }
 
 fn full(model: &ChatGlm2, _: &Tensors, _: &str) -> Box<dyn PeftMethod> {

@@ -19,7 +19,7 @@ use crate::golden_methods::{SUBJECTS, TRAININGS, exact_zero, lora, peft_prefix, 
 use crate::support;
 
 /// Files of a case that the program has no method for yet; what is neither here nor compared is named by the coverage test.
-const OTHER_METHODS: [&str; 3] = ["adapter", "quant", "train_quant"];
+const OTHER_METHODS: [&str; 2] = ["quant", "train_quant"];
 /// Compared here and in `golden_train.rs`; those of the tables of `golden_methods.rs` come on top.
 const COMPARED: [&str; 8] =
     ["forward", "inputs", "taps", "train_dp_mean_of_means", "train_dp_token_mean", "generate", "f32_vs_f64", "f32_vs_f64_methods"];

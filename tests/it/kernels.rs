@@ -1,6 +1,7 @@
 //! Each op against the same formula composed of candle ops whose gradients candle's autograd takes, at odd sizes, and against finite differences.
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
+use glmddp::kernels::activation::{self, Activation};
 use glmddp::kernels::attention::{self, Heads, Prefix, Rows, Wanted};
 use glmddp::kernels::cross_entropy::{self, Logits};
 use glmddp::kernels::lstm::{self, Order};
@@ -93,6 +94,22 @@ fn swiglu_and_its_gradient_equal_autograd() {
         assert_close(&swiglu::fwd(&x).unwrap(), &composed(std::slice::from_ref(&x)).unwrap(), "swiglu");
         assert_close(&swiglu::bwd(&x, &d).unwrap(), &vjp(&[&x], &d, composed)[0], "swiglu dx");
     }
+}
+
+#[test]
+fn activations_and_their_gradients_equal_autograd() {
+    for shape in [[1, 1], [5, 31], [9, 1000]] {
+        let (x, d) = ((random(&shape, 1) * 3.0).unwrap(), random(&shape, 2));
+        for (activation, composed) in [(Activation::Silu, Tensor::silu as fn(&Tensor) -> Result<Tensor>), (Activation::Relu, Tensor::relu)]
+        {
+            assert_close(&activation::fwd(activation, &x).unwrap(), &composed(&x).unwrap(), &format!("{activation:?}"));
+            let dx = vjp(&[&x], &d, |t| composed(&t[0]));
+            assert_close(&activation::bwd(activation, &x, &d).unwrap(), &dx[0], &format!("{activation:?} dx"));
+        }
+    }
+    let zero = Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap();
+    let at_zero = activation::bwd(Activation::Relu, &zero, &zero.ones_like().unwrap()).unwrap();
+    assert_eq!(values(&at_zero), [0.0; 3], "as PyTorch has it");
 }
 
 #[test]

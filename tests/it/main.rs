@@ -1,6 +1,7 @@
 //! Integration tests: one binary.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
+mod adapter;
 mod cli_errors;
 mod cli_help;
 mod cli_plan;

@@ -28,6 +28,11 @@ const FULL: [&str; 2] = ["--finetuning_type", "full"];
 const FREEZE: [&str; 4] = ["--finetuning_type", "freeze", "--freeze_trainable_layers", "1"];
 const SHARDED: [&str; 2] = ["--shard_optimizer", "true"];
 const UNSHARDED: [&str; 2] = ["--shard_optimizer", "false"];
+const HOULSBY: [&str; 6] = ["--finetuning_type", "adapter", "--adapter_config", "houlsby", "--reduction_factor", "8"];
+const PFEIFFER: [&str; 6] = ["--finetuning_type", "adapter", "--adapter_config", "pfeiffer", "--adapter_name", "one"];
+const PFEIFFER_TWO: [&str; 6] = ["--finetuning_type", "adapter", "--reduction_factor", "8", "--adapter_name", "two"];
+const FUSION: [&str; 6] =
+    ["--finetuning_type", "adapter_fusion", "--fusion_adapters", "first/adapter,second/adapter", "--fusion_regularization", "0.01"];
 /// A job that fails must end within this time.
 const END: Duration = Duration::from_secs(10);
 
@@ -36,6 +41,16 @@ struct Setup {
     dir: tempfile::TempDir,
     train_file: PathBuf,
     method: &'static [&'static str],
+}
+
+/// Files with weights below `dir`, sorted.
+fn weight_files(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).expect("an adapter was written").map(|entry| entry.expect("a file").path());
+    let is_weights = |path: &PathBuf| path.extension().is_some_and(|ext| ext == "safetensors" || ext == "bin");
+    let mut files: Vec<_> =
+        entries.flat_map(|path| if path.is_dir() { weight_files(&path) } else { vec![path] }).filter(is_weights).collect();
+    files.sort();
+    files
 }
 
 impl Setup {
@@ -87,10 +102,8 @@ impl Setup {
     /// Hashes of the final adapter, of the parameters and moments after `steps` steps, and of the loss column of the log.
     fn hashes(&self, output: &str, steps: usize) -> Hashes {
         let output = self.dir.path().join(output);
-        let files = std::fs::read_dir(output.join("adapter")).expect("an adapter was written").map(|entry| entry.expect("a file").path());
-        let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|ext| ext == "safetensors")).collect();
-        files.sort();
-        assert!(!files.is_empty(), "no safetensors in {}/adapter", output.display());
+        let files = weight_files(&output.join("adapter"));
+        assert!(!files.is_empty(), "no weights in {}/adapter", output.display());
         let adapter: Vec<u8> = files.iter().flat_map(|path| std::fs::read(path).expect("a readable file")).collect();
         let state = std::fs::read(output.join(format!("checkpoint-{steps}/state.safetensors"))).expect("a checkpoint was written");
         let log = std::fs::read_to_string(output.join("trainer_log.jsonl")).expect("a log was written");
@@ -166,13 +179,36 @@ fn mpirun_train_of_low_rank_updates_with_a_sharded_optimizer_gives_the_same_bits
     same_bits(&WIDE_LOW_RANK, &SHARDED);
 }
 
+#[test]
+fn mpirun_train_of_houlsby_adapters_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&HOULSBY);
+}
+
+#[test]
+fn mpirun_train_of_pfeiffer_adapters_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&PFEIFFER);
+}
+
+#[test]
+fn mpirun_train_of_a_fusion_of_two_adapters_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    let mut setup = Setup::new(&PFEIFFER);
+    setup.train(1, "first", &["--max_steps", "2"]);
+    setup.method = &PFEIFFER_TWO;
+    setup.train(1, "second", &["--max_steps", "2", "--seed", "7"]);
+    setup.method = &FUSION;
+    same_bits_of(&setup, &[]);
+}
+
 fn same_bits_on_1_to_4_ranks_and_over_resumes(method: &'static [&'static str]) {
     same_bits(method, &[]);
 }
 
 /// A run on one rank, not sharded, and those with `more` arguments on 1 to 4 and over resumes give the same bits.
 fn same_bits(method: &'static [&'static str], more: &[&'static str]) {
-    let setup = Setup::new(method);
+    same_bits_of(&Setup::new(method), more);
+}
+
+fn same_bits_of(setup: &Setup, more: &[&'static str]) {
     let plain = |steps: &'static str| vec!["--lr_scheduler_type", "constant", "--save_steps", "2", "--max_steps", steps];
     let with = |steps: &'static str| [&plain(steps)[..], more].concat();
     setup.train(1, "one", &[&plain("6")[..], &UNSHARDED].concat());
@@ -207,7 +243,7 @@ fn mpirun_train_with_all_reduce_and_a_sharded_optimizer_gives_the_same_bits_on_2
 
 #[test]
 fn mpirun_train_with_recompute_gives_the_same_bits() {
-    for method in [&PREFIX[..], &LOW_RANK] {
+    for method in [&PREFIX[..], &LOW_RANK, &HOULSBY, &PFEIFFER] {
         let setup = Setup::new(method);
         let steps = ["--max_steps", "2"];
         setup.train(1, "kept", &steps);
