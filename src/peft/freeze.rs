@@ -91,7 +91,7 @@ impl super::Settings for Settings {
     }
 
     fn learning_rate(&self) -> f64 {
-        5e-5 // hiyouga/ChatGLM-Efficient-Tuning, README, freeze example
+        1e-4 // liucongg/ChatGLM-Finetuning, README, the freeze method on ChatGLM2
     }
 
     fn trains_base_weights(&self) -> bool {
