@@ -1,11 +1,11 @@
-//! Additions in place.
+//! Additions and scalings, in place where the name ends in `_`.
 //!
 //! Sums over rows run in the rows' order, whatever the number of threads.
 
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::host::{F32View, with_f32_mut};
+use super::host::{F32View, tensor, with_f32_mut};
 
 /// Elements a task works on.
 const CHUNK: usize = 1 << 14;
@@ -57,6 +57,45 @@ pub fn add_row_sum_(sum_N: &Tensor, x_TN: &Tensor) -> Result<()> {
             x.chunks_exact(n).for_each(|row| sum.iter_mut().zip(&row[first..first + width]).for_each(|(a, b)| *a += b));
         });
     })
+}
+
+/// x `[T, n]` times `factors` `[n]`, column by column, in new memory.
+///
+/// # Errors
+/// When the widths differ.
+pub fn scale_columns(x_TN: &Tensor, factors: &[f32]) -> Result<Tensor> {
+    let (t, n) = x_TN.dims2()?;
+    if factors.len() != n {
+        bail!("scale_columns: rows have {n} values, and there are {} factors", factors.len());
+    }
+    let mut y = vec![0f32; t * n];
+    {
+        let x = F32View::new(x_TN)?;
+        let rows = y.par_chunks_mut(n).zip(x.par_chunks(n)).with_min_len(CHUNK.div_ceil(n));
+        rows.for_each(|(y, x)| y.iter_mut().zip(x).zip(factors).for_each(|((y, x), f)| *y = x * f));
+    }
+    tensor(y, &[t, n])
+}
+
+/// For each column of a and b `[T, n]` the sum over rows, in their order, of their products: `[n]`.
+///
+/// # Errors
+/// When the shapes differ.
+pub fn column_dots(a_TN: &Tensor, b_TN: &Tensor) -> Result<Vec<f32>> {
+    let (_, n) = a_TN.dims2()?;
+    if a_TN.dims() != b_TN.dims() {
+        bail!("column_dots: shapes {:?} and {:?} differ", a_TN.dims(), b_TN.dims());
+    }
+    let mut sums = vec![0f32; n];
+    let (a, b) = (F32View::new(a_TN)?, F32View::new(b_TN)?);
+    sums.par_chunks_mut(COLUMNS).enumerate().for_each(|(i, sums)| {
+        let (first, width) = (i * COLUMNS, sums.len());
+        for (a, b) in a.chunks_exact(n).zip(b.chunks_exact(n)) {
+            let (a, b) = (&a[first..first + width], &b[first..first + width]);
+            sums.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += a * b);
+        }
+    });
+    Ok(sums)
 }
 
 /// table `[V, H]`: row `ids[t]` += row t of x `[T, H]`, in the order of t.

@@ -99,23 +99,9 @@ impl<'a> LoraHooks<'a> {
     /// dm += sum over tokens of dy z / norm; gives dz = dy gain.
     fn magnitude_grad(&mut self, of: &LinearBackward, z: &Tensor) -> Result<Tensor> {
         let (norms, gains) = self.method.norms_and_gains(of.layer, of.site)?;
-        let (tokens, out) = of.dy.dims2()?;
-        let (mut dm, mut dz) = (vec![0f32; out], vec![0f32; tokens * out]);
-        {
-            let (dy, z) = (F32View::new(of.dy)?, F32View::new(z)?);
-            // By blocks of columns, so that each column's sum runs over the tokens in order.
-            dm.par_chunks_mut(64).enumerate().for_each(|(block, dm)| {
-                for (dy, z) in dy.chunks_exact(out).zip(z.chunks_exact(out)) {
-                    let (dy, z) = (&dy[block * 64..], &z[block * 64..]);
-                    dm.iter_mut().zip(dy).zip(z).for_each(|((dm, dy), z)| *dm += dy * z);
-                }
-            });
-            dz.par_chunks_mut(out).zip(dy.par_chunks(out)).for_each(|(dz, dy)| {
-                dz.iter_mut().zip(dy).zip(&gains).for_each(|((dz, dy), gain)| *dz = dy * gain);
-            });
-        }
+        let dm = elementwise::column_dots(of.dy, z)?;
         self.add(&name_of_magnitude(of.layer, of.site), |i| dm[i] / norms[i]);
-        tensor(dz, &[tokens, out])
+        elementwise::scale_columns(of.dy, &gains)
     }
 }
 
@@ -131,7 +117,7 @@ impl Hooks for LoraHooks<'_> {
         }
         let z = base.product(x)?;
         self.add_update(layer, site, x, &z)?;
-        let y = scale_columns(&z, &self.method.norms_and_gains(layer, site)?.1)?;
+        let y = elementwise::scale_columns(&z, &self.method.norms_and_gains(layer, site)?.1)?;
         if let Some(bias) = base.bias() {
             elementwise::add_bias_(&y, bias)?;
         }
@@ -164,15 +150,4 @@ impl TrainHooks for LoraHooks<'_> {
         let len = self.grad.len();
         tensor(self.grad, &[len])
     }
-}
-
-/// x `[T, n]` times `factors` `[n]`, column by column.
-fn scale_columns(x: &Tensor, factors: &[f32]) -> Result<Tensor> {
-    let (tokens, n) = x.dims2()?;
-    let mut y = vec![0f32; tokens * n];
-    {
-        let x = F32View::new(x)?;
-        y.par_chunks_mut(n).zip(x.par_chunks(n)).for_each(|(y, x)| y.iter_mut().zip(x).zip(factors).for_each(|((y, x), f)| *y = x * f));
-    }
-    tensor(y, &[tokens, n])
 }
