@@ -1,5 +1,6 @@
 //! Access to the memory of CPU tensors.
 
+use std::cell::RefCell;
 use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, StorageRef, Tensor, bail};
@@ -54,6 +55,25 @@ pub fn with_f32_mut(tensor: &Tensor, name: &'static str, f: impl Fn(&mut [f32]))
         }
     }
     tensor.inplace_op1(&InPlace(name, f))
+}
+
+/// As [`with_f32_mut`], of three tensors that share no memory.
+///
+/// # Errors
+/// When one of them is not a contiguous f32 tensor on the CPU.
+pub fn with_3_f32_mut([a, b, c]: [&Tensor; 3], name: &'static str, f: impl Fn(&mut [f32], &mut [f32], &mut [f32])) -> Result<()> {
+    let inner = RefCell::new(Ok(()));
+    with_f32_mut(a, name, |a| {
+        let a = RefCell::new(a);
+        let outcome = with_f32_mut(b, name, |b| {
+            let b = RefCell::new(b);
+            *inner.borrow_mut() = with_f32_mut(c, name, |c| f(&mut a.borrow_mut(), &mut b.borrow_mut(), c));
+        });
+        if outcome.is_err() {
+            *inner.borrow_mut() = outcome;
+        }
+    })?;
+    inner.into_inner()
 }
 
 /// Hands `values` to a tensor without a copy.

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Tensor, bail};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use super::{CHUNK, slice, slice_mut};
+use super::CHUNK;
+use crate::kernels::host::{F32View, with_3_f32_mut};
 use crate::params;
 
 const EXP_AVG: &str = "exp_avg.";
@@ -80,15 +81,16 @@ impl AdamW {
         let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         self.num_steps += 1;
         let t = self.num_steps as f64;
-        self.exp_avg.inplace_op2(grads, &FirstMoment { weight: (1.0 - beta1) as f32 })?;
-        self.exp_avg_sq.inplace_op2(grads, &SecondMoment { keep: beta2 as f32, weight: (1.0 - beta2) as f32 })?;
         let update = Update {
+            weight1: (1.0 - beta1) as f32,
+            keep2: beta2 as f32,
+            weight2: (1.0 - beta2) as f32,
             keep: (1.0 - lr * weight_decay) as f32,
             step_size: (-lr / (1.0 - beta1.powf(t))) as f32,
             correction: (1.0 - beta2.powf(t)).sqrt() as f32,
             epsilon: epsilon as f32,
         };
-        params.inplace_op3(&self.exp_avg, &self.exp_avg_sq, &update)?;
+        update.apply(params, &self.exp_avg, &self.exp_avg_sq, grads)?;
         Ok(())
     }
 
@@ -155,61 +157,11 @@ impl AdamW {
     }
 }
 
-/// m = lerp(m, g, weight), in the form that torch takes on either side of 0.5.
-struct FirstMoment {
-    weight: f32,
-}
-
-impl InplaceOp2 for FirstMoment {
-    fn name(&self) -> &'static str {
-        "adamw_first_moment"
-    }
-
-    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
-        let weight = self.weight;
-        if weight < 0.5 {
-            zip(s1, l1, s2, l2, |m, g| weight.mul_add(g - m, m))
-        } else {
-            zip(s1, l1, s2, l2, |m, g| (weight - 1.0).mul_add(g - m, g))
-        }
-    }
-}
-
-/// v = keep v + weight g^2.
-struct SecondMoment {
-    keep: f32,
-    weight: f32,
-}
-
-impl InplaceOp2 for SecondMoment {
-    fn name(&self) -> &'static str {
-        "adamw_second_moment"
-    }
-
-    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
-        zip(s1, l1, s2, l2, |v, g| (self.weight * g).mul_add(g, v * self.keep))
-    }
-}
-
-/// a = f(a, b) for each element.
-fn zip(s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout, f: impl Fn(f32, f32) -> f32 + Sync) -> candle_core::Result<()> {
-    let (a, b) = (slice_mut(s1, l1)?, slice(s2, l2)?);
-    if a.len() != b.len() {
-        bail!("moments of {} elements, gradient of {}", a.len(), b.len());
-    }
-    // Compiled for the widest vector unit at hand. Fused multiply-add is exactly rounded with or without hardware: the same bits.
-    let arch = pulp::Arch::new();
-    a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| {
-        arch.dispatch(
-            #[inline(always)]
-            || a.iter_mut().zip(b).for_each(|(a, b)| *a = f(*a, *b)),
-        );
-    });
-    Ok(())
-}
-
-/// p = keep p + step_size m / (sqrt(v) / correction + epsilon).
+/// m = lerp(m, g, weight1); v = keep2 v + weight2 g²; p = keep p + step_size m / (sqrt(v) / correction + epsilon).
 struct Update {
+    weight1: f32,
+    keep2: f32,
+    weight2: f32,
     keep: f32,
     /// Negative.
     step_size: f32,
@@ -217,32 +169,36 @@ struct Update {
     epsilon: f32,
 }
 
-impl InplaceOp3 for Update {
-    fn name(&self) -> &'static str {
-        "adamw_update"
+impl Update {
+    /// All of it in one pass over memory: 4 values read and 3 written an element.
+    fn apply(&self, params: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor, grads: &Tensor) -> candle_core::Result<()> {
+        let g = F32View::new(grads)?;
+        // Compiled for the widest vector unit at hand. Fused multiply-add is exactly rounded with or without hardware: the same bits.
+        let arch = pulp::Arch::new();
+        with_3_f32_mut([params, exp_avg, exp_avg_sq], "adamw", |p, m, v| {
+            let chunks = p.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK)).zip(g.par_chunks(CHUNK));
+            chunks.for_each(|(((p, m), v), g)| {
+                arch.dispatch(
+                    #[inline(always)]
+                    || self.chunk(p, m, v, g),
+                );
+            });
+        })
     }
 
-    fn cpu_fwd(
-        &self,
-        s1: &mut CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> candle_core::Result<()> {
-        let (params, exp_avg, exp_avg_sq) = (slice_mut(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
-        if params.len() != exp_avg.len() || params.len() != exp_avg_sq.len() {
-            bail!("{} parameters, moments of {} and {}", params.len(), exp_avg.len(), exp_avg_sq.len());
+    #[inline(always)]
+    fn chunk(&self, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+        // Slices of one known length and an index: zipped iterators of four are not vectorized.
+        let n = p.len();
+        let (p, m, v, g) = (&mut p[..n], &mut m[..n], &mut v[..n], &g[..n]);
+        for i in 0..n {
+            // In the form that torch's lerp takes on either side of 0.5.
+            let (to, from) = (g[i], m[i]);
+            m[i] = if self.weight1 < 0.5 { self.weight1.mul_add(to - from, from) } else { (self.weight1 - 1.0).mul_add(to - from, to) };
+            v[i] = (self.weight2 * to).mul_add(to, v[i] * self.keep2);
+            let denominator = v[i].sqrt() / self.correction + self.epsilon;
+            p[i] = p[i] * self.keep + self.step_size * m[i] / denominator;
         }
-        let chunks = params.par_chunks_mut(CHUNK).zip(exp_avg.par_chunks(CHUNK)).zip(exp_avg_sq.par_chunks(CHUNK));
-        chunks.for_each(|((params, exp_avg), exp_avg_sq)| {
-            for ((p, m), v) in params.iter_mut().zip(exp_avg).zip(exp_avg_sq) {
-                let denominator = v.sqrt() / self.correction + self.epsilon;
-                *p = *p * self.keep + self.step_size * m / denominator;
-            }
-        });
-        Ok(())
     }
 }
 
