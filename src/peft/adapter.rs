@@ -77,7 +77,8 @@ impl AdapterKind {
 pub struct Settings {
     pub kind: AdapterKind,
     pub reduction_factor: NonZeroUsize,
-    pub name: String,
+    /// Not `name`: a plan is tagged with the method's.
+    pub adapter_name: String,
 }
 
 impl Settings {
@@ -93,7 +94,7 @@ impl Settings {
         Ok(Self {
             kind: keys.adapter_config.unwrap_or(AdapterKind::Pfeiffer),
             reduction_factor: positive("reduction_factor", keys.reduction_factor.unwrap_or(16))?,
-            name: name.to_owned(),
+            adapter_name: name.to_owned(),
         })
     }
 
@@ -106,7 +107,7 @@ impl Settings {
     pub(super) fn shapes(&self, config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
         let sizes = (config.hidden_size, self.width(config.hidden_size));
         let sites = (0..config.num_layers).flat_map(|layer| self.kind.sublayers().iter().map(move |&which| (layer, which)));
-        sites.flat_map(|(layer, which)| bottleneck::shapes(layer, which, &self.name, sizes)).collect()
+        sites.flat_map(|(layer, which)| bottleneck::shapes(layer, which, &self.adapter_name, sizes)).collect()
     }
 }
 
@@ -116,7 +117,7 @@ impl super::Settings for Settings {
             finetuning_type: Some(super::FinetuningType::Adapter),
             adapter_config: Some(self.kind),
             reduction_factor: Some(self.reduction_factor.get()),
-            adapter_name: Some(self.name.clone()),
+            adapter_name: Some(self.adapter_name.clone()),
             ..MethodKeys::default()
         }
     }
@@ -211,7 +212,7 @@ impl Adapter {
     }
 
     pub(super) fn bottleneck(&self, layer: usize, which: Sublayer) -> Result<Bottleneck> {
-        Bottleneck::of(&self.params, layer, which, &self.settings.name, self.settings.kind.activation())
+        Bottleneck::of(&self.params, layer, which, &self.settings.adapter_name, self.settings.kind.activation())
     }
 }
 
@@ -236,7 +237,7 @@ impl PeftMethod for Adapter {
         BTreeMap::from([
             ("adapter_config".to_owned(), json!(self.settings.kind)),
             ("reduction_factor".to_owned(), json!(self.settings.reduction_factor)),
-            ("adapter_name".to_owned(), json!(self.settings.name)),
+            ("adapter_name".to_owned(), json!(self.settings.adapter_name)),
         ])
     }
 

@@ -139,7 +139,7 @@ impl AdapterFolder {
         let reduction_factor = factor.ok_or_else(|| config.error("config.reduction_factor", "a whole number above 0 for all layers"))?;
         let name = config.get("name").and_then(Value::as_str).filter(|name| is_name(name));
         let name = name.ok_or_else(|| config.error("name", A_NAME))?.to_owned();
-        Ok(Self { dir: dir.to_owned(), settings: Settings { kind, reduction_factor, name }, config })
+        Ok(Self { dir: dir.to_owned(), settings: Settings { kind, reduction_factor, adapter_name: name }, config })
     }
 
     /// # Errors
@@ -265,7 +265,7 @@ pub(super) fn of_adapter(settings: &Settings, tensors: &BTreeMap<String, Tensor>
     ]);
     config.extend(fixed().into_iter().chain(by_kind(settings.kind)).filter_map(|(key, value)| Some((key.strip_prefix("config.")?, value))));
     Ok(vec![
-        (CONFIG.to_owned(), export::pretty(&envelope(json!(config), &settings.name, context))),
+        (CONFIG.to_owned(), export::pretty(&envelope(json!(config), &settings.adapter_name, context))),
         (WEIGHTS[0].to_owned(), torch_pickle::to_bytes(tensors)?),
         ("adapter_interface.json".to_owned(), export::pretty(&interface())),
     ])

@@ -80,8 +80,8 @@ impl Settings {
                     let pair = [(other_dir.clone(), first.to_owned()), (dir.clone(), second.to_owned())];
                     MethodError::Pair { what, pair: Box::new(pair) }
                 };
-                if other.settings.name == folder.settings.name {
-                    return Err(two("adapter_name", &other.settings.name, &folder.settings.name));
+                if other.settings.adapter_name == folder.settings.adapter_name {
+                    return Err(two("adapter_name", &other.settings.adapter_name, &folder.settings.adapter_name));
                 }
                 if let (Some(first), Some(second)) = (other.base_fingerprint()?, folder.base_fingerprint()?)
                     && first != second
@@ -170,7 +170,7 @@ impl AdapterFusion {
         let params = ParamSet::new(&tensors.collect::<Result<_>>()?)?;
         let hashes = adapters.iter().map(|adapter| {
             let bytes = adapter.params().tensors().and_then(|tensors| safetensors::to_bytes(&tensors).map_err(candle_core::Error::wrap))?;
-            Ok((adapter.settings().name.clone(), json!(hex(&Sha256::digest(bytes)))))
+            Ok((adapter.settings().adapter_name.clone(), json!(hex(&Sha256::digest(bytes)))))
         });
         let hashes = Value::Object(hashes.collect::<Result<_>>()?);
         Ok(Self { adapters, hashes, regularization, num_layers: config.num_layers, params })
@@ -226,7 +226,7 @@ impl AdapterFusion {
 
 /// The adapters' names, as the library joins them.
 fn joined(adapters: &[Adapter]) -> String {
-    adapters.iter().map(|adapter| adapter.settings().name.as_str()).collect::<Vec<_>>().join(",")
+    adapters.iter().map(|adapter| adapter.settings().adapter_name.as_str()).collect::<Vec<_>>().join(",")
 }
 
 fn parameter(names: &str, layer: usize, part: &str) -> String {
@@ -277,10 +277,10 @@ impl PeftMethod for AdapterFusion {
     }
 
     fn export(&self, context: &ExportContext) -> std::result::Result<Files, ExportError> {
-        let names: Vec<&str> = self.adapters.iter().map(|adapter| adapter.settings().name.as_str()).collect();
+        let names: Vec<&str> = self.adapters.iter().map(|adapter| adapter.settings().adapter_name.as_str()).collect();
         let mut files = adapter_files::of_fusion_of(&names, &self.params.tensors()?, context)?;
         for adapter in &self.adapters {
-            let name = &adapter.settings().name;
+            let name = &adapter.settings().adapter_name;
             let own = adapter_files::of_adapter(adapter.settings(), &adapter.params().tensors()?, context)?;
             files.extend(own.into_iter().map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
         }

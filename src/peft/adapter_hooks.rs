@@ -43,7 +43,7 @@ impl Hooks for AdapterHooks<'_> {
         let [h_TH, a_Tr] = &unpack(kept, [dy_TH.dim(1)?, self.method.width()])?;
         let adapter = self.method.bottleneck(layer, which)?;
         let da_Tr = adapter.inner_grad(a_Tr, dy_TH)?;
-        let prefix = format!("{}.adapters.{}", bottleneck::site(layer, which), settings.name);
+        let prefix = format!("{}.adapters.{}", bottleneck::site(layer, which), settings.adapter_name);
         adapter.add_param_grads(&self.grads, &prefix, (h_TH, a_Tr), (&da_Tr, dy_TH))?;
         if layer == 0 && settings.kind.sublayers().first() == Some(&which) {
             return Ok(None); // nothing below is trained: nobody reads the gradients towards y and x
