@@ -21,7 +21,7 @@ use crate::train::TrainError;
 #[derive(Clone, Debug, Args)]
 #[command(rename_all = "snake_case")]
 pub struct ExportArgs {
-    /// Fold the adapter into the base's weights (LoRA, rsLoRA, DoRA); what a run exports by itself is the adapter alone
+    /// Fold the adapter into the base's weights (LoRA, rsLoRA, DoRA, IA3); what a run exports by itself is the adapter alone
     #[arg(long, required = true, requires = "adapter")]
     pub merge: bool,
     /// Folder to write the model to, as the hub has it; it must not be there

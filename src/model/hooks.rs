@@ -40,6 +40,11 @@ impl LinearSite {
         }
     }
 
+    /// The last part of its name.
+    pub fn name(self) -> &'static str {
+        self.module().rsplit('.').next().unwrap_or_default()
+    }
+
     /// Its name in all of the model.
     pub fn path(self, layer: usize) -> String {
         format!("transformer.encoder.layers.{layer}.{}", self.module())

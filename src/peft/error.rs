@@ -25,7 +25,7 @@ impl MethodError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Setting { hint, .. } => Some(hint.clone()),
-            Self::NotMergeable { .. } => Some("LoRA, rsLoRA and DoRA can be; use this one beside its base".to_owned()),
+            Self::NotMergeable { .. } => Some("LoRA, rsLoRA, DoRA and (IA)^3 can be; use this one beside its base".to_owned()),
             Self::Pair { what: "adapter_name", .. } => {
                 Some("the adapters of a fusion need different names: train one of them with another `adapter_name`".to_owned())
             }

@@ -78,6 +78,12 @@ pub struct MethodKeys {
     /// Keep the value matrices of adapter_fusion near the identity with this weight, as the adapters library does with 0.01 [default: 0]
     #[arg(long, value_name = "WEIGHT")]
     pub fusion_regularization: Option<f64>,
+    /// Linear layers that ia3 scales, separated by commas [default: query_key_value,dense_4h_to_h]
+    #[arg(long, value_name = "LAYERS")]
+    pub ia3_target: Option<String>,
+    /// Those of them whose input it scales in place of their output [default: dense_4h_to_h, if it is one of them]
+    #[arg(long, value_name = "LAYERS")]
+    pub ia3_feedforward: Option<String>,
     /// Last layers that `freeze` trains [default: 2]
     #[arg(long, value_name = "LAYERS")]
     pub freeze_trainable_layers: Option<usize>,

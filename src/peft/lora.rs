@@ -71,7 +71,7 @@ impl Settings {
         let wrong = || KeyError::new("lora_target", format!("\"{target}\""), expected);
         let targets = Selector::new(&target).map_err(|_| wrong())?;
         // A single name is known to be wrong before there is a model; a dotted one may be right.
-        let is_known = |name: &str| name.contains('.') || LinearSite::ALL.into_iter().any(|site| site_name(site) == name);
+        let is_known = |name: &str| name.contains('.') || LinearSite::ALL.into_iter().any(|site| site.name() == name);
         if targets.names().is_some_and(|mut names| !names.all(is_known)) {
             return Err(wrong());
         }
@@ -100,12 +100,7 @@ impl Settings {
 }
 
 fn all_sites() -> String {
-    LinearSite::ALL.map(site_name).join(",")
-}
-
-/// The last part of its name.
-fn site_name(site: LinearSite) -> &'static str {
-    site.module().rsplit('.').next().unwrap_or_default()
+    LinearSite::ALL.map(LinearSite::name).join(",")
 }
 
 impl super::Settings for Settings {
@@ -175,7 +170,7 @@ impl Targets {
     fn names(&self, layers: usize) -> Vec<String> {
         let sites: Vec<_> = LinearSite::ALL.into_iter().filter(|&site| self.0.keys().any(|(_, s)| *s == site)).collect();
         if self.0.len() == layers * sites.len() {
-            sites.into_iter().map(|site| site_name(site).to_owned()).collect()
+            sites.into_iter().map(|site| site.name().to_owned()).collect()
         } else {
             self.0.keys().map(|(layer, site)| site.path(*layer)).collect()
         }

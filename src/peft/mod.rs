@@ -28,6 +28,7 @@ mod soft_prompt;
 pub mod freeze;
 pub mod full;
 mod fusion_layer;
+pub mod ia3;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -106,6 +107,7 @@ methods! {
     AdapterFusion = adapter_fusion,
     Freeze = freeze,
     Full = full,
+    Ia3 = ia3,
 }
 
 /// A method as a user has set it, before there is a model. A settings type also has `KEYS` and `resolve`.

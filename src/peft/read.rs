@@ -8,6 +8,7 @@ use super::adapter::Adapter;
 use super::adapter_files;
 use super::adapter_fusion::AdapterFusion;
 use super::export::{self, ABOUT_FILE, ExportError, PEFT_CONFIG};
+use super::ia3::Ia3;
 use super::lora::Lora;
 use super::prefix_tuning::PrefixTuning;
 use super::prompt_tuning::PromptTuning;
@@ -15,7 +16,7 @@ use super::{MethodError, PeftMethod};
 use crate::model::ChatGlm2;
 
 /// What `peft_type` may be.
-const KINDS: &str = "\"LORA\", \"PREFIX_TUNING\", \"PROMPT_TUNING\" or \"P_TUNING\"";
+const KINDS: &str = "\"LORA\", \"IA3\", \"PREFIX_TUNING\", \"PROMPT_TUNING\" or \"P_TUNING\"";
 
 /// The base that an adapter is to act on.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +54,7 @@ pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> 
     }
     Ok(match config.get("peft_type").and_then(Value::as_str) {
         Some("LORA") => Box::new(Lora::read_peft(dir, base.model)?),
+        Some("IA3") => Box::new(Ia3::read_peft(dir, &base.model.config)?),
         Some("PREFIX_TUNING") => Box::new(PrefixTuning::read_peft(dir, &base.model.config)?),
         Some("PROMPT_TUNING" | "P_TUNING") => Box::new(PromptTuning::read_peft(dir, base.model)?),
         _ => return Err(export::key_error(&path, &config, "peft_type", KINDS.to_owned()).into()),

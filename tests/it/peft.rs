@@ -46,21 +46,52 @@ fn two_rows() -> (ChatGlm2, [MicroBatch; 3]) {
     (model(&case), [part(0, 2), part(0, 1), part(1, 1)])
 }
 
-#[test]
-fn low_rank_gradient_under_dropout_is_the_slope_of_the_loss() {
-    let (model, [batch, ..]) = two_rows();
-    let mut method = lora(&model);
-    let gradient: Vec<f32> = forward_backward(&model, &*method, &batch, Recompute::None).unwrap().site_grad.to_vec1().unwrap();
+/// Central differences of the loss along the gradient.
+fn assert_slope(model: &ChatGlm2, method: &mut dyn PeftMethod, batch: &MicroBatch) {
+    let gradient: Vec<f32> = forward_backward(model, &*method, batch, Recompute::None).unwrap().site_grad.to_vec1().unwrap();
     let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
     let start = method.params().flat().to_vec1::<f32>().unwrap();
     let mut loss_at = |step: f64| {
         let moved = start.iter().zip(&gradient).map(|(&x, &g)| (f64::from(x) + step * f64::from(g) / norm) as f32).collect();
         set(&mut *method, moved);
-        forward_backward(&model, &*method, &batch, Recompute::None).unwrap().nll_sum()
+        forward_backward(model, &*method, batch, Recompute::None).unwrap().nll_sum()
     };
     let step = 0.05 / norm;
     let slope = (loss_at(step) - loss_at(-step)) / (2.0 * step);
     assert!((slope / norm - 1.0).abs() < 0.01, "slope {slope}, norm of the gradient {norm}");
+}
+
+#[test]
+fn low_rank_gradient_under_dropout_is_the_slope_of_the_loss() {
+    let (model, [batch, ..]) = two_rows();
+    assert_slope(&model, &mut *lora(&model), &batch);
+}
+
+#[test]
+fn factors_of_one_change_no_bit_and_their_gradient_is_the_slope_of_the_loss() {
+    let (model, [batch, ..]) = two_rows();
+    for feedforward in ["dense_4h_to_h", "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"] {
+        let keys = MethodKeys {
+            ia3_target: Some("query_key_value,dense,dense_h_to_4h,dense_4h_to_h".to_owned()),
+            ia3_feedforward: Some(feedforward.to_owned()),
+            ..MethodKeys::default()
+        };
+        let mut method = create(&MethodPlan::resolve(FinetuningType::Ia3, &keys).unwrap(), &model, 7).unwrap();
+        let base = glmddp::train::backprop::forward(&model, None, &batch).unwrap();
+        assert_eq!(glmddp::train::backprop::forward(&model, Some(&*method), &batch).unwrap(), base);
+        let n = method.params().layout().num_elements();
+        let values = KeyedRng::new(1, Stream::ParameterInit, 2).normal(n).into_iter().map(|x| 1.0 + 0.1 * x).collect();
+        set(&mut *method, values);
+        let kept = forward_backward(&model, &*method, &batch, Recompute::None).unwrap().site_grad.to_vec1::<f32>().unwrap();
+        assert_eq!(kept, forward_backward(&model, &*method, &batch, Recompute::Block).unwrap().site_grad.to_vec1::<f32>().unwrap());
+        assert_slope(&model, &mut *method, &batch);
+        // Folded into the weights, the loss is the same up to rounding.
+        let tuned = glmddp::train::backprop::forward(&model, Some(&*method), &batch).unwrap();
+        let mut merged = model.clone();
+        merged.replace_weights(&method.merged_base_weights(&model).unwrap().unwrap()).unwrap();
+        let folded = glmddp::train::backprop::forward(&merged, None, &batch).unwrap();
+        assert!((folded / tuned - 1.0).abs() < 1e-5, "{folded} {tuned}");
+    }
 }
 
 #[test]

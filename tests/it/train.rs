@@ -190,6 +190,11 @@ fn mpirun_train_of_pfeiffer_adapters_on_1_to_4_ranks_and_over_resumes_gives_the_
 }
 
 #[test]
+fn mpirun_train_of_factors_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
+    same_bits_on_1_to_4_ranks_and_over_resumes(&["--finetuning_type", "ia3"]);
+}
+
+#[test]
 fn mpirun_train_of_a_fusion_of_two_adapters_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
     let mut setup = Setup::new(&PFEIFFER);
     setup.train(1, "first", &["--max_steps", "2"]);
