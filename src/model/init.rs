@@ -193,7 +193,7 @@ fn hub_config(sizes: &Sizes, vocabulary: usize) -> Value {
     })
 }
 
-/// The model's tensors in shards of at most [`MAX_SHARD_BYTES`], and at least two.
+/// The model's tensors in shards of at most 2 GB, and at least two.
 pub fn shards(config: &ModelConfig, dtype: Dtype) -> Vec<Vec<safetensors::Announced>> {
     let shapes = config.parameter_shapes();
     let num_bytes = |shape: &[usize]| shape.iter().product::<usize>() * dtype.bitsize() / 8;
