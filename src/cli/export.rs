@@ -12,7 +12,7 @@ use super::report;
 use super::tuned_args::TunedArgs;
 use crate::checkpoint::{RealDisk, publish};
 use crate::dist::Solo;
-use crate::model::ModelError;
+use crate::model::init::expect_free;
 use crate::peft::export_model::model_files;
 use crate::peft::{self, ExportContext, MethodError};
 use crate::train::TrainError;
@@ -24,7 +24,7 @@ pub struct ExportArgs {
     /// Fold the adapter into the base's weights (LoRA, rsLoRA, DoRA, IA3); what a run exports by itself is the adapter alone
     #[arg(long, required = true, requires = "adapter")]
     pub merge: bool,
-    /// Folder to write the model to, as the hub has it; it must not be there
+    /// Folder to write the model to, as the hub has it; it must not be there, or be empty
     #[arg(long, value_name = "DIR")]
     pub output_dir: PathBuf,
     #[command(flatten)]
@@ -34,16 +34,17 @@ pub struct ExportArgs {
 pub fn run(args: &ExportArgs) -> anyhow::Result<()> {
     let (output_dir, model_dir) = (&args.output_dir, &args.tuned.model_name_or_path);
     let Some(adapter) = &args.tuned.adapter else { bail!("clap let the command pass without --adapter") };
-    if output_dir.exists() {
-        return Err(ModelError::FolderTaken { path: output_dir.clone() }.into());
-    }
+    expect_free(output_dir)?;
     let tuned = args.tuned.load(&Solo)?;
     let Some(method) = &tuned.method else { bail!("an adapter was given and not read") };
+    let about = peft::read::about(adapter).map_err(TrainError::from)?;
     let Some(merged) = method.merged_base_weights(&tuned.model)? else {
-        return Err(MethodError::NotMergeable { path: adapter.clone(), name: method.name() }.into());
+        // Several methods write one format: what computed a prefix is known only from what a run says of its export.
+        let name = about.as_ref().and_then(|about| about.get("method")?.as_str()).unwrap_or(method.name()).to_owned();
+        return Err(MethodError::NotMergeable { path: adapter.clone(), name }.into());
     };
     let merged: BTreeMap<String, Tensor> = merged.into_iter().map(|(weight, tensor)| (weight.name(), tensor)).collect();
-    let about = json!({ "merged_adapter": peft::read::about(adapter).map_err(TrainError::from)? });
+    let about = json!({ "merged_adapter": about });
     let files = model_files(&ExportContext { model_dir, config: &tuned.model.config, about: &about }, &merged).map_err(TrainError::from)?;
     let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
     publish(&RealDisk, output_dir, &files).map_err(TrainError::from)?;

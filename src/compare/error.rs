@@ -17,18 +17,24 @@ pub enum CompareError {
     #[error("there are no held-out rows to compare on")]
     NoHeldOutRows,
     #[error(transparent)]
-    Train(#[from] TrainError),
+    Train(Box<TrainError>),
+}
+
+impl From<TrainError> for CompareError {
+    fn from(error: TrainError) -> Self {
+        Self::Train(Box::new(error))
+    }
 }
 
 impl From<DistError> for CompareError {
     fn from(error: DistError) -> Self {
-        Self::Train(error.into())
+        TrainError::from(error).into()
     }
 }
 
 impl From<CheckpointError> for CompareError {
     fn from(error: CheckpointError) -> Self {
-        Self::Train(error.into())
+        TrainError::from(error).into()
     }
 }
 

@@ -87,7 +87,7 @@ pub const FOREIGN_ARGUMENTS: &[ForeignArgument] = &[
     // transformers Seq2SeqTrainingArguments
     idle("do_train", Flag, "the sub-command says so"),
     idle("do_eval", Flag, "validation_file turns evaluation on"),
-    refused("do_predict", Flag, OFF, "there is no prediction yet"),
+    refused("do_predict", Flag, OFF, "`glmddp generate` answers the rows of a file"),
     refused("fp16", Flag, OFF, "CPU runs compute in f32"),
     refused("bf16", Flag, OFF, "CPU runs compute in f32"),
     refused("fp16_full_eval", Flag, OFF, "CPU runs compute in f32"),
@@ -124,7 +124,7 @@ pub const FOREIGN_ARGUMENTS: &[ForeignArgument] = &[
     idle("run_name", One, "output_dir names the run"),
     idle("disable_tqdm", Flag, "the progress bar shows on a terminal only"),
     idle("full_determinism", Flag, "runs are always deterministic"),
-    idle("save_safetensors", Flag, "both formats are written"),
+    idle("save_safetensors", Flag, "each method is saved in the format of the library that reads it"),
     idle("save_on_each_node", Flag, "the ranks save together"),
     idle("dataloader_num_workers", One, "rows are tokenized before the first step"),
     idle("dataloader_pin_memory", Flag, "rows are tokenized before the first step"),
@@ -145,11 +145,24 @@ pub const FOREIGN_ARGUMENTS: &[ForeignArgument] = &[
     idle("torch_compile*", One, "there is no PyTorch"),
     idle("skip_memory_metrics", Flag, "the step line shows memory always"),
     // hiyouga/LLaMA-Factory
-    refused("lora_*", One, NEVER, "of LoRA there are rank, alpha, dropout, target and use_rslora"),
-    refused("freeze_trainable_layers", One, NEVER, "only P-Tuning v2 is there yet"),
+    refused("lora_*", One, NEVER, "of LoRA there are lora_rank, lora_alpha, lora_dropout, lora_target, use_rslora and use_dora"),
     refused("train_on_prompt", Flag, OFF, "the loss is over the answer"),
     refused("mask_history", Flag, ON, "the loss is over the last answer"),
     refused("neftune_noise_alpha", One, &["0", "0.0"], "no noise is added to embeddings"),
     idle("packing", Flag, "rows are always packed, and do not see each other"),
     idle("plot_loss", Flag, "trainer_log.jsonl has the losses"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::KeyTable;
+
+    /// Such an entry would never be reached: keys of ours are looked up first.
+    #[test]
+    fn foreign_arguments_are_no_keys_of_ours() {
+        let keys = KeyTable::new();
+        let ours: Vec<&str> = keys.names().filter(|name| FOREIGN_ARGUMENTS.iter().any(|a| a.name == *name)).collect();
+        assert_eq!(ours, [""; 0]);
+    }
+}

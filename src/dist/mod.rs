@@ -1,7 +1,7 @@
 //! Ranks and their collectives. The only MPI (and later NCCL) in the house; knows no parameter.
 //!
 //! - [`ProcessGroup`]: what a rank may do; [`Solo`], [`local`] (threads, for tests) and `Mpi` do it. [`connect()`] chooses.
-//! - [`SlotTree`], [`SlotAccumulator`], [`reduce`]: the sum of gradients whose bits do not depend on the world size.
+//! - [`SlotTree`], [`SlotAccumulator`], [`reduce()`]: the sum of gradients whose bits do not depend on the world size.
 //! - [`Shards`], [`reduce_scatter`], [`all_gather_shards`]: the same sum and other flat buffers, each rank with its own part of them.
 //! - [`agree()`]: an error on some ranks becomes the same error on all. [`install_panic_hook`]: a panic on one ends all.
 //! - [`plan_threads`]: how many threads a rank takes.

@@ -103,9 +103,7 @@ pub struct InitSummary {
 /// # Errors
 /// When the folder is taken, the tokenizer has more ids than the preset's vocabulary, or the disk fails.
 pub fn init_model(dir: &Path, options: InitOptions, tokenizer_bytes: &[u8], num_pieces: usize) -> Result<InitSummary, ModelError> {
-    if std::fs::symlink_metadata(dir).is_ok() && std::fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_some()) {
-        return Err(ModelError::FolderTaken { path: dir.to_owned() });
-    }
+    expect_free(dir)?;
     let name = dir.file_name().ok_or_else(|| ModelError::FolderTaken { path: dir.to_owned() })?.to_string_lossy();
     let temporary = dir.with_file_name(format!(".tmp-{name}-{}", std::process::id()));
     let result = fill(&temporary, options, tokenizer_bytes, num_pieces).and_then(|summary| {
@@ -116,6 +114,17 @@ pub fn init_model(dir: &Path, options: InitOptions, tokenizer_bytes: &[u8], num_
         _ = std::fs::remove_dir_all(&temporary);
     }
     result
+}
+
+/// Tests that a model may be written to `dir`.
+///
+/// # Errors
+/// When it is there and no empty folder.
+pub fn expect_free(dir: &Path) -> Result<(), ModelError> {
+    if std::fs::symlink_metadata(dir).is_ok() && std::fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_some()) {
+        return Err(ModelError::FolderTaken { path: dir.to_owned() });
+    }
+    Ok(())
 }
 
 fn fill(dir: &Path, options: InitOptions, tokenizer_bytes: &[u8], num_pieces: usize) -> Result<InitSummary, ModelError> {
@@ -193,7 +202,7 @@ fn hub_config(sizes: &Sizes, vocabulary: usize) -> Value {
     })
 }
 
-/// The model's tensors in shards of at most [`MAX_SHARD_BYTES`], and at least two.
+/// The model's tensors in shards of at most 2 GB, and at least two.
 pub fn shards(config: &ModelConfig, dtype: Dtype) -> Vec<Vec<safetensors::Announced>> {
     let shapes = config.parameter_shapes();
     let num_bytes = |shape: &[usize]| shape.iter().product::<usize>() * dtype.bitsize() / 8;

@@ -10,7 +10,7 @@ pub enum MethodError {
     #[error("`method.{key}` is \"{found}\", and in this model {reason}")]
     Setting { key: &'static str, found: String, reason: String, hint: String },
     #[error("{} is of {name}, which cannot be folded into the base's weights", path.display())]
-    NotMergeable { path: PathBuf, name: &'static str },
+    NotMergeable { path: PathBuf, name: String },
     /// Two adapters that cannot be joined: folder and value of each.
     #[error("`{what}` of {} is \"{}\" and of {} \"{}\"", pair[0].0.display(), pair[0].1, pair[1].0.display(), pair[1].1)]
     Pair { what: &'static str, pair: Box<[(PathBuf, String); 2]> },

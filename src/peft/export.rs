@@ -6,7 +6,7 @@
 //!
 //! Shapes: P virtual tokens, W = 2 * layers * groups * kv; of a row, slot 2i is layer i's key and 2i+1 its value, `[groups, kv]` each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
@@ -227,6 +227,25 @@ impl PeftFile {
         match self.config.get(key) {
             Some(Value::String(pattern)) => Ok(pattern.clone()),
             _ => Ok(self.read::<Vec<String>>(key, "a list of names or a pattern")?.join(",")),
+        }
+    }
+
+    /// Tests that there is no tensor beside those of `names`, whose layers' names begin with `layers` and a number: PEFT itself only warns
+    /// of them, and an adapter of a deeper model would be cut off.
+    ///
+    /// # Errors
+    /// When the file has tensors of another number of layers, or one that is not named.
+    pub fn expect_tensors<'a>(&self, names: impl Iterator<Item = &'a str>, layers: &str) -> Result<(), ExportError> {
+        let expected: BTreeSet<&str> = names.collect();
+        let layer = |name: &str| name.strip_prefix(layers).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        let [found, needed] = [self.tensors.names().filter_map(layer).collect(), expected.iter().filter_map(|name| layer(name)).collect()]
+            .map(|layers: BTreeSet<usize>| layers.len());
+        if found != needed {
+            return Err(ExportError::Layers { path: self.tensors.path().to_owned(), expected: needed, found });
+        }
+        match self.tensors.names().find(|name| !expected.contains(name)) {
+            Some(name) => Err(ExportError::OtherTensor { path: self.tensors.path().to_owned(), name: name.to_owned() }),
+            None => Ok(()),
         }
     }
 

@@ -30,6 +30,8 @@ use crate::rng::{KeyedRng, Stream, name_key};
 pub const NAME: &str = "lora";
 /// What PEFT puts before the base's names.
 const PEFT_PREFIX: &str = "base_model.model.";
+/// What the base's layers' names begin with.
+const LAYERS: &str = "transformer.encoder.layers.";
 
 pub fn name_of_A(layer: usize, site: LinearSite) -> String {
     format!("{}.lora_A.weight", site.path(layer))
@@ -293,6 +295,8 @@ impl Lora {
         };
         let targets = settings.targets(&ModelShape::from(&base.config))?;
         let method = Self::new(settings.clone(), targets, base, 0)?;
+        let names: Vec<String> = method.params.layout().iter().map(|(name, _)| format!("{PEFT_PREFIX}{name}")).collect();
+        file.expect_tensors(names.iter().map(String::as_str), &format!("{PEFT_PREFIX}{LAYERS}"))?;
         let tensors = method.params.layout().iter().map(|(name, entry)| {
             let value = file.tensor(&format!("{PEFT_PREFIX}{name}"), &entry.shape)?;
             Ok((name.to_owned(), value))

@@ -18,6 +18,7 @@ mod golden_tokenizer;
 mod golden_train;
 mod kernels;
 mod layering;
+mod methods;
 mod model_errors;
 mod mpi;
 mod peft;

@@ -27,45 +27,15 @@ fn setup() -> tempfile::TempDir {
     dir
 }
 
-/// Trains into `out`; gives the held-out loss that the run's log ends with.
-fn train(dir: &Path, method: &[&str]) -> f64 {
+/// Trains into `out`.
+fn train(dir: &Path, method: &[&str]) {
     let rest = "train --model_name_or_path model --train_file data/train.jsonl --validation_file data/dev.jsonl --output_dir out \
                 --overwrite_output_dir --max_steps 3 --per_device_train_batch_size 2 --global_batch_size 4 --threads 1 --quiet --seed 1";
     ok(dir, &[&rest.split_whitespace().collect::<Vec<_>>()[..], method].concat());
-    let log = std::fs::read_to_string(dir.join("out/trainer_log.jsonl")).unwrap();
-    let mut losses = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["eval_loss"].as_f64());
-    losses.next_back().expect("the run evaluates")
 }
 
 const EVALUATE: [&str; 6] =
     ["evaluate", "--model_name_or_path=model", "--validation_file=data/dev.jsonl", "--threads=1", "--json", "--adapter=out/adapter"];
-const PROMPT: &str = "类型#裤*颜色#黑色";
-const GENERATE: [&str; 6] = ["generate", "--model_name_or_path=model", "--threads=1", "--max_new_tokens=12", "--prompt", PROMPT];
-
-fn loss(dir: &Path, args: &[&str]) -> f64 {
-    serde_json::from_str::<Value>(&ok(dir, args)).unwrap()["eval_loss"].as_f64().unwrap()
-}
-
-#[test]
-fn adapter_of_each_method_has_the_loss_that_its_run_ended_with_and_changes_the_answer() {
-    let dir = setup();
-    let dir = dir.path();
-    let base = (loss(dir, &EVALUATE[..5]), ok(dir, &GENERATE));
-    for method in [
-        "--finetuning_type ptuning_v2 --pre_seq_len 4",
-        "--finetuning_type ptuning_v2 --pre_seq_len 4 --prefix_projection --learning_rate 1e-3",
-        "--finetuning_type prefix_tuning --pre_seq_len 4 --encoder_hidden_size 5",
-        "--finetuning_type lora --lora_rank 4 --lora_target all --learning_rate 2e-2",
-        "--finetuning_type lora --lora_rank 4 --use_rslora --learning_rate 2e-2",
-    ] {
-        let method: Vec<&str> = method.split_whitespace().collect();
-        let trained = train(dir, &method);
-        assert_eq!(loss(dir, &EVALUATE), trained, "{method:?}");
-        assert_ne!(trained, base.0, "{method:?}");
-        assert_ne!(ok(dir, &[&GENERATE[..], &["--adapter=out/adapter"]].concat()), base.1, "{method:?}");
-    }
-}
-
 #[test]
 fn generation_after_learning_one_row_gives_its_answer_and_stops() {
     let dir = setup();
@@ -105,17 +75,11 @@ fn rows_of_a_file_are_answered_in_order_as_their_prompts_are() {
 }
 
 #[test]
-fn adapter_that_does_not_belong_here_is_refused_with_both_values() {
+fn folder_without_an_adapter_that_can_be_read_is_refused() {
     let dir = setup();
     let dir = dir.path();
     train(dir, &["--finetuning_type=ptuning_v2", "--pre_seq_len=4"]);
     let adapter = |more: &[&str]| refused(dir, &[&EVALUATE[..], more].concat());
-    ok(dir, &["init-model", "--preset", "tiny", "--output_dir", "other", "--seed", "1"]);
-    insta::assert_snapshot!("adapter_of_another_base", adapter(&["--model_name_or_path=other"]));
-    assert_eq!(
-        adapter(&["--model_name_or_path=other"]),
-        refused(dir, &[&GENERATE[..], &["--adapter=out/adapter", "--model_name_or_path=other"]].concat())
-    );
     insta::assert_snapshot!("folder_without_an_adapter", adapter(&["--adapter=data"]));
     insta::assert_snapshot!("no_such_adapter", adapter(&["--adapter=absent"]));
 
@@ -123,13 +87,6 @@ fn adapter_that_does_not_belong_here_is_refused_with_both_values() {
     let json = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, json.replace("PREFIX_TUNING", "ADALORA")).unwrap();
     insta::assert_snapshot!("adapter_of_an_unknown_method", adapter(&[]));
-    std::fs::write(&path, json).unwrap();
-
-    // As PEFT writes it: nothing says what the base was, and the sizes alone are held against it.
-    std::fs::remove_file(dir.join("out/adapter/glmddp.json")).unwrap();
-    ok(dir, &EVALUATE);
-    ok(dir, &["init-model", "--preset", "tiny", "--num_layers", "3", "--output_dir", "deeper"]);
-    insta::assert_snapshot!("prefix_of_another_size", adapter(&["--model_name_or_path=deeper"]));
 }
 
 #[test]
