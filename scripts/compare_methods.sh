@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every tuning method on one small pretrained base: the table and the picture of docs/methods.md.
+# Every tuning method on one small pretrained base: the table and the picture of benches/results/*-methods.md.
 #
 #   scripts/compare_methods.sh [--out DIR] [--tokenizer tokenizer.model] [--data DIR] [--ranks N]
 #
@@ -77,7 +77,7 @@ global_batch_size = 8
 
 [run]
 output_dir = "$out/compare"
-max_steps = 120
+max_steps = 80
 logging_steps = 50
 save_steps = 100
 

@@ -27,7 +27,7 @@ const OTHER_BASE: &str = "--model_name_or_path deeper";
 
 /// Learning rates are such that three steps change the loss.
 #[rustfmt::skip]
-const CASES: [Case; 15] = [
+const CASES: [Case; 16] = [
     case("--finetuning_type ptuning_v2 --pre_seq_len 4", "--pre_seq_len 5"),
     case("--finetuning_type ptuning_v2 --pre_seq_len 4 --prefix_projection --learning_rate 1e-3", "--prefix_projection=false"),
     case("--finetuning_type prefix_tuning --pre_seq_len 4 --encoder_hidden_size 5", "--encoder_hidden_size 6"),
@@ -36,6 +36,7 @@ const CASES: [Case; 15] = [
     case("--finetuning_type p_tuning --num_virtual_tokens 4 --encoder_reparameterization_type LSTM --encoder_hidden_size 6",
          "--encoder_reparameterization_type MLP"),
     case("--finetuning_type lora --lora_rank 4 --learning_rate 1e-2", "--lora_rank 8"),
+    case("--finetuning_type ia3 --learning_rate 1e-2", "--ia3_target query_key_value"),
     case("--finetuning_type lora --lora_rank 4 --lora_target all --use_rslora --learning_rate 1e-2", "--use_rslora=false"),
     case("--finetuning_type lora --lora_rank 4 --lora_target .*layers\\.1\\..*dense --use_dora --learning_rate 1e-2",
          "--lora_target .*layers\\.0\\..*dense"),
