@@ -14,6 +14,7 @@ pub mod export;
 pub mod export_model;
 pub mod keys;
 pub mod lora;
+mod lora_settings;
 mod low_rank;
 pub mod p_tuning;
 pub mod prefix;
