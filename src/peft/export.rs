@@ -20,6 +20,8 @@ use crate::model::config::{ModelConfig, ModelError};
 /// Method, sizes, base fingerprint, tokenizer hash and template of an exported prefix.
 pub const ABOUT_FILE: &str = "glmddp.json";
 pub(super) const PEFT_CONFIG: &str = "adapter_config.json";
+/// What PEFT puts before the base's names.
+pub(super) const PEFT_PREFIX: &str = "base_model.model.";
 const PEFT_TENSORS: &str = "adapter_model.safetensors";
 const PEFT_TENSORS_OLD: &str = "adapter_model.bin";
 const PEFT_TABLE: &str = "prompt_embeddings";
@@ -172,6 +174,16 @@ pub fn peft_adapter(config: &Value, tensors: &BTreeMap<String, Tensor>, about: &
         (PEFT_TENSORS.to_owned(), safetensors::to_bytes(tensors)?),
         (ABOUT_FILE.to_owned(), pretty(about)),
     ])
+}
+
+/// What an export says of itself, with notes for its reader.
+pub(super) fn with_notes(about: &Value, notes: impl IntoIterator<Item = &'static str>) -> Value {
+    let mut about = about.clone();
+    let notes: Vec<Value> = notes.into_iter().map(Value::from).collect();
+    if let (Value::Object(about), false) = (&mut about, notes.is_empty()) {
+        about.insert("notes".to_owned(), notes.into());
+    }
+    about
 }
 
 /// An adapter in PEFT's format, opened.

@@ -10,7 +10,7 @@ use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::export::{self, ExportError, Files, PeftFile};
+use super::export::{self, ExportError, Files, PEFT_PREFIX, PeftFile};
 use super::keys::{KeyError, MethodKeys};
 use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
 use crate::kernels::elementwise;
@@ -22,8 +22,6 @@ use crate::model::{ChatGlm2, ModelConfig};
 use crate::params::ParamSet;
 
 pub const NAME: &str = "ia3";
-/// What PEFT puts before the base's names.
-const PEFT_PREFIX: &str = "base_model.model.";
 
 fn parameter(layer: usize, site: LinearSite) -> String {
     format!("{}.ia3_l", site.path(layer))

@@ -13,7 +13,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::export::{self, ExportError, Files, PeftFile};
+use super::export::{self, ExportError, Files, PEFT_PREFIX, PeftFile};
 use super::lora_settings::all_sites;
 pub use super::lora_settings::{Settings, Targets};
 use super::low_rank::LoraHooks;
@@ -27,8 +27,6 @@ use crate::params::ParamSet;
 use crate::rng::{KeyedRng, Stream, name_key};
 
 pub const NAME: &str = "lora";
-/// What PEFT puts before the base's names.
-const PEFT_PREFIX: &str = "base_model.model.";
 /// What the base's layers' names begin with.
 const LAYERS: &str = "transformer.encoder.layers.";
 

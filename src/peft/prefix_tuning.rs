@@ -168,6 +168,9 @@ impl PeftMethod for PrefixTuning {
     /// The encoder's output: PEFT keeps no encoder, so a run goes on from a checkpoint and not from this.
     fn export(&self, context: &ExportContext) -> std::result::Result<Files, ExportError> {
         let shape = PrefixShape::of(context.config, self.encoder.shape().virtual_tokens);
-        export::peft_files(&shape, self.encoder.table(), &context.model_dir.display().to_string(), context.about)
+        let note =
+            "PEFT keeps the projection's output alone: it cannot go on training the projection from this; a checkpoint of the run can";
+        let about = export::with_notes(context.about, self.encoder.shape().projection.map(|_| note));
+        export::peft_files(&shape, self.encoder.table(), &context.model_dir.display().to_string(), &about)
     }
 }

@@ -147,10 +147,12 @@ impl PeftMethod for PtuningV2 {
         let path = context.model_dir.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|source| ExportError::Io { path: path.clone(), source })?;
         let base_config = serde_json::from_str(&text).map_err(|source| ExportError::Json { path, source })?;
+        let note = "adapter_model.safetensors (PEFT) holds the projection's output alone; the projection is in pytorch_model.bin (THUDM)";
+        let about = export::with_notes(context.about, self.encoder.shape().projection.map(|_| note));
         // Both formats in one folder: their file names differ, and the file about the run is the same.
         let mut files: BTreeMap<String, Vec<u8>> =
-            export::peft_files(&shape, self.encoder.table(), &base_model, context.about)?.into_iter().collect();
-        files.extend(export::thudm_files(&shape, &self.params().tensors()?, &base_config, context.about)?);
+            export::peft_files(&shape, self.encoder.table(), &base_model, &about)?.into_iter().collect();
+        files.extend(export::thudm_files(&shape, &self.params().tensors()?, &base_config, &about)?);
         Ok(files.into_iter().collect())
     }
 }

@@ -72,7 +72,7 @@ impl TrainHooks for SoftHooks {
 pub(super) fn peft_files(
     table_PH: &Tensor,
     own: Value,
-    notes: &[&str],
+    notes: &[&'static str],
     context: &ExportContext,
 ) -> std::result::Result<Files, ExportError> {
     let (tokens, hidden) = table_PH.dims2()?;
@@ -92,12 +92,9 @@ pub(super) fn peft_files(
     if let (Value::Object(all), Value::Object(own)) = (&mut config, own) {
         all.extend(own);
     }
-    let mut about = context.about.clone();
-    if let Value::Object(about) = &mut about {
-        let published = "the published ChatGLM2 code (modeling_chatglm.py) cannot run PEFT's prompt methods: it reads input_ids.shape, and \
-                         PEFT passes inputs_embeds alone; run this adapter with glmddp, or with a ChatGLM2 that takes inputs_embeds";
-        about.insert("notes".to_owned(), notes.iter().copied().chain([published]).collect());
-    }
+    let published = "the published ChatGLM2 code (modeling_chatglm.py) cannot run PEFT's prompt methods: it reads input_ids.shape, and \
+                     PEFT passes inputs_embeds alone; run this adapter with glmddp, or with a ChatGLM2 that takes inputs_embeds";
+    let about = export::with_notes(context.about, notes.iter().copied().chain([published]));
     let tensors = BTreeMap::from([(TABLE.to_owned(), table_PH.to_dtype(DType::F32)?)]);
     export::peft_adapter(&config, &tensors, &about)
 }
