@@ -118,13 +118,16 @@ impl Trainer<'_, '_> {
 
     /// Moves this rank's shard of the parameters along its shard of the gradient -> the whole gradient's norm before clipping.
     fn update(&mut self, grad: &Tensor, lr: f64) -> Result<f64, TrainError> {
-        if let Some(bad) = self.optimizer.first_non_finite(grad, self.method.params().layout())? {
+        let grad_norm = self.optimizer.global_norm(grad)?;
+        // Squares of f32 values cannot overflow a sum in f64: a norm that is finite vouches for every element.
+        if !grad_norm.is_finite()
+            && let Some(bad) = self.optimizer.first_non_finite(grad, self.method.params().layout())?
+        {
             return Err(TrainError::NotFinite {
                 what: format!("element {} of the gradient of `{}` ({})", bad.index, bad.name, bad.value),
                 slots: Vec::new(),
             });
         }
-        let grad_norm = self.optimizer.global_norm(grad)?;
         if let Some(max_norm) = self.settings.max_grad_norm {
             optim::clip_grad(grad, grad_norm, max_norm)?;
         }
