@@ -229,6 +229,10 @@ impl PeftMethod for Adapter {
         &mut self.params
     }
 
+    fn site_is_parameters(&self) -> bool {
+        true
+    }
+
     fn hooks<'a>(&'a self, _rows: RowContext<'a>) -> Result<Box<dyn TrainHooks + 'a>> {
         Ok(Box::new(AdapterHooks::new(self)?))
     }
