@@ -106,7 +106,7 @@ compare prompt_tuning_vocab --finetuning_type prompt_tuning --num_virtual_tokens
 p_tuning=(--finetuning_type p_tuning --num_virtual_tokens 8 --learning_rate 1e-2)
 compare p_tuning_lstm "${p_tuning[@]}" --encoder_reparameterization_type LSTM --encoder_hidden_size 32
 compare p_tuning_mlp "${p_tuning[@]}" --encoder_reparameterization_type MLP --encoder_hidden_size 32
-compare ia3 --finetuning_type ia3 --learning_rate 1e-2
+compare ia3 --finetuning_type ia3 --learning_rate 1e-1
 adapter=(--finetuning_type adapter --learning_rate 5e-3)
 compare adapter_houlsby "${adapter[@]}" --adapter_config houlsby --reduction_factor 16 --adapter_name house
 compare adapter_pfeiffer "${adapter[@]}" --adapter_config pfeiffer --reduction_factor 16 --adapter_name ads
