@@ -28,7 +28,8 @@ LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 class Tuned:
-    """A model under an adapter: `model(input_ids=..)` gives logits, `head` is the layer that makes them, `save(folder)` is the library's own."""
+    """A model under an adapter: `model(input_ids=..)` gives logits, `head` is the layer that makes them, `save(folder)` is the library's own;
+    none where the model was tuned itself."""
 
     def __init__(self, kind, model, head, save):
         self.kind, self.model, self.head, self.save = kind, model.eval(), head, save
@@ -68,6 +69,9 @@ def load(base, folder, fused=()):
         names = [model.load_adapter(f, use_safetensors=True, with_head=False) for f in fused]
         model.load_adapter_fusion(folder, use_safetensors=True, with_head=False)
         return under_adapters(model, Fuse(*names))
+    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
+        model = Hub.load(folder)  # which wants every tensor of a model, and no other
+        return Tuned("a model of its own", model, model.transformer.output_layer, None)
     with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as f:
         config = json.load(f)
     if "peft_type" in config:
@@ -110,6 +114,8 @@ def randomise(model, factors=("magnitude", "ia3_l")):
             p.data = torch.randn_like(p)
         elif p.dim() == 2:
             p.data = torch.randn_like(p) * p.shape[1] ** -0.5
+            if "transform.2." in name:  # behind a tanh, and keys and values of the model are of size 1.6
+                p.data *= 4
         else:
             p.data = 0.2 * torch.randn_like(p)
 

@@ -48,12 +48,13 @@ wanted() {
     [ -z "$only" ] || [[ ,$only, == *,$1,* ]]
 }
 
+steps=11
 train() {
     local run=$out/$1
     shift
     "$glmddp" train --model_name_or_path "$out/model" --train_file "$train_file" --max_train_samples 100 \
         --prompt_column content --response_column summary --max_source_length 64 --max_target_length 128 "$@" --lr_scheduler_type constant \
-        --per_device_train_batch_size 2 --global_batch_size 4 --max_steps 11 --save_steps 10 --logging_steps 1 \
+        --per_device_train_batch_size 2 --global_batch_size 4 --max_steps "$steps" --save_steps 10 --logging_steps 1 \
         --output_dir "$run" --dump_batches "$run-batches.jsonl" --quiet
 }
 
@@ -74,9 +75,26 @@ compare() {
 }
 fused=()
 
+# A method that trains the base exports a model of its own, at a run's end alone: of a second run, which stops a step earlier
+compare_model() {
+    local name=$1
+    shift
+    wanted "$name" || return 0
+    say "$name: $*"
+    if train "$name" "$@" && steps=10 train "$name-10" "$@" &&
+        "$python" benches/peft_parity.py exported --model "$out/model" --adapter "$out/$name-10/adapter" --log "$out/$name/trainer_log.jsonl" \
+            --batches "$out/$name"-batches.jsonl* --step 10; then
+        passed+=("$name")
+    else
+        failed+=("$name")
+    fi
+    rm -rf "$out/$name"/checkpoint-* "$out/$name-10"/checkpoint-* # the state of all weights
+}
+
 lora=(--finetuning_type lora --lora_dropout 0 --learning_rate 5e-3)
 compare lora_qkv "${lora[@]}"
 compare lora_all "${lora[@]}" --lora_target all --lora_rank 4 --lora_alpha 16
+compare lora_regex "${lora[@]}" --lora_target '.*layers\.[13]\.(self_attention\.query_key_value|mlp\.dense_4h_to_h)'
 compare rslora "${lora[@]}" --use_rslora
 compare dora "${lora[@]}" --use_dora
 compare dora_rslora_all "${lora[@]}" --use_dora --use_rslora --lora_target all --lora_rank 4
@@ -84,11 +102,11 @@ compare prefix_tuning --finetuning_type prefix_tuning --pre_seq_len 8 --learning
 compare prefix_tuning_plain --finetuning_type prefix_tuning --pre_seq_len 8 --prefix_projection=false --learning_rate 2e-2
 compare ptuning_v2 --finetuning_type ptuning_v2 --pre_seq_len 8 --prefix_dropout 0 --learning_rate 2e-2
 compare prompt_tuning_random --finetuning_type prompt_tuning --num_virtual_tokens 8 --prompt_init random --learning_rate 2e-2
-compare prompt_tuning_vocab --finetuning_type prompt_tuning --num_virtual_tokens 8 --prompt_init vocab --learning_rate 2e-2
+compare prompt_tuning_vocab --finetuning_type prompt_tuning --num_virtual_tokens 8 --prompt_init vocab --learning_rate 1e-1
 p_tuning=(--finetuning_type p_tuning --num_virtual_tokens 8 --learning_rate 1e-2)
 compare p_tuning_lstm "${p_tuning[@]}" --encoder_reparameterization_type LSTM --encoder_hidden_size 32
 compare p_tuning_mlp "${p_tuning[@]}" --encoder_reparameterization_type MLP --encoder_hidden_size 32
-compare ia3 --finetuning_type ia3 --learning_rate 1e-2
+compare ia3 --finetuning_type ia3 --learning_rate 1e-1
 adapter=(--finetuning_type adapter --learning_rate 5e-3)
 compare adapter_houlsby "${adapter[@]}" --adapter_config houlsby --reduction_factor 16 --adapter_name house
 compare adapter_pfeiffer "${adapter[@]}" --adapter_config pfeiffer --reduction_factor 16 --adapter_name ads
@@ -104,6 +122,9 @@ if wanted adapter_fusion; then
         failed+=(adapter_fusion)
     fi
 fi
+
+compare_model freeze --finetuning_type freeze --freeze_trainable_layers 2 --learning_rate 1e-3
+compare_model full --finetuning_type full --learning_rate 1e-3
 
 if wanted foreign; then
     say "adapters that the libraries save, read by glmddp"

@@ -14,6 +14,7 @@ mod golden_data;
 mod golden_formats;
 mod golden_methods;
 mod golden_model;
+mod golden_peft;
 mod golden_tokenizer;
 mod golden_train;
 mod kernels;
