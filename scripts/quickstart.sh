@@ -40,8 +40,8 @@ say "making a small ChatGLM2 with random weights, and rows of two kinds about th
 "$glmddp" demo-data --kind advert --output_dir demo/adverts
 "$glmddp" demo-data --kind answer --output_dir demo/answers
 row=$(grep -m 1 '季节.*场合' demo/answers/dev.jsonl)
-prompt=$(sed 's/.*"content": *"\([^"]*\)".*/\1/' <<<"$row")
-expected=$(sed 's/.*"summary": *"\([^"]*\)".*/\1/' <<<"$row")
+prompt=$(sed -n 's/.*"content": *"\([^"]*\)".*/\1/p' <<<"$row")
+expected=$(sed -n 's/.*"summary": *"\([^"]*\)".*/\1/p' <<<"$row")
 
 say "1. a base: all weights learn to write adverts: ${mpirun[*]} train --config configs/demo_base.toml"
 random=$(held_out adverts demo/model)
