@@ -44,19 +44,26 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     Some(if values.len() % 2 == 1 { upper } else { (values[values.len() / 2 - 1] + upper) / 2.0 })
 }
 
-/// Bytes of the weights in an exported folder: its safetensors files. Other formats beside them hold the same values again.
+/// Bytes of the weights in an exported folder and those below it: its safetensors files, or where it has none its `.bin` files. Where both are
+/// there, they hold the same values twice.
 ///
 /// # Errors
-/// When the folder cannot be read.
+/// When a folder cannot be read.
 pub(super) fn weight_bytes(dir: &Path) -> Result<u64, TrainError> {
     let sizes = || {
-        std::fs::read_dir(dir)?
-            .map(|entry| {
+        let (mut safetensors, mut pickles, mut open) = (0, 0, vec![dir.to_owned()]);
+        while let Some(folder) = open.pop() {
+            for entry in std::fs::read_dir(folder)? {
                 let entry = entry?;
-                let is_weights = entry.path().extension().is_some_and(|e| e == "safetensors");
-                if is_weights { Ok(entry.metadata()?.len()) } else { Ok(0) }
-            })
-            .sum::<std::io::Result<u64>>()
+                match entry.path().extension().and_then(|e| e.to_str()) {
+                    _ if entry.file_type()?.is_dir() => open.push(entry.path()),
+                    Some("safetensors") => safetensors += entry.metadata()?.len(),
+                    Some("bin") => pickles += entry.metadata()?.len(),
+                    _ => {}
+                }
+            }
+        }
+        Ok(if safetensors > 0 { safetensors } else { pickles })
     };
     sizes().map_err(|source| TrainError::Io { path: dir.to_owned(), source })
 }

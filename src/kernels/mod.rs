@@ -16,5 +16,5 @@ pub mod lstm;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rotary;
-mod simd;
+pub mod simd;
 pub mod swiglu;

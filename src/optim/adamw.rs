@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::CHUNK;
 use crate::kernels::host::{F32View, with_3_f32_mut};
+use crate::kernels::simd::vectorize;
 use crate::params;
 
 const EXP_AVG: &str = "exp_avg.";
@@ -173,32 +174,21 @@ impl Update {
     /// All of it in one pass over memory: 4 values read and 3 written an element.
     fn apply(&self, params: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor, grads: &Tensor) -> candle_core::Result<()> {
         let g = F32View::new(grads)?;
-        // Compiled for the widest vector unit at hand. Fused multiply-add is exactly rounded with or without hardware: the same bits.
-        let arch = pulp::Arch::new();
         with_3_f32_mut([params, exp_avg, exp_avg_sq], "adamw", |p, m, v| {
             let chunks = p.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK)).zip(g.par_chunks(CHUNK));
+            // Compiled for the widest vector unit at hand. Fused multiply-add is exactly rounded with or without hardware: the same bits.
             chunks.for_each(|(((p, m), v), g)| {
-                arch.dispatch(
-                    #[inline(always)]
-                    || self.chunk(p, m, v, g),
-                );
+                vectorize(|| {
+                    let &Self { weight1, keep2, weight2, keep, step_size, correction, epsilon } = self;
+                    for (((p, m), v), &g) in p.iter_mut().zip(m).zip(v).zip(g) {
+                        // In the form that torch's lerp takes on either side of 0.5.
+                        *m = if weight1 < 0.5 { weight1.mul_add(g - *m, *m) } else { (weight1 - 1.0).mul_add(g - *m, g) };
+                        *v = (weight2 * g).mul_add(g, *v * keep2);
+                        *p = *p * keep + step_size * *m / (v.sqrt() / correction + epsilon);
+                    }
+                });
             });
         })
-    }
-
-    #[inline(always)]
-    fn chunk(&self, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
-        // Slices of one known length and an index: zipped iterators of four are not vectorized.
-        let n = p.len();
-        let (p, m, v, g) = (&mut p[..n], &mut m[..n], &mut v[..n], &g[..n]);
-        for i in 0..n {
-            // In the form that torch's lerp takes on either side of 0.5.
-            let (to, from) = (g[i], m[i]);
-            m[i] = if self.weight1 < 0.5 { self.weight1.mul_add(to - from, from) } else { (self.weight1 - 1.0).mul_add(to - from, to) };
-            v[i] = (self.weight2 * to).mul_add(to, v[i] * self.keep2);
-            let denominator = v[i].sqrt() / self.correction + self.epsilon;
-            p[i] = p[i] * self.keep + self.step_size * m[i] / denominator;
-        }
     }
 }
 
