@@ -36,7 +36,6 @@ const CASES: [Case; 16] = [
     case("--finetuning_type p_tuning --num_virtual_tokens 4 --encoder_reparameterization_type LSTM --encoder_hidden_size 6",
          "--encoder_reparameterization_type MLP"),
     case("--finetuning_type lora --lora_rank 4 --learning_rate 1e-2", "--lora_rank 8"),
-    case("--finetuning_type ia3 --learning_rate 1e-2", "--ia3_target query_key_value"),
     case("--finetuning_type lora --lora_rank 4 --lora_target all --use_rslora --learning_rate 1e-2", "--use_rslora=false"),
     case("--finetuning_type lora --lora_rank 4 --lora_target .*layers\\.1\\..*dense --use_dora --learning_rate 1e-2",
          "--lora_target .*layers\\.0\\..*dense"),
@@ -47,6 +46,7 @@ const CASES: [Case; 16] = [
     case("--finetuning_type freeze --freeze_trainable_layers 1", "--freeze_trainable_layers 2"),
     case("--finetuning_type freeze --freeze_trainable_modules query_key_value", "--freeze_trainable_modules dense"),
     case("--finetuning_type full", OTHER_BASE),
+    case("--finetuning_type ia3 --learning_rate 1e-2", "--ia3_target query_key_value"),
 ];
 
 impl Case {
