@@ -64,6 +64,43 @@ fn matmul_row_does_not_depend_on_the_other_rows() {
     }
 }
 
+/// What every element of a product is, whatever the sizes, strides, tiles and threads: chains of fused multiply-adds over at most 512 steps of k
+/// that are equally long but for the last, added up in order.
+fn by_definition(x: &Tensor, w: &Tensor, start: Option<&Tensor>) -> Vec<u32> {
+    let ((m, k), (n, _)) = (x.dims2().unwrap(), w.dims2().unwrap());
+    let (x, w, start) = (values(x), values(w), start.map(values));
+    let chain = k.div_ceil(k.div_ceil(512));
+    let element = |at: usize| {
+        let (row, column) = (&x[at / n * k..][..k], &w[at % n * k..][..k]);
+        let chains = row.chunks(chain).zip(column.chunks(chain));
+        let sums = chains.map(|(a, b)| a.iter().zip(b).fold(0f32, |sum, (a, b)| a.mul_add(*b, sum)));
+        start.iter().map(|start| start[at]).chain(sums).reduce(|a, b| a + b).unwrap().to_bits()
+    };
+    (0..m * n).map(element).collect()
+}
+
+#[test]
+fn matmul_of_any_size_and_strides_is_the_same_chain_of_multiply_adds() {
+    if cfg!(target_arch = "x86_64") && !std::arch::is_x86_feature_detected!("fma") {
+        eprintln!("NOT RUN: this processor does not fuse multiply-adds");
+        return;
+    }
+    let bits = |t: &Tensor| values(t).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    let tall = (1..28).map(|m| (m, 33, 800));
+    let wide = [(5, 7, 1), (12, 1, 32), (13, 513, 40), (97, 5, 95), (64, 520, 96), (200, 9, 129), (70, 30, 768), (25, 1030, 771)];
+    for (m, k, n) in tall.chain(wide) {
+        let (x, w, sum) = (random(&[m, k], 1), random(&[n, k], 2), random(&[m, n], 3));
+        let t = |t: &Tensor| t.t().unwrap().contiguous().unwrap();
+        let expected = by_definition(&x, &w, None);
+        assert!(bits(&matmul::nt(&x, &w).unwrap()) == expected, "nt of {m} x {k} x {n}");
+        assert!(bits(&matmul::nn(&x, &t(&w)).unwrap()) == expected, "nn of {m} x {k} x {n}");
+        assert!(bits(&matmul::tn(&t(&x), &t(&w)).unwrap()) == expected, "tn of {m} x {k} x {n}");
+        let expected = by_definition(&x, &w, Some(&sum));
+        matmul::tn_add_(&sum, &t(&x), &t(&w)).unwrap();
+        assert!(bits(&sum) == expected, "tn_add_ of {m} x {k} x {n}");
+    }
+}
+
 #[test]
 fn matmul_of_other_inner_sizes_is_refused() {
     assert!(matmul::nt(&random(&[2, 3], 1), &random(&[2, 4], 2)).unwrap_err().to_string().contains("inner sizes differ"));
