@@ -4,6 +4,7 @@
 //! - [`SlotTree`], [`SlotAccumulator`], [`reduce()`]: the sum of gradients whose bits do not depend on the world size.
 //! - [`Shards`], [`reduce_scatter`], [`all_gather_shards`]: the same sum and other flat buffers, each rank with its own part of them.
 //! - [`agree()`]: an error on some ranks becomes the same error on all. [`install_panic_hook`]: a panic on one ends all.
+//! - [`Watched`]: a collective that lasts too long ends the job, naming the rank that does not come.
 //! - [`plan_threads`]: how many threads a rank takes.
 
 mod abort;
@@ -21,7 +22,9 @@ mod reduce;
 mod shards;
 mod slots;
 mod solo;
+mod stall;
 mod threads;
+mod watch;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -33,9 +36,10 @@ pub use connect::connect;
 pub use error::DistError;
 pub use reduce::{reduce, reduce_scatter};
 pub use shards::{Shards, all_gather_shards, gather_shards};
-pub use slots::{Node, SlotScalars, SlotTree, gather_slots};
+pub use slots::{Node, SlotScalars, SlotTree, gather_slots, gather_slots_and_notes};
 pub use solo::Solo;
 pub use threads::{Cores, Threads, install_thread_pool, plan_threads, threads_per_rank};
+pub use watch::Watched;
 
 /// The ranks of a job. Every rank calls the same sequence of collectives with the same shapes.
 ///
@@ -62,6 +66,9 @@ pub trait ProcessGroup {
     /// Root's `[n]` f32 on every rank. All ranks pass a tensor of the same shape.
     fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError>;
     fn barrier(&self) -> Result<(), DistError>;
+
+    /// Tells whoever watches this rank which step it is at and what it does there.
+    fn now_at(&self, _step: u64, _activity: &'static str) {}
 
     /// Ends the whole job at once, with `message` on stderr once, naming this rank.
     fn abort(&self, message: &str) -> !;

@@ -99,22 +99,32 @@ impl SlotScalars {
 /// # Errors
 /// When two ranks give the same slot, or the collective fails.
 pub fn gather_slots(group: &dyn ProcessGroup, mine: &[SlotScalars]) -> Result<Vec<SlotScalars>, DistError> {
-    let mut bytes = Vec::with_capacity(mine.len() * SCALARS_BYTES);
+    Ok(gather_slots_and_notes(group, mine, 0)?.0)
+}
+
+/// As [`gather_slots`], and in the same message a byte of the caller's from each rank, by rank.
+///
+/// # Errors
+/// As [`gather_slots`].
+pub fn gather_slots_and_notes(group: &dyn ProcessGroup, mine: &[SlotScalars], note: u8) -> Result<(Vec<SlotScalars>, Vec<u8>), DistError> {
+    let mut bytes = Vec::with_capacity(1 + mine.len() * SCALARS_BYTES);
+    bytes.push(note);
     mine.iter().for_each(|s| s.encode(&mut bytes));
-    let mut all = Vec::new();
+    let (mut all, mut notes) = (Vec::new(), Vec::new());
     for (rank, bytes) in group.all_gather_bytes(&bytes)?.iter().enumerate() {
-        let (records, rest) = bytes.as_chunks::<SCALARS_BYTES>();
-        if !rest.is_empty() {
-            let expected = format!("a multiple of {SCALARS_BYTES}");
+        let whole = bytes.split_first().map(|(note, records)| (note, records.as_chunks::<SCALARS_BYTES>()));
+        let Some((note, (records, []))) = whole else {
+            let expected = format!("1 and a multiple of {SCALARS_BYTES}");
             return Err(DistError::Message { rank, what: "slot scalars", expected, found: bytes.len() });
-        }
+        };
+        notes.push(*note);
         all.extend(records.iter().map(|record| (rank, SlotScalars::decode(record))));
     }
     all.sort_by_key(|(_, s)| s.slot);
     if let Some(pair) = all.windows(2).find(|pair| pair[0].1.slot == pair[1].1.slot) {
         return Err(DistError::Slots { rank: pair[1].0, problem: format!("slot {} was computed twice", pair[1].1.slot) });
     }
-    Ok(all.into_iter().map(|(_, s)| s).collect())
+    Ok((all.into_iter().map(|(_, s)| s).collect(), notes))
 }
 
 #[cfg(test)]
@@ -154,10 +164,10 @@ mod tests {
             |slot: usize| SlotScalars { slot, nll_sum: 0.1 * slot as f64 + 1e-17, num_targets: u64::MAX - slot as u64, finite: slot != 3 };
         let all = local::run(3, |g| {
             let mine: Vec<_> = [vec![], vec![4, 2, 3], vec![0, 1]][g.rank()].iter().map(|&s| scalars(s)).collect();
-            gather_slots(g, &mine)
+            gather_slots_and_notes(g, &mine, 10 + g.rank() as u8)
         });
         for outcome in all {
-            assert_eq!(outcome.unwrap(), (0..5).map(scalars).collect::<Vec<_>>());
+            assert_eq!(outcome.unwrap(), ((0..5).map(scalars).collect::<Vec<_>>(), vec![10, 11, 12]));
         }
     }
 
