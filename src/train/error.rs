@@ -32,6 +32,16 @@ pub enum TrainError {
     AlreadyDone { path: PathBuf, step: u64, total: u64 },
     #[error("the ranks loaded different base models: rank {rank} has fingerprint {found}, rank 0 {expected}")]
     BaseDiffers { rank: usize, expected: String, found: String },
+    #[error("the ranks have diverged, seen after step {step}: in {part}, {verdict}{}", and_others(*others))]
+    RanksDiverged {
+        step: u64,
+        /// The ranks that are wrong, as far as that can be told.
+        verdict: String,
+        /// The first part of the state that differs.
+        part: String,
+        /// Parts behind it that differ as well.
+        others: usize,
+    },
     #[error("cannot write {}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
@@ -70,6 +80,11 @@ impl TrainError {
             Self::NothingToResume { .. } => Some("start without resume_from_checkpoint, or name a checkpoint folder".to_owned()),
             Self::AlreadyDone { .. } => Some("raise max_steps or num_train_epochs to go on".to_owned()),
             Self::BaseDiffers { .. } => Some("put the same model folder on every machine".to_owned()),
+            Self::RanksDiverged { .. } => Some(
+                "no checkpoint was written from this state; start all ranks with the same program and arguments, look for faulty memory or \
+                 processors on the machine of the named rank, and go on from the newest checkpoint before this step"
+                    .to_owned(),
+            ),
             Self::Checkpoint(e) => e.hint(),
             Self::Data(e) => e.hint(),
             Self::Dist(e) => e.hint(),
@@ -91,13 +106,19 @@ impl TrainError {
                 | Self::NotFinite { .. }
                 | Self::NoTargets
                 | Self::BaseDiffers { .. }
+                | Self::RanksDiverged { .. }
         )
     }
 
     /// Whether what the user gave is at fault (exit code 2), not the program or the machine (1).
     pub fn is_users(&self) -> bool {
         match self {
-            Self::Dist(_) | Self::Optim(_) | Self::Tensor(_) | Self::StepNotFinite { .. } | Self::NotFinite { .. } => false,
+            Self::Dist(_)
+            | Self::Optim(_)
+            | Self::Tensor(_)
+            | Self::StepNotFinite { .. }
+            | Self::NotFinite { .. }
+            | Self::RanksDiverged { .. } => false,
             Self::Agreed(AgreedError::Rank { .. }) => true,
             Self::Agreed(AgreedError::Dist(_)) => false,
             _ => true,
@@ -107,6 +128,14 @@ impl TrainError {
 
 fn named(rows: &[String]) -> String {
     if rows.is_empty() { String::new() } else { format!("\n  rows: {}", rows.join(", ")) }
+}
+
+fn and_others(num: usize) -> String {
+    match num {
+        0 => String::new(),
+        1 => " (and in 1 other part)".to_owned(),
+        n => format!(" (and in {n} other parts)"),
+    }
 }
 
 fn list(mismatches: &[Mismatch]) -> String {

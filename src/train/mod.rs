@@ -1,6 +1,7 @@
 //! The training loop.
 
 pub mod adapters;
+pub mod audit;
 pub mod backprop;
 pub mod base;
 pub mod drift;

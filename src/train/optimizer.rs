@@ -114,6 +114,18 @@ impl<'g> Optimizer<'g> {
         self.adamw.export(layout, |shard| Ok(dist::gather_shards(self.peers, shard, &self.shards, SAVER)?))
     }
 
+    /// The moments that every rank must have alike, by name: all where each rank keeps all, none where the ranks share them. Not collective.
+    /// They share memory with this state.
+    ///
+    /// # Errors
+    /// When a size does not fit.
+    pub fn common(&self, layout: &Layout) -> Result<BTreeMap<String, Tensor>, TrainError> {
+        if self.peers.world_size() > 1 {
+            return Ok(BTreeMap::new());
+        }
+        Ok(self.export(layout)?.unwrap_or_default())
+    }
+
     /// Takes over this rank's part of what [`Self::export`] gave after `num_steps` steps, on any number of ranks. Not collective.
     ///
     /// # Errors
