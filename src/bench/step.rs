@@ -9,6 +9,7 @@ use crate::data::sampler::slots_of_rank;
 use crate::dist::ProcessGroup;
 use crate::telemetry::{PhaseMillis, PhaseTimer, peak_rss_bytes};
 use crate::train::TrainError;
+use crate::train::requests::Wish;
 use crate::train::step::Trainer;
 
 /// Medians over the measured steps; a step's time is the slowest rank's.
@@ -62,7 +63,8 @@ pub fn run(setup: &BenchSetup, group: &dyn ProcessGroup, warmup: usize, steps: u
         let batches: Vec<_> =
             timer.time(crate::telemetry::Phase::Data, || slots.clone().map(|slot| (slot, bench.micro_batch(step, slot))).collect());
         let settings = bench.settings;
-        let mut trainer = Trainer { model: &bench.model, method: &mut *bench.method, optimizer: &mut bench.optimizer, group, settings };
+        let (model, method, optimizer) = (&bench.model, &mut *bench.method, &mut bench.optimizer);
+        let mut trainer = Trainer { model, method, optimizer, group, settings, wish: &Wish::default };
         losses.push(trainer.step(&batches, 2e-2, &timer)?.loss);
         let took = started.elapsed().as_secs_f64();
         let took = slowest(group, took)?;

@@ -3,16 +3,20 @@
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use clap::Args;
 
 use super::ranks::{self, MessageArgs};
-use super::{allocator, report};
+use super::restart::{self, GoesOn};
+use super::train::stopped;
+use super::{allocator, report, signals};
 use crate::checkpoint::RealDisk;
-use crate::compare::{self, Contender, Options, REPORT_FILE, Report, picture, table};
+use crate::compare::{self, Compared, Contender, Options, REPORT_FILE, Report, StoppedRun, picture, table};
 use crate::config::sections::{BatchConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig};
 use crate::config::{self, ConfigError, RunConfig};
 use crate::dist::ProcessGroup;
+use crate::train::requests::Signals;
 
 /// Train several methods on the same rows and show them side by side
 ///
@@ -55,10 +59,12 @@ pub struct CompareArgs {
 }
 
 pub fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
-    ranks::run(|group| run_on_rank(args, group))
+    let started = Instant::now();
+    let signals = signals::listen()?;
+    ranks::run(|group| run_on_rank(args, group, &signals, started))
 }
 
-fn run_on_rank(args: &CompareArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> {
+fn run_on_rank(args: &CompareArgs, group: &dyn ProcessGroup, signals: &Signals, started: Instant) -> anyhow::Result<()> {
     let console = ranks::console(group, &args.messages)?;
     let contenders = contenders(args, group.world_size())?;
     let Some(Contender { plan, .. }) = contenders.first() else { return Ok(()) };
@@ -70,8 +76,14 @@ fn run_on_rank(args: &CompareArgs, group: &dyn ProcessGroup) -> anyhow::Result<(
         drift_rows: args.drift_rows,
         free_memory: &allocator::give_memory_back,
     };
-    let report = compare::run(&contenders, options, group, &RealDisk, &console)?;
+    let limits = signals::limits(signals, plan, started, group)?;
+    let Compared { report, stopped: run } = compare::run(&contenders, options, group, &RealDisk, &console, &limits)?;
     if group.rank() == 0 {
+        if let Some(StoppedRun { label, step, total_steps, by }) = run {
+            let command = restart::command(GoesOn::ByItself);
+            let text = format!("{label}: {}\nto go on: {command}\n", stopped(by, step, total_steps, group.world_size()));
+            return Ok(report::print(&text)?);
+        }
         report::print(&if args.json { format!("{:#}\n", serde_json::to_value(&report)?) } else { text(&report, &options) })?;
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! What a launcher tells a process before MPI is up.
+//! What a launcher tells a process before MPI is up, and how it was started.
 
 /// One environment variable, where it is set and valid text.
 pub fn variable(name: &str) -> Option<String> {
@@ -17,4 +17,25 @@ pub fn launched_size() -> Option<usize> {
 
 fn first_number(names: &[&str]) -> Option<usize> {
     names.iter().find_map(|name| std::env::var(name).ok()?.parse().ok())
+}
+
+/// When Slurm ends the job, in seconds since 1970; set since Slurm 23.02.
+pub const SLURM_JOB_END_TIME: &str = "SLURM_JOB_END_TIME";
+
+/// Whether srun started this process.
+pub fn is_slurm_step() -> bool {
+    variable("SLURM_STEP_ID").is_some()
+}
+
+/// The command that started this process; what is not UTF-8 in it is replaced.
+pub fn arguments() -> Vec<String> {
+    std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect()
+}
+
+/// The command that started the parent of this process; none where the system does not show it.
+pub fn parents_arguments() -> Option<Vec<String>> {
+    let parent = rustix::process::getppid()?;
+    let words = std::fs::read(format!("/proc/{}/cmdline", parent.as_raw_nonzero())).ok()?;
+    let words = words.strip_suffix(b"\0")?;
+    Some(words.split(|&byte| byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect())
 }

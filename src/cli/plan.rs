@@ -9,7 +9,7 @@ use super::text::{bytes, columns, si, thousands};
 use super::{environment, report};
 use crate::config::Plan;
 use crate::config::arithmetic::{Arithmetic, Length, plan_arithmetic, plan_length};
-use crate::config::plan::{BatchPlan, DataPlan, Duration, Recompute, Resume};
+use crate::config::plan::{BatchPlan, DataPlan, Duration, Recompute, Resume, TimeLimit};
 use crate::config::values::name_of;
 use crate::data::DataError;
 use crate::data::record::Columns;
@@ -203,10 +203,15 @@ fn output_text(plan: &Plan) -> String {
     let save = run.save_steps.map_or_else(|| "save at the end".to_owned(), |n| format!("save every {n} steps"));
     let keep = run.save_total_limit.map_or_else(String::new, |n| format!(" and keep {n}"));
     let evaluate = run.eval_steps.map_or_else(String::new, |n| format!(", evaluate every {n}"));
+    let limit = match run.save_before_timeout {
+        None => String::new(),
+        Some(TimeLimit::After(span)) => format!("\nsave and stop before {span} are over"),
+        Some(TimeLimit::Slurm) => "\nsave and stop before the end of the Slurm job".to_owned(),
+    };
     let resume = match &run.resume {
         Resume::No => String::new(),
         Resume::Latest => "\ngo on from its newest checkpoint".to_owned(),
         Resume::Path(path) => format!("\ngo on from {}", path.display()),
     };
-    format!("{}\nlog every {} steps, {save}{keep}{evaluate}; seed {}{resume}", run.output_dir.display(), run.logging_steps, run.seed)
+    format!("{}\nlog every {} steps, {save}{keep}{evaluate}; seed {}{limit}{resume}", run.output_dir.display(), run.logging_steps, run.seed)
 }

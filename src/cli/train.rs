@@ -3,17 +3,20 @@
 use std::fs::DirEntry;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
 
 use super::ranks::{self, MessageArgs};
-use super::report;
+use super::restart::{self, GoesOn};
 use super::run_args::RunArgs;
+use super::{report, signals};
 use crate::checkpoint::RealDisk;
 use crate::config::Plan;
 use crate::dist::ProcessGroup;
-use crate::train::run;
+use crate::train::requests::{Cause, Signals, Stop};
+use crate::train::run::{self, Ending};
 
 /// Fine-tune a model; under mpirun, one process a device
 #[derive(Clone, Debug, Args)]
@@ -25,20 +28,38 @@ pub struct TrainArgs {
 }
 
 pub fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
-    ranks::run(|group| train(args, group))
+    let started = Instant::now();
+    let signals = signals::listen()?;
+    ranks::run(|group| train(args, group, &signals, started))
 }
 
-fn train(args: &TrainArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> {
+fn train(args: &TrainArgs, group: &dyn ProcessGroup, signals: &Signals, started: Instant) -> anyhow::Result<()> {
     let console = ranks::console(group, &args.messages)?;
     let loaded = args.run.load()?;
     let plan = loaded.resolve(group.world_size())?;
     ranks::take_threads(group, &plan)?;
-    let summary = run::run(&plan, group, &RealDisk, &console)?;
+    let limits = signals::limits(signals, &plan, started, group)?;
+    let summary = run::run(&plan, group, &RealDisk, &console, &limits)?;
     if group.rank() == 0 {
         keep_arguments(&plan)?;
-        close(&plan, &summary)?;
+        match &summary.ending {
+            Ending::Done { adapter } => close(&plan, &summary, adapter)?,
+            &Ending::Stopped { by, total_steps } => {
+                let (step, checkpoint) = (summary.steps, summary.checkpoint.display());
+                let command = restart::command(GoesOn::FromLatest);
+                let text =
+                    format!("{}\ncheckpoint: {checkpoint}\nto go on: {command}\n", stopped(by, step, total_steps, group.world_size()));
+                report::print(&text)?;
+            }
+        }
     }
     Ok(())
+}
+
+/// `stopped after step 12 of 3000: SIGTERM on rank 1`.
+pub fn stopped(by: Stop, step: u64, total_steps: u64, world_size: usize) -> String {
+    let place = if world_size > 1 && by.cause != Cause::TimeLimit { format!(" on rank {}", by.rank) } else { String::new() };
+    format!("stopped after step {step} of {total_steps}: {}{place}", by.cause)
 }
 
 /// The resolved configuration beside the checkpoints.
@@ -47,9 +68,9 @@ fn keep_arguments(plan: &Plan) -> anyhow::Result<()> {
     std::fs::write(&path, plan.to_toml()?).with_context(|| format!("while writing {}", path.display()))
 }
 
-fn close(plan: &Plan, summary: &run::Summary) -> anyhow::Result<()> {
+fn close(plan: &Plan, summary: &run::Summary, adapter: &Path) -> anyhow::Result<()> {
     let held_out = summary.evaluation.map_or(String::new(), |e| format!(", held-out loss {:.4}", e.loss));
-    let (adapter, what) = (&summary.adapter, if plan.method.settings().trains_base_weights() { "model" } else { "adapter" });
+    let what = if plan.method.settings().trains_base_weights() { "model" } else { "adapter" };
     let holds = if what == "model" { "a whole model, for --model_name_or_path".to_owned() } else { entries(adapter)?.join(", ") };
     let text = format!(
         "done: {} steps, loss {:.4} -> {:.4}{held_out}\n\

@@ -12,4 +12,4 @@ pub mod table;
 
 pub use error::CompareError;
 pub use report::{Entry, Figures, REPORT_FILE, Report, RunResult, Shared};
-pub use run::{Contender, Options, run};
+pub use run::{Compared, Contender, Options, StoppedRun, run};

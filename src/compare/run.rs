@@ -16,7 +16,8 @@ use crate::train::TrainError;
 use crate::train::base::Base;
 use crate::train::drift::drift;
 use crate::train::evaluate::evaluate;
-use crate::train::run::{self, Outcome};
+use crate::train::requests::{Limits, Stop};
+use crate::train::run::{self, Ending, Outcome};
 use crate::train::together::together;
 
 /// One method of the comparison. All contenders have the same plan but for `method` and `optim`.
@@ -47,7 +48,22 @@ struct Scene<'a> {
     group: &'a dyn ProcessGroup,
     disk: &'a dyn Disk,
     console: &'a Console,
+    limits: &'a Limits,
     steps: u64,
+}
+
+/// How far a comparison has come.
+pub struct Compared {
+    pub report: Report,
+    /// The run that was asked to stop, and has saved; the same comparison goes on with it.
+    pub stopped: Option<StoppedRun>,
+}
+
+pub struct StoppedRun {
+    pub label: String,
+    pub step: u64,
+    pub total_steps: u64,
+    pub by: Stop,
 }
 
 /// Trains the contenders one after the other and writes [`REPORT_FILE`], a table and a picture after each. Every rank calls it with the same
@@ -61,12 +77,14 @@ pub fn run(
     group: &dyn ProcessGroup,
     disk: &dyn Disk,
     console: &Console,
-) -> Result<Report, CompareError> {
+    limits: &Limits,
+) -> Result<Compared, CompareError> {
     let Some(Contender { plan, .. }) = contenders.first() else { return Err(CompareError::NoHeldOutRows) };
     let path = options.output_dir.join(REPORT_FILE);
+    let group: &dyn ProcessGroup = &run::watched(plan, group)?;
     let base = Base::load(plan, group)?;
     let shared = shared(&base, plan, &options)?;
-    let scene = Scene { base, options, group, disk, console, steps: shared.steps };
+    let scene = Scene { base, options, group, disk, console, limits, steps: shared.steps };
     tracing::info!("{} methods, {} steps each: {} tokens", contenders.len(), shared.steps, shared.budget_tokens);
     let mut report = scene.read_report(&path)?.unwrap_or_else(|| Report::new(shared.clone()));
     report.check_shared(&path, &shared)?;
@@ -88,11 +106,19 @@ pub fn run(
         let mut entry = Entry { label: label.clone(), plan: identity(&contender.plan), result: None };
         report.put(entry.clone());
         scene.write_report(&path, &report)?;
-        entry.result = Some(scene.compete(contender)?);
+        entry.result = match scene.compete(contender)? {
+            Competed::Measured(result) => Some(result),
+            Competed::Stopped(stopped) => return Ok(Compared { report, stopped: Some(stopped) }),
+        };
         report.put(entry);
         scene.write_report(&path, &report)?;
     }
-    Ok(report)
+    Ok(Compared { report, stopped: None })
+}
+
+enum Competed {
+    Measured(RunResult),
+    Stopped(StoppedRun),
 }
 
 impl Scene<'_> {
@@ -100,16 +126,26 @@ impl Scene<'_> {
         self.base.validation.as_deref().ok_or(CompareError::NoHeldOutRows)
     }
 
-    /// Trains one contender to its end and measures it.
-    fn compete(&self, contender: &Contender) -> Result<RunResult, CompareError> {
+    /// Trains one contender to its end and measures it, unless it is asked to stop.
+    fn compete(&self, contender: &Contender) -> Result<Competed, CompareError> {
         let plan = self.plan_of(contender)?;
         (self.options.free_memory)();
         let peak_is_of_this_run = reset_peak_rss();
-        let Outcome { summary, model, method } = match run::run_on(&self.base, &plan, self.group, self.disk, self.console) {
+        let Outcome { summary, model, method } = match run::run_on(&self.base, &plan, self.group, self.disk, self.console, self.limits) {
             Ok(outcome) => outcome,
-            Err(error @ TrainError::StepNotFinite { .. }) => return Ok(RunResult::Stopped { reason: error.to_string() }),
+            Err(error @ TrainError::StepNotFinite { .. }) => {
+                return Ok(Competed::Measured(RunResult::Stopped { reason: error.to_string() }));
+            }
             Err(error) => return Err(error.into()),
         };
+        let adapter = match &summary.ending {
+            Ending::Done { adapter } => adapter,
+            &Ending::Stopped { by, total_steps } => {
+                let label = contender.label.clone();
+                return Ok(Competed::Stopped(StoppedRun { label, step: summary.steps, total_steps, by }));
+            }
+        };
+        self.group.now_at(summary.steps, "measuring");
         let (held_out, rows_per_slot) = (self.held_out()?, plan.batch.eval_rows_per_slot);
         let evaluation = match summary.evaluation {
             Some(evaluation) => evaluation,
@@ -130,7 +166,7 @@ impl Scene<'_> {
                 train_loss: logged.train_loss,
                 held_out_loss: finite(evaluation.loss),
                 drift_kl: finite(drift.kl),
-                weight_bytes: weight_bytes(&summary.adapter)?,
+                weight_bytes: weight_bytes(adapter)?,
                 steps: summary.steps,
                 seconds: logged.seconds,
                 world_size: self.group.world_size(),
@@ -139,7 +175,7 @@ impl Scene<'_> {
         })?;
         let all = self.group.all_gather_bytes(&mine)?;
         let unreadable = |e: serde_json::Error| CompareError::Unreadable { path: plan.run.output_dir.clone(), reason: e.to_string() };
-        Ok(RunResult::Trained(serde_json::from_slice(&all[0]).map_err(unreadable)?))
+        Ok(Competed::Measured(RunResult::Trained(serde_json::from_slice(&all[0]).map_err(unreadable)?)))
     }
 
     /// The contender's plan in its own folder, from its newest checkpoint where it has one.

@@ -63,6 +63,8 @@ pub enum ConfigError {
     Needs { needs: &'static str, place: Place },
     #[error("`{}` contradicts `{other}`: {reason}", place.key)]
     Contradiction { other: &'static str, reason: String, place: Place },
+    #[error("`save_before_timeout` is slurm, but SLURM_JOB_END_TIME is {}", or_not_set(found))]
+    NoJobEnd { found: String },
     #[error("no method of the comparison is called `{label}`")]
     UnknownLabel { label: String, hint: String, place: Place },
     #[error("`{}` names no method", place.key)]
@@ -83,7 +85,7 @@ impl ConfigError {
     /// What the message's `-->` line says.
     pub fn place(&self) -> Option<String> {
         match self {
-            Self::Read { .. } | Self::Missing { .. } | Self::NotText { .. } => None,
+            Self::Read { .. } | Self::Missing { .. } | Self::NotText { .. } | Self::NoJobEnd { .. } => None,
             Self::Syntax { path, line, .. } => Some(format!("{}:{line}", path.display())),
             Self::UnknownKey { place, .. }
             | Self::UnknownSection { place, .. }
@@ -119,6 +121,10 @@ impl ConfigError {
             Self::Missing { key } => format!("add `{key}` to the configuration file or give `--{key}`"),
             Self::Needs { needs, .. } => format!("give `{needs}` as well"),
             Self::Contradiction { .. } => "leave one of the two out".to_owned(),
+            Self::NoJobEnd { .. } => {
+                "give the time from the start, such as 3h55m; Slurm sets the variable in its jobs since version 23.02, to seconds since 1970"
+                    .to_owned()
+            }
             Self::UnknownLabel { hint, .. } => hint.clone(),
             Self::NoLabel { known, .. } => format!("give `--methods all`, or some of {}", known.join(",")),
             Self::BadLabel { .. } => "use letters, digits, `_` and `-`".to_owned(),
@@ -136,6 +142,10 @@ impl ConfigError {
             Self::Read { .. } | Self::Syntax { .. } | Self::WrongType { .. } | Self::Value { .. } | Self::NotText { .. } => return None,
         })
     }
+}
+
+fn or_not_set(text: &str) -> String {
+    if text.is_empty() { "not set".to_owned() } else { format!("`{text}`, which is no time") }
 }
 
 /// The nearest multiples of `unit` on both sides of `rows`; 0 below the first.

@@ -134,7 +134,7 @@ pub const FOREIGN_ARGUMENTS: &[ForeignArgument] = &[
     idle("generation_max_length", One, "nothing is generated while training"),
     idle("generation_num_beams", One, "nothing is generated while training"),
     idle("include_inputs_for_metrics", Flag, "nothing is generated while training"),
-    idle("ddp_timeout", One, "no rank waits with a timeout"),
+    idle("ddp_timeout", One, "`stall_timeout` says how long ranks wait for each other"),
     idle("ddp_backend", One, "the ranks talk over MPI"),
     idle("ddp_find_unused_parameters", Flag, "the gradient is one buffer"),
     idle("ddp_bucket_cap_mb", One, "the gradient is one buffer"),

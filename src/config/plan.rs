@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::values::{Span, TimeLimit};
 pub use crate::data::prompt::Truncation;
 pub use crate::data::record::OnBadRow;
 pub use crate::dist::Reduction;
@@ -112,6 +113,12 @@ pub struct RunPlan {
     pub save_total_limit: Option<NonZeroUsize>,
     pub eval_steps: Option<NonZeroUsize>,
     pub resume: Resume,
+    /// Save and stop in time for this; none: only at the last step.
+    pub save_before_timeout: Option<TimeLimit>,
+    /// Compare the ranks' state every so many steps and before each checkpoint; none: never.
+    pub audit_steps: Option<NonZeroUsize>,
+    /// How long ranks wait for another before the run ends; none: for ever.
+    pub stall_timeout: Option<Span>,
     /// Threads of this rank; none: cores of the machine / ranks on it.
     pub threads: Option<NonZeroUsize>,
     /// Write the rows of every micro-batch to this file, one JSON line each.

@@ -14,6 +14,8 @@ use crate::peft::keys::KeyError;
 const ROWS_PER_STEP: usize = 16;
 const MAX_STEPS: u64 = 3000;
 const SAVE_STEPS: usize = 1000;
+const AUDIT_STEPS: usize = 100;
+const STALL_TIMEOUT: Span = Span(std::time::Duration::from_secs(600));
 
 impl RunConfig {
     /// The plan for `world_size` ranks (0 counts as 1); `sources` says where each key stood.
@@ -175,6 +177,9 @@ impl Resolver<'_> {
             save_total_limit: run.save_total_limit.map(|n| self.positive("run.save_total_limit", n)).transpose()?,
             eval_steps,
             resume: run.resume_from_checkpoint.as_ref().map_or(Resume::No, |r| r.0.clone()),
+            save_before_timeout: run.save_before_timeout,
+            audit_steps: NonZeroUsize::new(run.audit_steps.unwrap_or(AUDIT_STEPS)),
+            stall_timeout: Some(run.stall_timeout.unwrap_or(STALL_TIMEOUT)).filter(|limit| !limit.0.is_zero()),
             threads: run.threads.map(|n| self.positive("run.threads", n)).transpose()?,
             dump_batches: run.dump_batches.clone(),
             dump_initial: run.dump_initial.clone(),

@@ -11,7 +11,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::plan::{LossMean, OnBadRow, Recompute, Reduction, RopeTable, SchedulerType, Truncation};
-use super::values::{ResumeFrom, named};
+use super::values::{ResumeFrom, Span, TimeLimit, named};
 pub use crate::peft::keys::MethodKeys as MethodConfig;
 
 /// `[model]`
@@ -172,6 +172,16 @@ pub struct ScheduleConfig {
     /// Go on from this checkpoint; `latest` or `true` takes the newest of `output_dir`
     #[arg(long, value_name = "DIR|latest")]
     pub resume_from_checkpoint: Option<ResumeFrom>,
+    /// Save and stop before this time is over: a duration from the start (3h55m, 03:55:00), or slurm for the end of the job's time limit
+    #[arg(long, value_name = "TIME|slurm")]
+    pub save_before_timeout: Option<TimeLimit>,
+    /// Compare the ranks' parameters, moments, seed and place in the data every so many steps and before each checkpoint; 0 never does
+    /// [default: 100]
+    #[arg(long, value_name = "STEPS")]
+    pub audit_steps: Option<usize>,
+    /// End the run, naming the rank that does not come, when others wait for it so long; 0s waits for ever [default: 10m]
+    #[arg(long, value_name = "TIME")]
+    pub stall_timeout: Option<Span>,
     /// Threads of each rank [default: cores of the machine / ranks on it]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,

@@ -1,8 +1,10 @@
 //! Values of configuration keys that are more than a number, a text or one of `plan`'s enums.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -64,5 +66,110 @@ impl<'de> Deserialize<'de> for ResumeFrom {
             }
         }
         deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// A length of time as a user writes it: `3h55m`, `90s`, or as Slurm and the trainers do, `03:55:00`, `1-03:55:00`, `01:03:55:00`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+const SPAN_FORM: &str = "a duration with its unit, such as 3h55m or 90s, or hours, minutes and seconds as 03:55:00";
+
+impl FromStr for Span {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = if text.contains(':') { with_colons(text) } else { humantime::parse_duration(text).ok() };
+        parsed.map(Self).ok_or_else(|| format!("expected {SPAN_FORM}"))
+    }
+}
+
+/// `[D-]HH:MM:SS` or `D:HH:MM:SS`. Two fields are hours and minutes to some programs, minutes and seconds to others: none.
+fn with_colons(text: &str) -> Option<Duration> {
+    let text = text.replacen('-', ":", 1);
+    let fields = text.split(':').map(|field| if field.bytes().all(|b| b.is_ascii_digit()) { field.parse::<u32>().ok() } else { None });
+    let (days, hours, minutes, seconds) = match *fields.collect::<Option<Vec<u32>>>()? {
+        [h, m, s] => (0, h, m, s),
+        [d, h, m, s] => (d, h, m, s),
+        _ => return None,
+    };
+    let whole = ((u64::from(days) * 24 + u64::from(hours)) * 60 + u64::from(minutes)) * 60 + u64::from(seconds);
+    (minutes < 60 && seconds < 60).then_some(Duration::from_secs(whole))
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        humantime::format_duration(self.0).fmt(f)
+    }
+}
+
+/// `save_before_timeout`: from the start of the program, or until the end that Slurm gives the job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeLimit {
+    After(Span),
+    Slurm,
+}
+
+impl FromStr for TimeLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "slurm" { Ok(Self::Slurm) } else { text.parse().map(Self::After).map_err(|expected| format!("{expected}, or slurm")) }
+    }
+}
+
+impl fmt::Display for TimeLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::After(span) => span.fmt(f),
+            Self::Slurm => f.write_str("slurm"),
+        }
+    }
+}
+
+/// In a file, and in a stored plan, as the command line has it.
+macro_rules! as_text {
+    ($type:ty) => {
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = String::deserialize(deserializer)?;
+                text.parse().map_err(|expected| serde::de::Error::custom(format!("invalid value: text \"{text}\", {expected}")))
+            }
+        }
+    };
+}
+
+as_text!(Span);
+as_text!(TimeLimit);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_in_the_forms_of_people_slurm_and_trainers_are_the_same_time() {
+        let seconds = |text: &str| text.parse::<Span>().map(|span| span.0.as_secs());
+        for text in ["3h55m", "3h 55m", "235m", "03:55:00", "0-03:55:00", "00:03:55:00", "14100s"] {
+            assert_eq!(seconds(text), Ok(14100), "{text}");
+        }
+        assert_eq!(seconds("1-03:55:00"), Ok(100_500));
+        assert_eq!(seconds("0s"), Ok(0));
+        for text in ["", "3", "235", "3:55", "slurm", "-1s", "03:75:00", "03:55:75", "a:b:c", "1:2:3:4:5", "+3:55:00"] {
+            assert_eq!(seconds(text), Err(format!("expected {SPAN_FORM}")), "{text}");
+        }
+    }
+
+    #[test]
+    fn time_limits_survive_their_text() {
+        for limit in [TimeLimit::Slurm, TimeLimit::After(Span(Duration::from_secs(14100)))] {
+            assert_eq!(limit.to_string().parse(), Ok(limit));
+        }
+        assert_eq!("tomorrow".parse::<TimeLimit>(), Err(format!("expected {SPAN_FORM}, or slurm")));
     }
 }

@@ -9,6 +9,7 @@ mod dump;
 mod error;
 pub mod evaluate;
 pub mod optimizer;
+pub mod requests;
 pub mod run;
 pub mod state;
 pub mod step;

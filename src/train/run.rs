@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::audit::{self, Fingerprints};
 use super::base::Base;
 use super::evaluate::{Evaluation, evaluate};
 use super::optimizer::Optimizer;
+use super::requests::{Limits, Listener, Stop, TRIGGER_FILE};
 use super::state::{self, Progress, Saver};
 use super::step::{StepOutcome, StepSettings, Trainer};
 use super::together::together;
@@ -18,7 +20,7 @@ use crate::config::plan::{Duration, Resume};
 use crate::data::Dataset;
 use crate::data::loader::{Division, training_batches};
 use crate::data::sampler::{Sampler, slot_positions};
-use crate::dist::ProcessGroup;
+use crate::dist::{ProcessGroup, Watched};
 use crate::model::ChatGlm2;
 use crate::optim::{AdamWConfig, Schedule};
 use crate::peft::{self, PeftMethod};
@@ -26,6 +28,9 @@ use crate::telemetry::{Console, EvalRecord, Phase, PhaseTimer, RunLog, StepClock
 
 /// How dialogues become text; part of a checkpoint's identity.
 const TEMPLATE: &str = "chatglm2";
+
+/// Where the ranks say what they do, below the output folder.
+pub const STATUS_DIR: &str = ".status";
 
 /// What a run came to.
 #[derive(Clone, Debug)]
@@ -35,7 +40,15 @@ pub struct Summary {
     pub last_loss: f64,
     pub evaluation: Option<Evaluation>,
     pub checkpoint: PathBuf,
-    pub adapter: PathBuf,
+    pub ending: Ending,
+}
+
+#[derive(Clone, Debug)]
+pub enum Ending {
+    /// All steps are done, and the adapter is written here.
+    Done { adapter: PathBuf },
+    /// Asked to, the run has saved and stopped; it can go on.
+    Stopped { by: Stop, total_steps: u64 },
 }
 
 /// A run that has ended: what it came to, and the tuned model.
@@ -49,22 +62,38 @@ pub struct Outcome {
 ///
 /// # Errors
 /// What the user gave is at fault, a value is not finite, or a rank or the disk failed; see [`TrainError`].
-pub fn run(plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk, console: &Console) -> Result<Summary, TrainError> {
+pub fn run(plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk, console: &Console, limits: &Limits) -> Result<Summary, TrainError> {
     claim(plan, group, disk)?;
-    let base = Base::load(plan, group)?;
-    let job = Job::new(plan, base, group, disk)?;
-    together(group, || job.refuse_if_done())?;
-    Ok(job.train(disk, console)?.summary)
+    let group = watched(plan, group)?;
+    let base = Base::load(plan, &group)?;
+    let job = Job::new(plan, base, &group, disk)?;
+    together(&group, || job.refuse_if_done())?;
+    Ok(job.train(disk, console, limits)?.summary)
 }
 
-/// As [`run`], on a base that is loaded. A run whose checkpoint is at its last step is not trained again: it comes back as it ended,
-/// without losses.
+/// `group`, whose waits end as `plan` says.
+///
+/// # Errors
+/// When the ranks cannot meet.
+pub fn watched<'a>(plan: &Plan, group: &'a dyn ProcessGroup) -> Result<Watched<'a>, TrainError> {
+    Ok(Watched::start(group, &plan.run.output_dir.join(STATUS_DIR), plan.run.stall_timeout.map(|limit| limit.0))?)
+}
+
+/// As [`run`], on a base that is loaded, and with a group that is watched where it is to be. A run whose checkpoint is at its last step is
+/// not trained again: it comes back as it ended, without losses.
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_on(base: &Base, plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk, console: &Console) -> Result<Outcome, TrainError> {
+pub fn run_on(
+    base: &Base,
+    plan: &Plan,
+    group: &dyn ProcessGroup,
+    disk: &dyn Disk,
+    console: &Console,
+    limits: &Limits,
+) -> Result<Outcome, TrainError> {
     claim(plan, group, disk)?;
-    Job::new(plan, base.clone(), group, disk)?.train(disk, console)
+    Job::new(plan, base.clone(), group, disk)?.train(disk, console, limits)
 }
 
 /// Takes the output folder for this run.
@@ -157,7 +186,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn train(mut self, disk: &dyn Disk, console: &Console) -> Result<Outcome, TrainError> {
+    fn train(mut self, disk: &dyn Disk, console: &Console, limits: &Limits) -> Result<Outcome, TrainError> {
         let (plan, group) = (self.plan, self.group);
         let config = self.model.config.clone();
         let saver = Saver { disk, plan, config: &config, identity: self.identity.clone() };
@@ -190,17 +219,22 @@ impl<'a> Job<'a> {
             reduction: plan.optim.reduction,
             max_grad_norm: plan.optim.max_grad_norm,
         };
+        let listener = Listener::new(limits, &plan.run.output_dir, group.rank());
         let (mut clock, timer) = (StepClock::new(self.progress.step, self.total_steps), PhaseTimer::default());
         let mut first_loss = None;
         let mut last = (f64::NAN, None, None);
         let mut total_tokens = 0;
+        let mut stopped = None;
+        self.audit(&mut sampler)?;
         while self.progress.step < self.total_steps {
             let started = Instant::now();
             let step = self.progress.step;
             let Some(batch) = timer.time(Phase::Data, || batches.next()).transpose()? else { break };
+            group.now_at(step + 1, "training");
             let lr = schedule.lr(step);
             dump.write(step, &batch.slots, &self.train)?;
-            let mut trainer = Trainer { model: &self.model, method: &mut *self.method, optimizer: &mut self.optimizer, group, settings };
+            let (model, method, optimizer) = (&self.model, &mut *self.method, &mut self.optimizer);
+            let mut trainer = Trainer { model, method, optimizer, group, settings, wish: &|| listener.wish() };
             let outcome = trainer.step(&batch.slots, lr, &timer).map_err(|e| self.name_rows(e, step, batch.start, &mut sampler))?;
             self.progress = Progress { step: step + 1, consumed_rows: batch.start + division.rows_per_step() };
             let tokens = self.tokens(batch.start..self.progress.consumed_rows, &mut sampler);
@@ -210,6 +244,8 @@ impl<'a> Job<'a> {
             last.0 = outcome.loss;
             let done = self.progress.step;
             let is_last = done == self.total_steps;
+            let request = outcome.request;
+            stopped = request.stop.filter(|_| !is_last);
             let took = started.elapsed();
             clock.step(took);
             if let Some(log) = &mut log {
@@ -225,13 +261,39 @@ impl<'a> Job<'a> {
                 timer.take();
             }
             if is_due(plan.run.eval_steps, done) || (is_last && self.validation.is_some()) {
-                last.1 = self.evaluate(&timer, log.as_mut(), console)?;
+                if stopped.is_none() {
+                    group.now_at(done, "evaluation");
+                    last.1 = self.evaluate(&timer, log.as_mut(), console)?;
+                } else {
+                    tracing::info!("step {done}: the evaluation is left out, the run was asked to stop");
+                }
             }
-            if is_last || is_due(plan.run.save_steps, done) {
+            let measures_a_save = plan.run.save_before_timeout.is_some() && !listener.has_measured_a_save();
+            let saves = is_last || is_due(plan.run.save_steps, done) || request.save || stopped.is_some() || measures_a_save;
+            if saves || is_due(plan.run.audit_steps, done) {
+                self.audit(&mut sampler)?;
+            }
+            let started_saving = Instant::now();
+            if saves {
+                group.now_at(done, "saving");
                 last.2 = timer.time(Phase::Save, || self.save(&saver))?;
             }
+            listener.took(took, saves.then(|| started_saving.elapsed()));
+            if request.save {
+                together(group, || listener.honoured().map_err(|(path, source)| TrainError::Io { path, source }))?;
+                tracing::info!("step {done}: saved, as {TRIGGER_FILE} asked");
+            }
+            if stopped.is_some() {
+                break;
+            }
         }
-        let adapter = together(group, || if group.rank() == 0 { saver.export(&*self.method) } else { Ok(PathBuf::new()) })?;
+        let ending = match stopped {
+            Some(by) => Ending::Stopped { by, total_steps: self.total_steps },
+            None => {
+                let export = || if group.rank() == 0 { saver.export(&*self.method) } else { Ok(PathBuf::new()) };
+                Ending::Done { adapter: together(group, export)? }
+            }
+        };
         let (last_loss, evaluation, checkpoint) = last;
         let summary = Summary {
             steps: self.progress.step,
@@ -239,7 +301,7 @@ impl<'a> Job<'a> {
             last_loss,
             evaluation,
             checkpoint: checkpoint.or(self.resumed_from).unwrap_or_default(),
-            adapter,
+            ending,
         };
         Ok(Outcome { summary, model: self.model, method: self.method })
     }
@@ -250,6 +312,25 @@ impl<'a> Job<'a> {
             (0, Some(moments)) => saver.save(self.progress, &*self.method, moments).map(Some),
             _ => Ok(None),
         })
+    }
+
+    /// Where the plan asks for audits: all ranks are at the same place, with the same values.
+    fn audit(&self, sampler: &mut Sampler) -> Result<(), TrainError> {
+        if self.plan.run.audit_steps.is_none() {
+            return Ok(());
+        }
+        let Progress { step, consumed_rows } = self.progress;
+        let mut mine = Fingerprints::default();
+        mine.push_numbers("the seed of the random numbers", &[self.plan.run.seed]);
+        mine.push_numbers("the place in the training rows", &[step, consumed_rows, self.total_steps]);
+        let next = consumed_rows..consumed_rows + self.plan.batch.rows_per_step() as u64;
+        let rows: Vec<u64> = sampler.rows(next).into_iter().map(|(_, sample)| sample as u64).collect();
+        mine.push_numbers("the order of the training rows", &rows);
+        let params = self.method.params();
+        mine.push_tensors("parameter", &params.tensors()?)?;
+        mine.push_tensors("moment", &self.optimizer.common(params.layout())?)?;
+        self.group.now_at(step, "audit");
+        audit::audit(self.group, step, &mine)
     }
 
     fn evaluate(&self, timer: &PhaseTimer, log: Option<&mut RunLog>, console: &Console) -> Result<Option<Evaluation>, TrainError> {

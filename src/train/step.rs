@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use super::TrainError;
 use super::backprop;
 use super::optimizer::Optimizer;
+use super::requests::{Request, Wish};
 use crate::config::plan::LossMean;
 use crate::data::MicroBatch;
 use crate::dist::{self, ProcessGroup, Reduction, SlotAccumulator, SlotScalars, SlotTree};
@@ -34,6 +35,8 @@ pub struct StepOutcome {
     /// Before clipping.
     pub grad_norm: f64,
     pub num_targets: u64,
+    /// What the ranks were asked for up to the middle of this step.
+    pub request: Request,
 }
 
 /// One rank's share of a training run.
@@ -43,6 +46,8 @@ pub struct Trainer<'a, 'g> {
     pub optimizer: &'a mut Optimizer<'g>,
     pub group: &'a dyn ProcessGroup,
     pub settings: StepSettings,
+    /// What this rank is asked for; called once a step, when its gradients are there.
+    pub wish: &'a dyn Fn() -> Wish,
 }
 
 impl Trainer<'_, '_> {
@@ -53,7 +58,8 @@ impl Trainer<'_, '_> {
     pub fn step(&mut self, slots: &[(usize, MicroBatch)], lr: f64, timer: &PhaseTimer) -> Result<StepOutcome, TrainError> {
         let (sums, scalars) = timer.time(Phase::ForwardBackward, || self.local_sums(slots))?;
 
-        let all = timer.time(Phase::Comm, || dist::gather_slots(self.group, &scalars))?;
+        let note = (self.wish)().to_byte();
+        let (all, notes) = timer.time(Phase::Comm, || dist::gather_slots_and_notes(self.group, &scalars, note))?;
         let bad: Vec<usize> = all.iter().filter(|s| !s.finite).map(|s| s.slot).collect();
         if !bad.is_empty() {
             return Err(TrainError::NotFinite { what: "loss or gradient".to_owned(), slots: bad });
@@ -64,7 +70,7 @@ impl Trainer<'_, '_> {
         let grad_norm = timer.time(Phase::Optim, || self.update(&grad, lr))?;
         timer.time(Phase::Comm, || self.optimizer.gather(self.method.params().flat()))?;
         timer.time(Phase::Optim, || self.method.refresh())?;
-        Ok(StepOutcome { loss, grad_norm, num_targets })
+        Ok(StepOutcome { loss, grad_norm, num_targets, request: Request::of(&notes) })
     }
 
     fn local_sums(&self, slots: &[(usize, MicroBatch)]) -> Result<(SlotAccumulator, Vec<SlotScalars>), TrainError> {

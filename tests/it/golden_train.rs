@@ -12,6 +12,7 @@ use glmddp::optim::{AdamWConfig, Schedule, SchedulerType};
 use glmddp::peft::PeftMethod;
 use glmddp::telemetry::PhaseTimer;
 use glmddp::train::optimizer::Optimizer;
+use glmddp::train::requests::Wish;
 use glmddp::train::step::{StepSettings, Trainer};
 
 use crate::golden::{ALLOWED, Case, Comparison, cases};
@@ -79,7 +80,7 @@ fn train(group: &dyn ProcessGroup, model: &ChatGlm2, recipe: &Recipe) -> Run {
     for step in 0..recipe.steps {
         let mine = group.rank() * share..(group.rank() + 1) * share;
         let slots: Vec<_> = mine.map(|slot| (slot, (recipe.slot)(step, slot))).collect();
-        let mut trainer = Trainer { model, method: &mut *method, optimizer: &mut optimizer, group, settings };
+        let mut trainer = Trainer { model, method: &mut *method, optimizer: &mut optimizer, group, settings, wish: &Wish::default };
         let outcome = trainer.step(&slots, schedule.lr(step as u64), &PhaseTimer::default()).unwrap();
         run.losses.push(outcome.loss);
         run.grad_norms.push(outcome.grad_norm);

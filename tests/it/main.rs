@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 mod adapter;
+mod audit;
 mod cli_errors;
 mod cli_help;
 mod cli_plan;
@@ -25,6 +26,7 @@ mod mpi;
 mod peft;
 mod rust_source;
 mod soft_prompt;
+mod stop;
 mod support;
 mod train;
 mod train_errors;

@@ -6,6 +6,7 @@ use glmddp::checkpoint::FaultyDisk;
 use glmddp::config::{Plan, RunConfig, Sources};
 use glmddp::dist::Solo;
 use glmddp::telemetry::Console;
+use glmddp::train::requests::Limits;
 use glmddp::train::run;
 
 use crate::cli_support::glmddp_in;
@@ -157,7 +158,7 @@ fn plan(dir: &Path) -> Plan {
 fn train_onto_a_full_disk_stops_and_leaves_no_half_checkpoint() {
     let dir = setup();
     let disk = FaultyDisk::with_free_bytes(5000);
-    let error = run::run(&plan(dir.path()), &Solo, &disk, &Console::without_bar()).expect_err("the disk is full");
+    let error = run::run(&plan(dir.path()), &Solo, &disk, &Console::without_bar(), &Limits::default()).expect_err("the disk is full");
     assert!(error.is_users());
     let text = format!("{error}\n\nhint: {}", error.hint().unwrap_or_default()).replace(&dir.path().display().to_string(), "DIR");
     // Sizes vary with the length of the temporary folder's name.
