@@ -4,10 +4,22 @@
 #   launch/mpirun.sh [-n RANKS] [mpirun options --] glmddp train --config configs/NAME.toml
 #
 # RANKS: by default one a GPU (nvidia-smi), or one a core where there is no GPU. Everything else goes to mpirun unchanged.
+# SIGINT (Ctrl-C), SIGTERM, SIGUSR1 or SIGHUP: a training saves, stops and says how to go on; a second SIGINT ends it at once.
 set -eu
 
+# Words as a shell reads them again.
+quote() {
+    for word in "$@"; do
+        case $word in
+        '' | *[!A-Za-z0-9_./:=,@%+-]*) printf "'%s' " "$(printf '%s' "$word" | sed "s/'/'\\\\''/g")" ;;
+        *) printf '%s ' "$word" ;;
+        esac
+    done
+}
+command=$(quote "$0" "$@")
+
 usage() {
-    sed -n '2,6s/^# \{0,1\}//p' "$0"
+    sed -n '2,7s/^# \{0,1\}//p' "$0"
 }
 
 num_ranks=
@@ -68,4 +80,44 @@ if [ "$num_ranks" -gt "$num_cores" ]; then
     default OMPI_MCA_mpi_yield_when_idle 1
 fi
 
-exec mpirun -n "$num_ranks" "$@"
+# What glmddp tells a user to type to go on with a run that was stopped.
+default GLMDDP_COMMAND "$command"
+
+# Whether the program is `glmddp train` or `glmddp compare`: what else runs under it does not save.
+saves() {
+    before=
+    for word in "$@"; do
+        case $before/$word in
+        glmddp/train | glmddp/compare) return 0 ;;
+        esac
+        before=${word##*/}
+    done
+    return 1
+}
+saves "$@" || exec mpirun -n "$num_ranks" "$@"
+
+# On SIGINT, SIGTERM and SIGHUP mpirun kills its processes two seconds later, and no option changes that; SIGUSR1 it passes on. So it runs
+# in a session of its own, where Ctrl-C does not reach it, gets SIGUSR1 instead, and ends when this script is killed.
+end_with_parent=
+if setpriv --pdeathsig TERM true 2>/dev/null; then end_with_parent='setpriv --pdeathsig TERM'; fi
+# shellcheck disable=SC2086 # a command and its options
+setsid $end_with_parent mpirun -n "$num_ranks" "$@" <&0 &
+job=$!
+
+num_interrupts=0
+interrupt() {
+    num_interrupts=$((num_interrupts + 1))
+    if [ "$num_interrupts" -eq 1 ]; then kill -USR1 "$job"; else kill -TERM "$job"; fi
+}
+trap interrupt INT
+trap 'kill -USR1 "$job"' TERM USR1 HUP
+
+# A signal ends `wait` before the job has ended.
+code=0
+wait "$job" || code=$?
+while kill -0 "$job" 2>/dev/null; do
+    code=0
+    wait "$job" || code=$?
+done
+if [ "$num_interrupts" -gt 1 ]; then code=130; fi
+exit "$code"

@@ -257,17 +257,20 @@ fn mpirun_train_with_recompute_gives_the_same_bits() {
     }
 }
 
-/// Process ids of the ranks of this job, by rank.
+fn parent_of(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(')').next()?.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Process ids of the ranks of this job, by rank: children of the mpirun that is a child of the script.
 fn ranks_of(job: &Child, num_ranks: usize) -> Option<Vec<u32>> {
     let mut ranks = vec![None; num_ranks];
     for entry in std::fs::read_dir("/proc").ok()? {
         let Ok(pid) = entry.ok()?.file_name().to_string_lossy().parse::<u32>() else { continue };
         let Ok(environ) = std::fs::read(format!("/proc/{pid}/environ")) else { continue };
-        let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
-        let parent = stat.rsplit(')').next()?.split_whitespace().nth(1)?.parse::<u32>().ok()?;
         let environ = String::from_utf8_lossy(&environ).into_owned();
         let rank = environ.split('\0').find_map(|v| v.strip_prefix("OMPI_COMM_WORLD_RANK=")?.parse::<usize>().ok());
-        if let (Some(rank), true) = (rank, parent == job.id()) {
+        if let (Some(rank), true) = (rank, parent_of(pid).and_then(parent_of) == Some(job.id())) {
             *ranks.get_mut(rank)? = Some(pid);
         }
     }
