@@ -57,7 +57,7 @@ impl Setup {
             command.args(["-n", "2", program]);
         }
         command.args(["train", "--model_name_or_path", "model", "--train_file", "data/train.jsonl", "--output_dir", out]);
-        command.args(["--max_steps", STEPS, "--pre_seq_len", "4", "--per_device_train_batch_size", "2", "--global_batch_size", "24"]);
+        command.args(["--max_steps", STEPS, "--pre_seq_len", "4", "--per_device_train_batch_size", "2", "--global_batch_size", "12"]);
         command.args(["--threads", "1"]).args(args);
         for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"] {
             command.env(name, "1");
@@ -324,7 +324,7 @@ fn comparison_that_is_stopped_saves_and_goes_on_with_the_same_command() {
     let setup = Setup::new();
     let files = ["--train_file", "data/train.jsonl", "--validation_file", "data/dev.jsonl", "--model_name_or_path", "model"];
     let args =
-        ["compare", "--methods", "ptuning_v2", "--max_steps", STEPS, "--output_dir", "out", "--threads", "1", "--global_batch_size", "24"];
+        ["compare", "--methods", "ptuning_v2", "--max_steps", STEPS, "--output_dir", "out", "--threads", "1", "--global_batch_size", "12"];
     let mut command = Command::new(env!("CARGO_BIN_EXE_glmddp"));
     command.args(args).args(files).current_dir(setup.0.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut job = command.env_remove("GLMDDP_COMMAND").spawn().expect("the program starts");
