@@ -77,6 +77,13 @@ impl SlotAccumulator {
     /// # Errors
     /// When `slot` is not the next one of the range, or the gradient has another shape or dtype.
     pub fn push(&mut self, slot: usize, grad: Tensor) -> Result<(), DistError> {
+        let partial = self.take_next(slot, grad)?;
+        self.fold.push(partial)?;
+        Ok(())
+    }
+
+    /// The next slot's gradient, checked, before it is added.
+    pub(super) fn take_next(&mut self, slot: usize, grad: Tensor) -> Result<Partial, DistError> {
         if slot != self.next || slot >= self.range.end {
             let expected = if self.next < self.range.end { format!("slot {}", self.next) } else { "no further slot".into() };
             return Err(DistError::Argument { collective: "the accumulator", expected, found: format!("slot {slot}") });
@@ -90,8 +97,12 @@ impl SlotAccumulator {
             });
         }
         self.next += 1;
-        self.fold.push(Partial { node: Node { lo: slot, hi: slot + 1 }, sum: grad.detach(), owned: false })?;
-        Ok(())
+        Ok(Partial { node: Node { lo: slot, hi: slot + 1 }, sum: grad.detach(), owned: false })
+    }
+
+    /// The slots that are still to come.
+    pub(super) fn missing(&self) -> Range<usize> {
+        self.next..self.range.end.max(self.next)
     }
 
     /// Buffers that are alive.
@@ -101,6 +112,15 @@ impl SlotAccumulator {
 
     /// All ranks' ranges; every rank finds the same fault if there is one.
     pub(super) fn gather_ranges(&self, group: &dyn ProcessGroup) -> Result<Vec<Range<usize>>, DistError> {
+        self.gather_ranges_computed_to(group, self.next)
+    }
+
+    /// As [`Self::gather_ranges`] before the slots are computed.
+    pub(super) fn gather_ranges_ahead(&self, group: &dyn ProcessGroup) -> Result<Vec<Range<usize>>, DistError> {
+        self.gather_ranges_computed_to(group, self.range.end)
+    }
+
+    fn gather_ranges_computed_to(&self, group: &dyn ProcessGroup, next: usize) -> Result<Vec<Range<usize>>, DistError> {
         let num_slots = self.fold.tree.num_slots();
         let mine = [
             usize::from(self.fold.reduction == Reduction::AllReduce),
@@ -108,7 +128,7 @@ impl SlotAccumulator {
             self.num_elements,
             self.range.start,
             self.range.end,
-            self.next,
+            next,
         ];
         let bytes: Vec<u8> = mine.iter().flat_map(|&v| (v as u64).to_le_bytes()).collect();
         let mut ranges = Vec::with_capacity(group.world_size());

@@ -44,6 +44,24 @@ pub(super) fn check_root(root: usize, world_size: usize) -> std::result::Result<
     Err(DistError::Argument { collective: "broadcast", expected: format!("a root below {world_size}"), found: root.to_string() })
 }
 
+/// Checks the arguments of [`super::ProcessGroup::all_to_all_v`].
+pub(super) fn check_parts(parts: &Tensor, send: &[usize], receive: &[usize], world_size: usize) -> std::result::Result<(), DistError> {
+    let n = num_columns("all_to_all_v", parts, None)?;
+    if send.len() == world_size && receive.len() == world_size && send.iter().sum::<usize>() == n {
+        return Ok(());
+    }
+    Err(DistError::Argument {
+        collective: "all_to_all_v",
+        expected: format!("{world_size} lengths to send, {n} in all, and {world_size} to receive"),
+        found: format!("{send:?} and {receive:?}"),
+    })
+}
+
+/// Where each of the parts begins that lie one behind the other.
+pub(super) fn starts(lens: &[usize]) -> Vec<usize> {
+    lens.iter().scan(0, |end, len| Some(std::mem::replace(end, *end + len))).collect()
+}
+
 /// Wraps a collective's result.
 pub(super) fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> std::result::Result<Tensor, DistError> {
     Ok(Tensor::from_vec(data, shape.into(), &Device::Cpu)?)

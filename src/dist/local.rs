@@ -1,6 +1,7 @@
 //! Ranks as threads of one process, for tests.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::fmt::Display;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use candle_core::Tensor;
 
 use super::abort::payload_text;
-use super::{Aborter, DistError, ProcessGroup, host};
+use super::{Aborter, DistError, Duplicate, ProcessGroup, host};
 
 /// Runs `rank_main` on `world_size` threads, each with its own rank; results are ordered by rank.
 ///
@@ -20,11 +21,11 @@ where
     E: From<DistError> + Display + Send,
     F: Fn(&Local) -> Result<T, E> + Sync,
 {
-    let shared = Arc::new(Shared { world_size, state: Mutex::new(State::new(world_size)), changed: Condvar::new() });
+    let shared = Arc::new(Shared::new(world_size, None, vec![false; world_size]));
     std::thread::scope(|scope| {
         let handles: Vec<_> = (0..world_size)
             .map(|rank| {
-                let group = Local { rank, shared: shared.clone() };
+                let group = Local::new(rank, shared.clone());
                 let rank_main = &rank_main;
                 scope.spawn(move || group.live(rank_main))
             })
@@ -37,12 +38,52 @@ where
 pub struct Local {
     rank: usize,
     shared: Arc<Shared>,
+    num_duplicates: Cell<usize>,
 }
 
 struct Shared {
     world_size: usize,
     state: Mutex<State>,
     changed: Condvar,
+    /// In the order in which the ranks asked for them.
+    duplicates: Mutex<Vec<Arc<Shared>>>,
+}
+
+/// A rank that failed, and why.
+type Failure = Option<(usize, String)>;
+
+impl Shared {
+    fn new(world_size: usize, failure: Failure, ended: Vec<bool>) -> Self {
+        let state = State { round: 0, given: vec![None; world_size], last: Arc::default(), failure, ended };
+        Self { world_size, state: Mutex::new(state), changed: Condvar::new(), duplicates: Mutex::default() }
+    }
+
+    /// Tells who waits, here and in the duplicates, that `rank` has ended, with an error or without.
+    fn end(&self, rank: usize, error: Option<&str>) {
+        let duplicates = lock(&self.duplicates);
+        let mut state = lock(&self.state);
+        state.ended[rank] = true;
+        if let (Some(error), None) = (error, &state.failure) {
+            state.failure = Some((rank, error.to_owned()));
+        }
+        drop(state);
+        self.changed.notify_all();
+        duplicates.iter().for_each(|duplicate| duplicate.end(rank, error));
+    }
+
+    /// The duplicate that a rank gets that has `index` already.
+    fn duplicate(&self, index: usize) -> Arc<Self> {
+        let mut duplicates = lock(&self.duplicates);
+        if index == duplicates.len() {
+            let state = lock(&self.state);
+            duplicates.push(Arc::new(Self::new(self.world_size, state.failure.clone(), state.ended.clone())));
+        }
+        duplicates[index].clone()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct State {
@@ -52,15 +93,9 @@ struct State {
     given: Vec<Option<Gift>>,
     /// The last finished exchange. It stays until all ranks gave to the next one, so each rank sees it in time.
     last: Arc<Vec<Gift>>,
-    /// The first rank that failed, and why.
-    failure: Option<(usize, String)>,
+    /// The first rank that failed.
+    failure: Failure,
     ended: Vec<bool>,
-}
-
-impl State {
-    fn new(world_size: usize) -> Self {
-        Self { round: 0, given: vec![None; world_size], last: Arc::default(), failure: None, ended: vec![false; world_size] }
-    }
 }
 
 #[derive(Clone)]
@@ -73,12 +108,18 @@ struct Gift {
 enum Payload {
     Bytes(Vec<u8>),
     Tensor(Tensor),
+    /// One for each rank.
+    Parts(Vec<Vec<f32>>),
 }
 
 /// What [`Local::abort`] unwinds with.
 struct Abort(String);
 
 impl Local {
+    fn new(rank: usize, shared: Arc<Shared>) -> Self {
+        Self { rank, shared, num_duplicates: Cell::new(0) }
+    }
+
     /// Runs this rank to its end and tells the others how it ended.
     fn live<T, E: From<DistError> + Display>(&self, rank_main: &impl Fn(&Local) -> Result<T, E>) -> Result<T, E> {
         let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| rank_main(self)));
@@ -86,25 +127,16 @@ impl Local {
             let message = panic_text(payload.as_ref());
             Err(DistError::RankFailed { rank: self.rank, world_size: self.shared.world_size, message }.into())
         });
-        let mut state = self.lock();
-        if let (Err(error), None) = (&outcome, &state.failure) {
-            let text = error.to_string();
-            let own = format!("rank {} of {} failed: ", self.rank, self.shared.world_size);
-            state.failure = Some((self.rank, text.strip_prefix(&own).unwrap_or(&text).to_owned()));
-        }
-        state.ended[self.rank] = true;
-        self.shared.changed.notify_all();
+        let text = outcome.as_ref().err().map(ToString::to_string);
+        let own = format!("rank {} of {} failed: ", self.rank, self.shared.world_size);
+        self.shared.end(self.rank, text.as_deref().map(|text| text.strip_prefix(&own).unwrap_or(text)));
         outcome
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives `payload` to all and takes what all gave, ordered by rank.
     fn exchange(&self, collective: &'static str, payload: Payload) -> Result<Arc<Vec<Gift>>, DistError> {
         let world_size = self.shared.world_size;
-        let mut state = self.lock();
+        let mut state = lock(&self.shared.state);
         let round = state.round;
         state.given[self.rank] = Some(Gift { collective, payload });
         if state.given.iter().all(Option::is_some) {
@@ -193,6 +225,25 @@ impl ProcessGroup for Local {
         Ok(Tensor::stack(&mine, 0)?)
     }
 
+    fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
+        host::check_parts(parts, send, receive, self.world_size())?;
+        let parts = host::with_slice("all_to_all_v", parts, |parts| {
+            host::starts(send).into_iter().zip(send).map(|(start, len)| parts[start..start + len].to_vec()).collect()
+        })?;
+        let gifts = self.exchange("all_to_all_v", Payload::Parts(parts))?;
+        let mut received = Vec::with_capacity(receive.iter().sum());
+        for ((rank, gift), &len) in gifts.iter().enumerate().zip(receive) {
+            let Payload::Parts(parts) = &gift.payload else { continue };
+            if parts[self.rank].len() != len {
+                let (expected, found) = (format!("{len} elements"), parts[self.rank].len() * size_of::<f32>());
+                return Err(DistError::Message { rank, what: "its part", expected, found });
+            }
+            received.extend_from_slice(&parts[self.rank]);
+        }
+        let n = received.len();
+        host::tensor(received, n)
+    }
+
     fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError> {
         host::num_columns("all_reduce", mine, None)?;
         let all = self.exchange_tensors("all_reduce", mine)?;
@@ -207,6 +258,13 @@ impl ProcessGroup for Local {
 
     fn barrier(&self) -> Result<(), DistError> {
         self.exchange("barrier", Payload::Bytes(Vec::new())).map(|_| ())
+    }
+
+    fn duplicate(&self) -> Duplicate {
+        let (rank, index) = (self.rank, self.num_duplicates.get());
+        self.num_duplicates.set(index + 1);
+        let shared = self.shared.duplicate(index);
+        Box::new(move || Box::new(Self::new(rank, shared)))
     }
 
     fn abort(&self, message: &str) -> ! {
@@ -240,6 +298,12 @@ mod tests {
                     Tensor::from_iter((0..world_size).map(|to| (10 * g.rank() + to) as f32), &Device::Cpu)?.reshape((world_size, 1))?;
                 let turned = g.all_to_all(&rows)?.to_vec2::<f32>()?;
                 assert!(turned.iter().enumerate().all(|(from, row)| row == &[(10 * from + g.rank()) as f32]));
+                // Rank r has s elements for rank s, and expects as many from each as its own number.
+                let (send, receive): (Vec<_>, Vec<_>) = (0..world_size).map(|other| (other, g.rank())).unzip();
+                let parts = Tensor::from_iter(send.iter().flat_map(|&to| vec![(10 * g.rank() + to) as f32; to]), &Device::Cpu)?;
+                let got = g.all_to_all_v(&parts, &send, &receive)?.to_vec1::<f32>()?;
+                let expected = (0..world_size).flat_map(|from| vec![(10 * from + g.rank()) as f32; g.rank()]);
+                assert_eq!(got, expected.collect::<Vec<_>>());
                 let sum = (0..world_size).sum::<usize>() as f32;
                 assert_eq!(g.all_reduce(&mine)?.to_vec1::<f32>()?, [sum; 2]);
                 assert_eq!(g.broadcast(&mine, world_size - 1)?.to_vec1::<f32>()?, [(world_size - 1) as f32; 2]);
@@ -285,6 +349,38 @@ mod tests {
         let all: Vec<Result<(), DistError>> = run(3, |g| if g.rank() == 0 { Ok(()) } else { g.barrier() });
         assert!(all[0].is_ok());
         assert!(all[1..].iter().all(|o| o.as_ref().unwrap_err().to_string().starts_with("rank 0 of 3")));
+    }
+
+    #[test]
+    fn collectives_of_a_duplicate_do_not_meet_those_of_the_group() {
+        let all = run(3, |g| {
+            let duplicate = g.duplicate();
+            let beside = std::thread::spawn(move || {
+                let g = duplicate();
+                (0..20).map(|i| g.all_gather_bytes(&[i, g.rank() as u8])).collect::<Result<Vec<_>, DistError>>()
+            });
+            for i in 100..120 {
+                assert_eq!(g.all_gather_bytes(&[i, g.rank() as u8])?, [[i, 0], [i, 1], [i, 2]]);
+            }
+            let beside = beside.join().unwrap()?;
+            assert!(beside.iter().enumerate().all(|(i, all)| *all == [[i as u8, 0], [i as u8, 1], [i as u8, 2]]));
+            Ok::<_, DistError>(())
+        });
+        all.into_iter().for_each(|outcome| outcome.unwrap());
+    }
+
+    #[test]
+    fn duplicate_with_a_failing_rank_fails_on_the_others_by_name() {
+        let all: Vec<Result<(), DistError>> = run(3, |g| {
+            let duplicate = g.duplicate()();
+            if g.rank() == 1 {
+                return Err(DistError::Slots { rank: 1, problem: "disk full".into() });
+            }
+            duplicate.barrier()
+        });
+        for rank in [0, 2] {
+            assert_eq!(all[rank].as_ref().unwrap_err().to_string(), "rank 1 of 3 failed: rank 1: disk full");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! - [`ProcessGroup`]: what a rank may do; [`Solo`], [`local`] (threads, for tests) and `Mpi` do it. [`connect()`] chooses.
 //! - [`SlotTree`], [`SlotAccumulator`], [`reduce()`]: the sum of gradients whose bits do not depend on the world size.
 //! - [`Shards`], [`reduce_scatter`], [`all_gather_shards`]: the same sum and other flat buffers, each rank with its own part of them.
+//! - [`CommThread`]: the same shards of the sum, range by range while the last slot's gradient is still being computed.
 //! - [`agree()`]: an error on some ranks becomes the same error on all. [`install_panic_hook`]: a panic on one ends all.
 //! - [`Watched`]: a collective that lasts too long ends the job, naming the rank that does not come.
 //! - [`plan_threads`]: how many threads a rank takes.
@@ -16,6 +17,7 @@ mod host;
 pub mod local;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod overlap;
 #[cfg(feature = "mpi")]
 mod pieces;
 mod reduce;
@@ -34,6 +36,7 @@ pub use accumulate::SlotAccumulator;
 pub use agree::{AgreedError, agree};
 pub use connect::connect;
 pub use error::DistError;
+pub use overlap::{CommThread, OverlapPlan, OverlappedSum};
 pub use reduce::{reduce, reduce_scatter};
 pub use shards::{Shards, all_gather_shards, gather_shards};
 pub use slots::{Node, SlotScalars, SlotTree, gather_slots, gather_slots_and_notes};
@@ -61,11 +64,18 @@ pub trait ProcessGroup {
     fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError>;
     /// `[world_size, n]` f32 -> `[world_size, n]`: row r goes to rank r; the result's row s came from rank s.
     fn all_to_all(&self, rows: &Tensor) -> Result<Tensor, DistError>;
+    /// As [`Self::all_to_all`] with parts of any length: `parts` `[n]` f32 is the part for rank 0, then that for rank 1, and so on, `send[r]`
+    /// elements for rank r; the result has `receive[s]` elements from each rank s, in the same order. What r sends to s is what s expects
+    /// from r.
+    fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError>;
     /// Sum over ranks of `[n]` f32, in the backend's own order (fast; bits depend on the world size).
     fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError>;
     /// Root's `[n]` f32 on every rank. All ranks pass a tensor of the same shape.
     fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError>;
     fn barrier(&self) -> Result<(), DistError>;
+    /// What makes a second group of the same ranks, whose collectives do not meet this one's, for the thread that calls it. A collective:
+    /// every rank asks for it and calls it, and this group rests meanwhile.
+    fn duplicate(&self) -> Duplicate;
 
     /// Tells whoever watches this rank which step it is at and what it does there.
     fn now_at(&self, _step: u64, _activity: &'static str) {}
@@ -78,6 +88,9 @@ pub trait ProcessGroup {
     /// error that only some ranks return can never leave the rest waiting.
     fn finish(self: Box<Self>);
 }
+
+/// Makes a group of ranks on the thread that calls it; see [`ProcessGroup::duplicate`].
+pub type Duplicate = Box<dyn FnOnce() -> Box<dyn ProcessGroup> + Send>;
 
 /// How gradients are summed over slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,29 +3,35 @@
 //! MPI's counts are 32-bit: larger messages travel in pieces. Its errors are fatal (the library ends the job).
 
 use std::mem::ManuallyDrop;
+use std::time::Duration;
 
 use candle_core::Tensor;
 use mpi::Threading;
 use mpi::collective::SystemOperation;
-use mpi::datatype::PartitionMut;
+use mpi::datatype::{Partition, PartitionMut};
 use mpi::environment::Universe;
 use mpi::topology::{Process, SimpleCommunicator};
 use mpi::traits::{Communicator, CommunicatorCollectives, Root};
 
-use super::{Aborter, DistError, ProcessGroup, host, pieces};
+use super::{Aborter, DistError, Duplicate, ProcessGroup, host, pieces};
 
 /// Elements that one call of MPI moves at most, over all ranks.
 const MAX_COUNT: usize = i32::MAX as usize;
 
+/// How long a thread beside the computation sleeps before it looks again whether its message has come. A blocking call of MPI would spin
+/// on a core that computes.
+const POLL: Duration = Duration::from_micros(50);
+
 pub(super) struct Mpi {
-    world: SimpleCommunicator,
+    /// All ranks. Never freed: that is a collective, and a rank that fails must be able to leave alone. Finalising MPI frees it.
+    world: ManuallyDrop<SimpleCommunicator>,
     rank: usize,
     world_size: usize,
     local_rank: usize,
     local_size: usize,
     machine: usize,
-    /// Finalises MPI when dropped, and that waits for all ranks: so only [`ProcessGroup::finish`] drops it.
-    universe: ManuallyDrop<Universe>,
+    /// Finalises MPI when dropped, and that waits for all ranks: so only [`ProcessGroup::finish`] drops it. None in a duplicate.
+    universe: Option<ManuallyDrop<Universe>>,
 }
 
 impl Mpi {
@@ -41,7 +47,7 @@ impl Mpi {
         neighbours.process_at_rank(0).broadcast_into(&mut machine);
         drop(neighbours);
         let machine = machine as usize;
-        let universe = ManuallyDrop::new(universe);
+        let (world, universe) = (ManuallyDrop::new(world), Some(ManuallyDrop::new(universe)));
         Ok(Self { world, rank, world_size, local_rank, local_size, machine, universe })
     }
 
@@ -101,6 +107,32 @@ impl ProcessGroup for Mpi {
         host::tensor(turned, (self.world_size, n))
     }
 
+    /// Sleeps while it waits: for the thread beside the computation.
+    fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
+        host::check_parts(parts, send, receive, self.world_size)?;
+        let total = receive.iter().sum::<usize>();
+        if parts.elem_count().max(total) > MAX_COUNT {
+            let (expected, found) = (format!("at most {MAX_COUNT} elements"), parts.elem_count().max(total).to_string());
+            return Err(DistError::Argument { collective: "all_to_all_v", expected, found });
+        }
+        let counts = |lens: &[usize]| lens.iter().map(|&len| len as i32).collect::<Vec<_>>();
+        let (send_starts, receive_starts) = (counts(&host::starts(send)), counts(&host::starts(receive)));
+        let received = host::with_slice("all_to_all_v", parts, |parts| {
+            let mut received = vec![0.0f32; total];
+            let from = Partition::new(parts, counts(send), send_starts);
+            let mut to = PartitionMut::new(&mut received[..], counts(receive), receive_starts);
+            mpi::request::scope(|scope| {
+                let mut request = self.world.immediate_all_to_all_varcount_into(scope, &from, &mut to);
+                while let Err(pending) = request.test() {
+                    request = pending;
+                    std::thread::sleep(POLL);
+                }
+            });
+            received
+        })?;
+        host::tensor(received, total)
+    }
+
     fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError> {
         let n = host::num_columns("all_reduce", mine, None)?;
         let sum = host::with_slice("all_reduce", mine, |mine| {
@@ -128,6 +160,15 @@ impl ProcessGroup for Mpi {
         Ok(())
     }
 
+    fn duplicate(&self) -> Duplicate {
+        let &Self { rank, world_size, local_rank, local_size, machine, .. } = self;
+        Box::new(move || {
+            // A duplicate's own duplicates are of the same ranks too.
+            let world = ManuallyDrop::new(SimpleCommunicator::world().duplicate());
+            Box::new(Self { world, rank, world_size, local_rank, local_size, machine, universe: None })
+        })
+    }
+
     fn abort(&self, message: &str) -> ! {
         self.as_aborter().abort(message)
     }
@@ -137,7 +178,7 @@ impl ProcessGroup for Mpi {
     }
 
     fn finish(self: Box<Self>) {
-        drop(ManuallyDrop::into_inner(self.universe));
+        drop(self.universe.map(ManuallyDrop::into_inner));
     }
 }
 

@@ -43,22 +43,28 @@ pub fn reduce(group: &dyn ProcessGroup, accumulator: SlotAccumulator) -> Result<
 /// # Errors
 /// On all ranks alike when the ranges do not cover the tree or differ in size, or `shards` is for another size.
 pub fn reduce_scatter(group: &dyn ProcessGroup, accumulator: SlotAccumulator, shards: &Shards) -> Result<Tensor, DistError> {
-    if (shards.num_elements(), shards.world_size()) != (accumulator.num_elements, group.world_size()) {
-        return Err(DistError::Argument {
-            collective: "reduce_scatter",
-            expected: format!("shards of {} elements on {} ranks", accumulator.num_elements, group.world_size()),
-            found: format!("shards of {} on {}", shards.num_elements(), shards.world_size()),
-        });
-    }
+    check_shards(group, &accumulator, shards)?;
     match Sums::agree(group, accumulator)? {
         Sums::Whole { sum, root } => {
             let own = shards.range(group.rank());
             let shard = group.broadcast(&sum, root)?.narrow(0, own.start, own.len())?;
             // A copy where the rest of the sum is not this rank's, so that its memory is given back.
-            Ok(if own.len() < shards.num_elements() { shard.copy()? } else { shard })
+            Ok(if own.len() < shards.num_elements() { shard.force_contiguous()? } else { shard })
         }
         Sums::Parts(parts) => parts.reduce_scatter(group, shards),
     }
+}
+
+/// `shards` is for sums of this size on these ranks.
+pub(super) fn check_shards(group: &dyn ProcessGroup, sums: &SlotAccumulator, shards: &Shards) -> Result<(), DistError> {
+    if (shards.num_elements(), shards.world_size()) == (sums.num_elements, group.world_size()) {
+        return Ok(());
+    }
+    Err(DistError::Argument {
+        collective: "reduce_scatter",
+        expected: format!("shards of {} elements on {} ranks", sums.num_elements, group.world_size()),
+        found: format!("shards of {} on {}", shards.num_elements(), shards.world_size()),
+    })
 }
 
 /// How the ranks' sums make up the whole.
@@ -84,11 +90,12 @@ struct Parts {
 }
 
 /// A sum that some rank holds.
-struct Source {
-    node: Node,
-    rank: usize,
+#[derive(Clone, Debug)]
+pub(super) struct Source {
+    pub(super) node: Node,
+    pub(super) rank: usize,
     /// Its place among that rank's sums.
-    place: usize,
+    pub(super) place: usize,
 }
 
 impl Sums {
@@ -108,7 +115,7 @@ impl Sums {
 }
 
 /// All ranks' sums in the order in which they are added.
-fn sources(reduction: Reduction, tree: &SlotTree, ranges: &[Range<usize>]) -> Vec<Source> {
+pub(super) fn sources(reduction: Reduction, tree: &SlotTree, ranges: &[Range<usize>]) -> Vec<Source> {
     let nodes = |range: &Range<usize>| match reduction {
         Reduction::SlotTree => tree.cover(range),
         Reduction::AllReduce if range.is_empty() => Vec::new(),
@@ -171,7 +178,7 @@ impl Parts {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::accumulate::tests::{bits, grad};
     use super::super::{Solo, local};
     use super::*;
@@ -202,7 +209,7 @@ mod tests {
     }
 
     /// An uneven, contiguous split that may leave ranks without a slot.
-    fn split(num_slots: usize, world_size: usize, seed: u64) -> Vec<Range<usize>> {
+    pub fn split(num_slots: usize, world_size: usize, seed: u64) -> Vec<Range<usize>> {
         let rng = KeyedRng::new(seed, Stream::Shuffle, num_slots as u64);
         let mut cuts: Vec<usize> = (1..world_size).map(|i| rng.below(i as u64, num_slots as u32 + 1) as usize).collect();
         cuts.extend([0, num_slots]);

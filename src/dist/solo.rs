@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{Aborter, DistError, ProcessGroup, host};
+use super::{Aborter, DistError, Duplicate, ProcessGroup, host};
 
 /// A group of one rank. No case of its own anywhere else: every caller uses the trait.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,6 +43,11 @@ impl ProcessGroup for Solo {
         Ok(rows.clone())
     }
 
+    fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
+        host::check_parts(parts, send, receive, 1)?;
+        Ok(parts.clone())
+    }
+
     fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError> {
         host::num_columns("all_reduce", mine, None)?;
         Ok(mine.clone())
@@ -56,6 +61,10 @@ impl ProcessGroup for Solo {
 
     fn barrier(&self) -> Result<(), DistError> {
         Ok(())
+    }
+
+    fn duplicate(&self) -> Duplicate {
+        Box::new(|| Box::new(Self))
     }
 
     fn abort(&self, message: &str) -> ! {

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use glmddp::dist::{
-    DistError, ProcessGroup, Reduction, Shards, SlotAccumulator, SlotScalars, SlotTree, Solo, agree, all_gather_shards, connect,
-    gather_shards, gather_slots, install_panic_hook, plan_threads, reduce, reduce_scatter,
+    CommThread, DistError, OverlapPlan, ProcessGroup, Reduction, Shards, SlotAccumulator, SlotScalars, SlotTree, Solo, agree,
+    all_gather_shards, connect, gather_shards, gather_slots, install_panic_hook, plan_threads, reduce, reduce_scatter,
 };
 use glmddp::rng::{KeyedRng, Stream};
 
@@ -172,6 +172,13 @@ fn collectives(g: &dyn ProcessGroup) -> Result<(), DistError> {
         let turned = g.all_to_all(&rows)?.to_vec2::<f32>()?;
         assert!(turned.iter().enumerate().all(|(from, row)| (0..n).all(|i| row[i] == (from * 10_000 + rank * n + i) as f32)));
     }
+    // n elements more for each further rank.
+    for n in [0, 1, 1000] {
+        let (send, receive): (Vec<_>, Vec<_>) = (0..size).map(|other| (other * n, rank * n)).unzip();
+        let parts = tensor(send.iter().enumerate().flat_map(|(to, &len)| vec![(10 * rank + to) as f32; len]));
+        let got = g.all_to_all_v(&parts, &send, &receive)?.to_vec1::<f32>()?;
+        assert_eq!(got, (0..size).flat_map(|from| vec![(10 * from + rank) as f32; rank * n]).collect::<Vec<_>>());
+    }
     let bytes = g.all_gather_bytes(&vec![rank as u8; 3 * rank])?;
     assert!(bytes.iter().enumerate().all(|(r, b)| b == &vec![r as u8; 3 * r]));
     assert!(g.all_reduce(&tensor([1.0]).to_dtype(candle_core::DType::F64)?).is_err(), "only f32");
@@ -180,14 +187,16 @@ fn collectives(g: &dyn ProcessGroup) -> Result<(), DistError> {
     g.barrier()
 }
 
-/// Uneven shares of 13 slots, the last rank's the largest: the sum on every rank, and in shards that are put together again.
+/// Uneven shares of 13 slots, the last rank's the largest: the sum on every rank, and in shards, made at the end or on the way, that are put
+/// together again.
 fn slot_tree(g: &dyn ProcessGroup) -> Result<(), DistError> {
     const SLOTS: usize = 13;
     const N: usize = 10_007;
+    let slot_grad = |slot: usize| tensor(KeyedRng::new(3, Stream::ParameterInit, slot as u64).normal(N));
     let fill = |range: std::ops::Range<usize>| {
         let mut accumulator = SlotAccumulator::new(Reduction::SlotTree, SlotTree::new(SLOTS), range.clone(), N, &Device::Cpu);
         for slot in range {
-            accumulator.push(slot, tensor(KeyedRng::new(3, Stream::ParameterInit, slot as u64).normal(N)))?;
+            accumulator.push(slot, slot_grad(slot))?;
         }
         Ok::<_, DistError>(accumulator)
     };
@@ -200,6 +209,27 @@ fn slot_tree(g: &dyn ProcessGroup) -> Result<(), DistError> {
     let own = shards.range(g.rank());
     let shard = reduce_scatter(g, fill(share.clone())?, &shards)?;
     assert_eq!(bits(shard.clone())?, bits(whole.narrow(0, own.start, own.len())?)?);
+    // The last slot in three parts, from both ends to the middle.
+    let stages = vec![vec![0..100, 9000..N], vec![100..5000], vec![5000..9000]];
+    let thread = CommThread::start(g)?;
+    for _ in 0..3 {
+        let mut sums = SlotAccumulator::new(Reduction::SlotTree, SlotTree::new(SLOTS), share.clone(), N, &Device::Cpu);
+        let plan = OverlapPlan::agree(g, &sums, shards, stages.clone())?;
+        let last = share.end - 1;
+        for slot in share.start..last {
+            sums.push(slot, slot_grad(slot))?;
+        }
+        let mut sum = thread.begin(plan, sums, Some(last))?;
+        let running = tensor(vec![f32::NAN; N]);
+        for (i, stage) in stages.iter().enumerate() {
+            for part in stage {
+                running.slice_set(&slot_grad(last).narrow(0, part.start, part.len())?.force_contiguous()?, 0, part.start)?;
+            }
+            sum.advance(i + 1, last, &running);
+            g.barrier()?;
+        }
+        assert_eq!(bits(sum.finish()?)?, bits(shard.clone())?);
+    }
     let flat = tensor(vec![0.0; N]);
     flat.slice_set(&shard.copy()?, 0, own.start)?;
     all_gather_shards(g, &flat, &shards)?;
