@@ -196,10 +196,18 @@ impl ChatGlm2 {
     }
 
     /// Takes the gradient towards the hidden states, `[T, H]`, down to the lowest trained place; the hooks receive theirs on the way.
+    /// `layer_done` hears of each layer that it is through with: nothing is added to a gradient of its parameters any more.
     ///
     /// # Errors
-    /// When a hook fails.
-    pub fn backward(&self, dx_TH: Tensor, tape: Tape, tokens: Tokens, hooks: &mut dyn Hooks) -> Result<()> {
+    /// When a hook or `layer_done` fails.
+    pub fn backward(
+        &self,
+        dx_TH: Tensor,
+        tape: Tape,
+        tokens: Tokens,
+        hooks: &mut dyn Hooks,
+        layer_done: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<()> {
         let Tape { layers, rotary, extended } = tape;
         let rows = extended.as_ref().map_or(tokens.rows, Extended::rows);
         let pass = Pass { rows, rotary: &rotary };
@@ -215,6 +223,7 @@ impl ChatGlm2 {
                 Kept::Input(x_TH) => block.forward(&x_TH, pass, hooks, &mut NoObserver)?.1,
             };
             dx_TH = block.backward(dy_TH, saved, pass, hooks)?;
+            layer_done(block.layer)?;
         }
         let Some(mut dx_TH) = dx_TH else { return Ok(()) };
         if let Some(extended) = &extended {

@@ -120,6 +120,16 @@ impl BaseWeight {
         }
     }
 
+    /// When a backward pass through a model of `num_layers` is through with its gradient: 0 after the head, then a stage for each layer from the
+    /// last down, and one for the embedding.
+    pub fn backward_stage(self, num_layers: usize) -> usize {
+        match (self, self.layer()) {
+            (Self::Embedding, _) => num_layers + 1,
+            (_, Some(layer)) => num_layers - layer,
+            (_, None) => 0,
+        }
+    }
+
     /// How far down in its layer the gradient has to reach for it alone; `Nothing` for what belongs to no layer.
     pub fn reach(self) -> Reach {
         match self {

@@ -1,6 +1,7 @@
 //! Training the base's own parameters: what freeze and full tuning share. The masters are f32, and the model sees them where its own stood.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use serde_json::Value;
@@ -99,6 +100,20 @@ impl PeftMethod for BaseWeights {
         true
     }
 
+    fn site_stages(&self) -> Vec<Vec<Range<usize>>> {
+        let num_layers = self.reach.len();
+        let names = by_name(num_layers);
+        let mut stages = vec![Vec::<Range<usize>>::new(); num_layers + 2];
+        for (name, entry) in self.params.layout().iter() {
+            let (stage, end) = (&mut stages[names[name].backward_stage(num_layers)], entry.offset + entry.num_elements());
+            match stage.last_mut() {
+                Some(last) if last.end == entry.offset => last.end = end,
+                _ => stage.push(entry.offset..end),
+            }
+        }
+        stages
+    }
+
     fn trained_base_weights(&self) -> Result<BTreeMap<BaseWeight, Tensor>> {
         let names = by_name(self.reach.len());
         self.params.tensors()?.into_iter().map(|(name, tensor)| Ok((names[&name], tensor))).collect()
@@ -136,6 +151,10 @@ impl Hooks for BaseHooks<'_> {
 }
 
 impl TrainHooks for BaseHooks<'_> {
+    fn running_site_grad(&self) -> Option<Tensor> {
+        Some(self.grad.clone())
+    }
+
     fn into_site_grad(self: Box<Self>) -> Result<Tensor> {
         Ok(self.grad)
     }

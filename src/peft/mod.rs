@@ -32,6 +32,7 @@ mod fusion_layer;
 pub mod ia3;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{Result, Tensor};
@@ -189,6 +190,10 @@ pub enum Mode {
 
 /// Hooks that gather a gradient while a backward pass runs.
 pub trait TrainHooks: Hooks {
+    /// The buffer that [`Self::into_site_grad`] gives, where a pass adds to it in place from the start; none where it is made at the end.
+    fn running_site_grad(&self) -> Option<Tensor> {
+        None
+    }
     /// The site gradient of the micro-batch, `[PeftMethod::site_len]` f32.
     fn into_site_grad(self: Box<Self>) -> Result<Tensor>;
 }
@@ -218,6 +223,11 @@ pub trait PeftMethod {
     /// only their shards of the summed site gradient. Where it is not said, they get all of it.
     fn site_is_parameters(&self) -> bool {
         false
+    }
+    /// Parts of the site gradient in the order in which a backward pass finishes them: at [`BaseWeight::backward_stage`] i it is through with
+    /// part i, and [`TrainHooks::running_site_grad`] is there. None: nothing is final before the end.
+    fn site_stages(&self) -> Vec<Vec<Range<usize>>> {
+        Vec::new()
     }
     /// Gradient of the parameters, flat in their order, from the mean site gradient.
     fn param_grad(&self, site_grad: &Tensor) -> Result<Tensor> {

@@ -29,12 +29,32 @@ impl SlotPass {
 /// # Errors
 /// When an id or a size does not fit the model.
 pub fn forward_backward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch, recompute: Recompute) -> Result<SlotPass> {
+    forward_backward_watched(model, method, batch, recompute, &mut |_, _| Ok(()))
+}
+
+/// As [`forward_backward`]. Where the site gradient grows in place, `watch` sees it on the way, with the number of
+/// [`PeftMethod::site_stages`] that are final, and may change those; at the end it has seen all.
+///
+/// # Errors
+/// As [`forward_backward`], or that of `watch`.
+pub fn forward_backward_watched(
+    model: &ChatGlm2,
+    method: &dyn PeftMethod,
+    batch: &MicroBatch,
+    recompute: Recompute,
+    watch: &mut dyn FnMut(&Tensor, usize) -> Result<()>,
+) -> Result<SlotPass> {
     let mut hooks = method.hooks(rows(batch, Mode::Train))?;
+    let running = hooks.running_site_grad();
+    let mut watch = |num_final: usize| running.as_ref().map_or(Ok(()), |grad| watch(grad, num_final));
     let tokens = tokens(batch);
     let (hidden, tape) = model.forward(tokens, &*hooks, Keep::ForBackward(recompute))?;
     let (nll, dhidden) = loss::nll_and_gradient(model, &hidden, &batch.targets, &mut *hooks)?;
     drop(hidden);
-    model.backward(dhidden, tape, tokens, &mut *hooks)?;
+    let num_layers = model.config.num_layers;
+    watch(1)?;
+    model.backward(dhidden, tape, tokens, &mut *hooks, &mut |layer| watch(num_layers - layer + 1))?;
+    watch(num_layers + 2)?;
     Ok(SlotPass { nll, site_grad: hooks.into_site_grad()? })
 }
 

@@ -6,11 +6,12 @@
 //! step has the same bits whether and how its optimizer is sharded.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
 use super::TrainError;
-use crate::dist::{self, DistError, ProcessGroup, Shards, SlotAccumulator, Solo};
+use crate::dist::{self, CommThread, DistError, OverlapPlan, ProcessGroup, Shards, SlotAccumulator, Solo};
 use crate::optim::{self, AdamW, AdamWConfig, NonFinite};
 use crate::params::Layout;
 
@@ -23,6 +24,8 @@ pub struct Optimizer<'g> {
     /// All ranks, or this one alone.
     peers: &'g dyn ProcessGroup,
     shards: Shards,
+    /// Moves gradients while they are computed.
+    comm_thread: Option<CommThread>,
 }
 
 impl Optimizer<'static> {
@@ -42,7 +45,34 @@ impl<'g> Optimizer<'g> {
     /// When a tensor cannot be made.
     pub fn sharded(config: AdamWConfig, num_elements: usize, device: &Device, peers: &'g dyn ProcessGroup) -> Result<Self, TrainError> {
         let shards = Shards::new(num_elements, peers.world_size(), optim::CHUNK);
-        Ok(Self { adamw: AdamW::new(config, shards.range(peers.rank()), device)?, peers, shards })
+        Ok(Self { adamw: AdamW::new(config, shards.range(peers.rank()), device)?, peers, shards, comm_thread: None })
+    }
+
+    /// With a thread that moves a gradient's final parts to the ranks that own them while the rest is computed, where several ranks share the
+    /// state. A collective of these.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn overlapped(mut self) -> Result<Self, TrainError> {
+        self.comm_thread = (self.peers.world_size() > 1).then(|| CommThread::start(self.peers)).transpose()?;
+        Ok(self)
+    }
+
+    /// The thread, and what the ranks of `group` have to know before they compute the slots of `sums`, to sum gradients that become final in
+    /// `stages` on the way; none where [`Self::reduce`] sums them at the end. A collective of `group`.
+    ///
+    /// # Errors
+    /// As [`OverlapPlan::agree`].
+    pub fn plan_overlap(
+        &self,
+        group: &dyn ProcessGroup,
+        sums: &SlotAccumulator,
+        stages: Vec<Vec<Range<usize>>>,
+    ) -> Result<Option<(&CommThread, OverlapPlan)>, TrainError> {
+        match &self.comm_thread {
+            Some(thread) if !stages.is_empty() => Ok(Some((thread, OverlapPlan::agree(group, sums, self.shards, stages)?))),
+            _ => Ok(None),
+        }
     }
 
     /// This rank's shard of a flat buffer; it shares its memory. Not collective.

@@ -131,7 +131,8 @@ impl<'a> Job<'a> {
         let adamw = AdamWConfig { beta1: o.adam_beta1, beta2: o.adam_beta2, epsilon: o.adam_epsilon, weight_decay: o.weight_decay };
         let num_elements = method.params().layout().num_elements();
         let mut optimizer = if o.shard_optimizer {
-            Optimizer::sharded(adamw, num_elements, model.device(), group)?
+            let optimizer = Optimizer::sharded(adamw, num_elements, model.device(), group)?;
+            if method.site_stages().is_empty() { optimizer } else { optimizer.overlapped()? }
         } else {
             Optimizer::replicated(adamw, num_elements, model.device())?
         };

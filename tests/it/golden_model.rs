@@ -138,7 +138,7 @@ pub fn check_variant(
     let (nll, dhidden) = loss::nll_and_gradient(model, &hidden, &targets, &mut *hooks).unwrap();
     assert_eq!(loss::nll(model, &hidden, &targets).unwrap(), nll, "with and without a gradient the losses are the same bits");
     check_losses(c, batch, name, whole, &nll);
-    model.backward(dhidden, tape, tokens, &mut *hooks).unwrap();
+    model.backward(dhidden, tape, tokens, &mut *hooks, &mut |_| Ok(())).unwrap();
     let site = (hooks.into_site_grad().unwrap() / nll.len() as f64).unwrap();
     let grads = method.params().layout().views(&method.param_grad(&site).unwrap()).unwrap();
     let trains_base = !method.trained_base_weights().unwrap().is_empty();

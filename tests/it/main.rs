@@ -23,6 +23,7 @@ mod layering;
 mod methods;
 mod model_errors;
 mod mpi;
+mod overlap;
 mod peft;
 mod rust_source;
 mod soft_prompt;

@@ -298,6 +298,12 @@ fn mpirun_train_with_a_sharded_optimizer_and_a_rank_killed_resumes_to_the_same_b
     kill_and_resume(&WIDE_LOW_RANK, &SHARDED);
 }
 
+/// A gradient is on its way while the rank is killed.
+#[test]
+fn mpirun_train_of_the_whole_base_with_a_rank_killed_resumes_to_the_same_bits() {
+    kill_and_resume(&FULL, &SHARDED);
+}
+
 fn kill_and_resume(method: &'static [&'static str], more: &[&'static str]) {
     let setup = Setup::new(method);
     let plain = ["--max_steps", "12", "--save_steps", "2"];
