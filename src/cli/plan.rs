@@ -9,7 +9,7 @@ use super::text::{bytes, columns, si, thousands};
 use super::{environment, report};
 use crate::config::Plan;
 use crate::config::arithmetic::{Arithmetic, Length, plan_arithmetic, plan_length};
-use crate::config::plan::{BatchPlan, DataPlan, Duration, Recompute, Resume, TimeLimit};
+use crate::config::plan::{BatchPlan, DataPlan, Duration, Recompute, Resume, TimeLimit, WeightDtype};
 use crate::config::values::name_of;
 use crate::data::DataError;
 use crate::data::record::Columns;
@@ -182,8 +182,14 @@ fn memory_text(plan: &Plan, a: &Arithmetic) -> String {
     let m = &a.rank_bytes;
     let rows = plan.batch.rows_per_slot;
     let part = |held, whole| if held < whole { format!(", one of {} shards", plan.batch.world_size) } else { String::new() };
+    let (rounded, masters) = match plan.model.torch_dtype {
+        WeightDtype::Float32 => ("", String::new()),
+        WeightDtype::Bfloat16 => {
+            (" (weights rounded to bf16 too)", format!("{} their f32 masters{}\n", bytes(m.masters), part(m.masters, m.trained_parameters)))
+        }
+    };
     format!(
-        "about {} a rank, in f32:\n{} weights\n{} trained parameters\n{} their gradient{}\n{} their two moments{}\n{} gradient sums, {} slots a rank\n{} activations of {rows} rows\n{} logits",
+        "about {} a rank, in f32{rounded}:\n{} weights\n{} trained parameters\n{} their gradient{}\n{} their two moments{}\n{masters}{} gradient sums, {} slots a rank\n{} activations of {rows} rows\n{} logits",
         bytes(m.total()),
         bytes(m.weights),
         bytes(m.trained_parameters),

@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-use super::plan::{BatchPlan, Plan, Recompute, Reduction};
+use super::plan::{BatchPlan, Plan, Recompute, Reduction, WeightDtype};
 use crate::dist::Shards;
 use crate::model::shape::ModelShape;
 use crate::optim;
@@ -44,7 +44,7 @@ impl TokenFlops {
     }
 }
 
-/// Memory of one rank by purpose; f32 everywhere.
+/// Memory of one rank by purpose; f32 everywhere, bf16 values too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct RankBytes {
     pub weights: u64,
@@ -53,6 +53,8 @@ pub struct RankBytes {
     pub gradient: u64,
     /// The optimizer's two, of all parameters or of this rank's shard of them.
     pub moments: u64,
+    /// The optimizer's f32 masters of parameters that the model has in bf16, all or this rank's shard; 0 where the parameters are f32.
+    pub masters: u64,
     /// Gradient sums of this rank's slots, where the method meets the model.
     pub slot_sums: u64,
     /// What the backward pass keeps of one micro-batch of longest rows.
@@ -63,7 +65,8 @@ pub struct RankBytes {
 
 impl RankBytes {
     pub fn total(&self) -> u64 {
-        self.weights + self.trained_parameters + self.gradient + self.moments + self.slot_sums + self.saved_activations + self.logits
+        let trained = self.trained_parameters + self.gradient + self.moments + self.masters;
+        self.weights + trained + self.slot_sums + self.saved_activations + self.logits
     }
 }
 
@@ -156,6 +159,10 @@ pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, Me
             // Only where the method meets the model by its parameters themselves can ranks do with a shard of the gradient.
             gradient: F32_BYTES * if costs.site_elements == trained { shard } else { trained },
             moments: 2 * F32_BYTES * shard,
+            masters: match plan.model.torch_dtype {
+                WeightDtype::Float32 => 0,
+                WeightDtype::Bfloat16 => F32_BYTES * shard,
+            },
             slot_sums: F32_BYTES * costs.site_elements * gradient_buffers(&plan.batch, plan.optim.reduction),
             saved_activations: F32_BYTES * micro_batch_tokens * saved,
             logits: F32_BYTES * (LOGITS_CHUNK_ROWS as u64).min(rows * max_row_targets) * shape.vocab,

@@ -89,7 +89,7 @@ pub const FOREIGN_ARGUMENTS: &[ForeignArgument] = &[
     idle("do_eval", Flag, "validation_file turns evaluation on"),
     refused("do_predict", Flag, OFF, "`glmddp generate` answers the rows of a file"),
     refused("fp16", Flag, OFF, "CPU runs compute in f32"),
-    refused("bf16", Flag, OFF, "CPU runs compute in f32"),
+    refused("bf16", Flag, OFF, "CPU runs compute in f32; torch_dtype = bfloat16 trains rounded weights with f32 masters"),
     refused("fp16_full_eval", Flag, OFF, "CPU runs compute in f32"),
     refused("bf16_full_eval", Flag, OFF, "CPU runs compute in f32"),
     idle("fp16_opt_level", One, "it goes with fp16"),

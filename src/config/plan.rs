@@ -9,7 +9,7 @@ pub use super::values::{Span, TimeLimit};
 pub use crate::data::prompt::Truncation;
 pub use crate::data::record::OnBadRow;
 pub use crate::dist::Reduction;
-pub use crate::model::{Recompute, RopeTable};
+pub use crate::model::{Recompute, RopeTable, WeightDtype};
 pub use crate::optim::{SchedulerType, Warmup};
 pub use crate::peft::MethodPlan;
 
@@ -30,6 +30,8 @@ pub struct ModelPlan {
     pub model_name_or_path: PathBuf,
     pub recompute: Recompute,
     pub rope_table: RopeTable,
+    /// Where it is bfloat16, weights of the base are trained, and the optimizer holds their f32 masters.
+    pub torch_dtype: WeightDtype,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -25,6 +25,7 @@ impl RunConfig {
     pub fn resolve(&self, world_size: usize, sources: &Sources) -> Result<Plan, ConfigError> {
         let resolver = Resolver { config: self, sources, world_size: NonZeroUsize::new(world_size).unwrap_or(NonZeroUsize::MIN) };
         let (model, data, batch, method) = (resolver.model()?, resolver.data()?, resolver.batch()?, resolver.method()?);
+        resolver.refuse_rounding_for(&method)?;
         let optim = resolver.optim(&method)?;
         Ok(Plan { model, data, batch, method, optim, run: resolver.run()? })
     }
@@ -55,6 +56,7 @@ impl Resolver<'_> {
             model_name_or_path: required("model_name_or_path", model.model_name_or_path.as_ref())?,
             recompute,
             rope_table: model.rope_table.unwrap_or(RopeTable::Exact),
+            torch_dtype: model.torch_dtype.unwrap_or_default(),
         })
     }
 
@@ -122,6 +124,15 @@ impl Resolver<'_> {
         let kind = keys.finetuning_type.unwrap_or(FinetuningType::PtuningV2);
         self.refuse_keys_of_other_methods(kind)?;
         MethodPlan::resolve(kind, keys).map_err(|KeyError { key, found, expected }| self.value(&format!("method.{key}"), found, expected))
+    }
+
+    /// Where no weight of the base is trained, rounding would only tell the base apart from the one that the adapter is used with.
+    fn refuse_rounding_for(&self, method: &MethodPlan) -> Result<(), ConfigError> {
+        if self.config.model.torch_dtype != Some(WeightDtype::Bfloat16) || method.settings().trains_base_weights() {
+            return Ok(());
+        }
+        let reason = format!("bfloat16 is for methods that train weights of the base, and {} trains none", method.kind().name());
+        Err(ConfigError::Contradiction { other: "method.finetuning_type", reason, place: self.place("model.torch_dtype") })
     }
 
     /// A key that the chosen method does not read would be silently without effect.

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::plan::{LossMean, OnBadRow, Recompute, Reduction, RopeTable, SchedulerType, Truncation};
+use super::plan::{LossMean, OnBadRow, Recompute, Reduction, RopeTable, SchedulerType, Truncation, WeightDtype};
 use super::values::{ResumeFrom, Span, TimeLimit, named};
 pub use crate::peft::keys::MethodKeys as MethodConfig;
 
@@ -30,6 +30,10 @@ pub struct ModelConfig {
     /// In which arithmetic the rotary angles are computed [default: exact]
     #[arg(long, value_name = "WHICH", value_parser = named::<RopeTable>(&["exact", "published"]))]
     pub rope_table: Option<RopeTable>,
+    /// Precision of the model's weights where they are trained (freeze, full): bfloat16 rounds them, and AdamW steps f32 masters of
+    /// them, dealt to the ranks with its moments; a CPU holds the rounded weights as f32 still [default: float32]
+    #[arg(long, value_name = "TYPE", value_parser = named::<WeightDtype>(&["float32", "bfloat16"]))]
+    pub torch_dtype: Option<WeightDtype>,
 }
 
 /// `[data]`

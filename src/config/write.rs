@@ -23,6 +23,7 @@ impl From<&Plan> for RunConfig {
                 recompute: Some(model.recompute),
                 gradient_checkpointing: None,
                 rope_table: Some(model.rope_table),
+                torch_dtype: Some(model.torch_dtype),
             },
             data: DataConfig {
                 train_file: Some(data.train_file.clone()),

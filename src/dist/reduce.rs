@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 
 use super::accumulate::{Fold, Partial};
-use super::shards::{Bucket, Shards, all_gather_shards};
+use super::shards::{Bucket, Shards, Wire, all_gather_shards};
 use super::slots::{Node, SlotTree};
 use super::{DistError, ProcessGroup, Reduction, SlotAccumulator};
 
@@ -29,7 +29,7 @@ pub fn reduce(group: &dyn ProcessGroup, accumulator: SlotAccumulator) -> Result<
             if !own.is_empty() {
                 whole.slice_set(&shard, 0, own.start)?;
             }
-            all_gather_shards(group, &whole, &shards)?;
+            all_gather_shards(group, &whole, &shards, Wire::F32)?;
             Ok(whole)
         }
     }

@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use candle_core::{DType, Tensor};
+use half::bf16;
 
-use super::{DistError, ProcessGroup};
+use super::{DistError, ProcessGroup, host};
 
 /// Elements that one exchange moves to or from a rank, for each buffer taking part; bounds the memory it takes beyond the buffers.
 const BUCKET: usize = 1 << 22;
@@ -76,14 +77,54 @@ impl Shards {
     }
 }
 
+/// How elements of a buffer travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    F32,
+    /// In half the bytes; for values that bfloat16 has.
+    Bf16,
+}
+
+impl Wire {
+    /// `piece`, at most `[len]`, in as many words for each piece of this length.
+    fn encode(self, piece: &Tensor, len: usize) -> Result<Tensor, DistError> {
+        match self {
+            Self::F32 => Ok(piece.pad_with_zeros(0, 0, len - piece.elem_count())?),
+            Self::Bf16 => {
+                let word = |pair: &[f32]| {
+                    let bits = |i: usize| pair.get(i).map_or(0, |&x| u32::from(bf16::from_f32(x).to_bits()));
+                    f32::from_bits(bits(0) | bits(1) << 16)
+                };
+                let mut words: Vec<f32> = host::with_slice("all_gather_shards", piece, |piece| piece.chunks(2).map(word).collect())?;
+                words.resize(len.div_ceil(2), 0.0);
+                host::tensor(words, len.div_ceil(2))
+            }
+        }
+    }
+
+    /// The first `len` elements of what [`Self::encode`] gave.
+    fn decode(self, words: &Tensor, len: usize) -> Result<Tensor, DistError> {
+        match self {
+            Self::F32 => Ok(words.narrow(0, 0, len)?),
+            Self::Bf16 => {
+                let element = |bits: u32| bf16::from_bits(bits as u16).to_f32();
+                let pair = |word: &f32| [element(word.to_bits()), element(word.to_bits() >> 16)];
+                let elements: Vec<f32> =
+                    host::with_slice("all_gather_shards", words, |words| words.iter().flat_map(pair).take(len).collect())?;
+                host::tensor(elements, len)
+            }
+        }
+    }
+}
+
 /// Fills `flat` `[num_elements]` in place: each rank's own shard of it is what it gives to the others.
 ///
 /// # Errors
 /// When `flat` has another length, or a collective fails.
-pub fn all_gather_shards(group: &dyn ProcessGroup, flat: &Tensor, shards: &Shards) -> Result<(), DistError> {
+pub fn all_gather_shards(group: &dyn ProcessGroup, flat: &Tensor, shards: &Shards, wire: Wire) -> Result<(), DistError> {
     shards.check(group, "all_gather_shards", flat, shards.num_elements)?;
     let own = shards.range(group.rank());
-    exchange(group, &flat.narrow(0, own.start, own.len())?, shards, |rank, at, piece| {
+    exchange(group, &flat.narrow(0, own.start, own.len())?, shards, wire, |rank, at, piece| {
         // What is its own is in its place.
         if rank == group.rank() { Ok(()) } else { flat.slice_set(piece, 0, at) }
     })
@@ -97,11 +138,11 @@ pub fn gather_shards(group: &dyn ProcessGroup, shard: &Tensor, shards: &Shards, 
     shards.check(group, "gather_shards", shard, shards.range(group.rank()).len())?;
     let is_root = group.rank() == root;
     if is_root && shard.elem_count() == shards.num_elements {
-        exchange(group, shard, shards, |_, _, _| Ok(()))?;
+        exchange(group, shard, shards, Wire::F32, |_, _, _| Ok(()))?;
         return Ok(Some(shard.clone()));
     }
     let whole = Tensor::zeros(if is_root { shards.num_elements } else { 0 }, DType::F32, shard.device())?;
-    exchange(group, shard, shards, |_, at, piece| if is_root { whole.slice_set(piece, 0, at) } else { Ok(()) })?;
+    exchange(group, shard, shards, Wire::F32, |_, at, piece| if is_root { whole.slice_set(piece, 0, at) } else { Ok(()) })?;
     Ok(is_root.then_some(whole))
 }
 
@@ -110,15 +151,16 @@ fn exchange(
     group: &dyn ProcessGroup,
     shard: &Tensor,
     shards: &Shards,
+    wire: Wire,
     mut take: impl FnMut(usize, usize, &Tensor) -> candle_core::Result<()>,
 ) -> Result<(), DistError> {
     let start = shards.range(group.rank()).start;
     for Bucket { pieces, len } in shards.buckets() {
         let own = &pieces[group.rank()];
-        let mine = shard.narrow(0, own.start - start, own.len())?.pad_with_zeros(0, 0, len - own.len())?;
+        let mine = wire.encode(&shard.narrow(0, own.start - start, own.len())?, len)?;
         let rows = group.all_gather(&mine)?;
         for (rank, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.is_empty()) {
-            take(rank, piece.start, &rows.get(rank)?.narrow(0, 0, piece.len())?)?;
+            take(rank, piece.start, &wire.decode(&rows.get(rank)?, piece.len())?)?;
         }
     }
     Ok(())
@@ -177,7 +219,14 @@ mod tests {
                         flat.slice_set(&ramp(own.clone()), 0, own.start)?;
                     }
                     let view = flat.reshape((n, 1))?;
-                    all_gather_shards(g, &flat, &shards)?;
+                    all_gather_shards(g, &flat, &shards, Wire::F32)?;
+                    // Below 128, halves are bf16's.
+                    let half = Tensor::zeros(n, DType::F32, &Device::Cpu)?;
+                    if !own.is_empty() {
+                        half.slice_set(&ramp(own.clone()), 0, own.start)?;
+                    }
+                    all_gather_shards(g, &half, &shards, Wire::Bf16)?;
+                    assert_eq!(half.to_vec1::<f32>()?, flat.to_vec1::<f32>()?);
                     let whole = gather_shards(g, &ramp(own), &shards, world_size - 1)?;
                     assert_eq!(whole.is_some(), g.rank() == world_size - 1);
                     Ok::<_, DistError>((view.flatten_all()?.to_vec1::<f32>()?, whole.map(|w| w.to_vec1::<f32>()).transpose()?))
@@ -195,7 +244,7 @@ mod tests {
     #[test]
     fn shards_for_another_world_size_or_length_are_refused() {
         let shards = Shards::new(4, 2, 1);
-        let text = all_gather_shards(&Solo, &ramp(0..4), &shards).unwrap_err().to_string();
+        let text = all_gather_shards(&Solo, &ramp(0..4), &shards, Wire::F32).unwrap_err().to_string();
         assert_eq!(text, "all_gather_shards takes 2 ranks, as there are shards, found 1");
         let text = gather_shards(&Solo, &ramp(0..3), &Shards::new(4, 1, 1), 0).unwrap_err().to_string();
         assert_eq!(text, "gather_shards takes shape [4], found [3]");

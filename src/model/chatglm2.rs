@@ -13,7 +13,7 @@ use super::soft::Extended;
 use super::weights::WeightSource;
 use crate::kernels::attention::{Heads, Rows};
 use crate::kernels::rotary::{Angles, Precision, Table};
-use crate::kernels::{elementwise, rms_norm};
+use crate::kernels::{bf16, elementwise, rms_norm};
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -254,6 +254,14 @@ impl ChatGlm2 {
     /// Every parameter that the model has.
     pub fn weights(&self) -> impl Iterator<Item = (BaseWeight, &Tensor)> {
         BaseWeight::all(self.blocks.len()).filter_map(|weight| Some((weight, self.weight(weight)?)))
+    }
+
+    /// Rounds every parameter to bfloat16, in place: clones see it.
+    ///
+    /// # Errors
+    /// When a parameter is not on the CPU.
+    pub fn round_weights_to_bf16(&self) -> Result<()> {
+        self.weights().try_for_each(|(_, tensor)| bf16::round_(tensor))
     }
 
     /// Puts tensors in the place of parameters; the rest stays as it is. A clone made before keeps the old ones.

@@ -14,6 +14,16 @@ use crate::formats::{Dtype, FormatError, TensorFile, TensorView};
 /// Where weights are looked for, in this order.
 const CANDIDATES: [&str; 4] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
 
+/// The precision of a model's weights while it is trained. On a CPU they lie in memory as f32 either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightDtype {
+    #[default]
+    Float32,
+    /// Values that bfloat16 has.
+    Bfloat16,
+}
+
 /// The weights of one model. Opening it reads names and shapes; tensors are read from the map when asked for.
 #[derive(Debug)]
 pub struct WeightSource {

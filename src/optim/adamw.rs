@@ -7,12 +7,14 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 use super::CHUNK;
+use crate::kernels::bf16;
 use crate::kernels::host::{F32View, with_3_f32_mut};
 use crate::kernels::simd::vectorize;
 use crate::params;
 
 const EXP_AVG: &str = "exp_avg.";
 const EXP_AVG_SQ: &str = "exp_avg_sq.";
+const MASTER: &str = "master.";
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWConfig {
@@ -36,7 +38,8 @@ pub enum OptimError {
     Length { what: &'static str, found: Vec<usize>, expected: usize },
 }
 
-/// The optimizer with its state for a shard of the flat parameters: two moments and the number of steps taken.
+/// The optimizer with its state for a shard of the flat parameters: two moments, the number of steps taken and, where the parameters are
+/// rounded to bfloat16, their f32 masters.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -46,6 +49,8 @@ pub struct AdamW {
     exp_avg: Tensor,
     /// `[shard.len()]` f32.
     exp_avg_sq: Tensor,
+    /// `[shard.len()]` f32; none where the parameters are their own.
+    masters: Option<Tensor>,
     num_steps: u64,
 }
 
@@ -53,7 +58,28 @@ impl AdamW {
     /// A fresh state for the elements `shard` of a flat buffer.
     pub fn new(config: AdamWConfig, shard: Range<usize>, device: &Device) -> Result<Self, OptimError> {
         let zeros = || Tensor::zeros(shard.len(), DType::F32, device);
-        Ok(Self { config, exp_avg: zeros()?, exp_avg_sq: zeros()?, num_steps: 0, shard })
+        Ok(Self { config, exp_avg: zeros()?, exp_avg_sq: zeros()?, masters: None, num_steps: 0, shard })
+    }
+
+    /// With f32 masters that begin as `params` (the shard's, `[shard.len()]` f32): a step changes them, and gives the parameters their values
+    /// rounded to bfloat16. What is too small to move a bfloat16 adds up in the masters (Micikevicius et al. 2018, arXiv:1710.03740).
+    ///
+    /// # Errors
+    /// When a size does not fit.
+    pub fn with_masters(mut self, params: &Tensor) -> Result<Self, OptimError> {
+        self.check("the parameter buffer", params)?;
+        self.masters = Some(params.force_contiguous()?);
+        Ok(self)
+    }
+
+    fn check(&self, what: &'static str, tensor: &Tensor) -> Result<(), OptimError> {
+        let expected = self.shard.len();
+        if tensor.dims() == [expected] { Ok(()) } else { Err(OptimError::Length { what, found: tensor.dims().to_vec(), expected }) }
+    }
+
+    /// The state's buffers with what their names begin with.
+    fn buffers(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        [(EXP_AVG, &self.exp_avg), (EXP_AVG_SQ, &self.exp_avg_sq)].into_iter().chain(self.masters.as_ref().map(|masters| (MASTER, masters)))
     }
 
     /// The elements of the flat buffer that this state is for.
@@ -73,12 +99,8 @@ impl AdamW {
     /// p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps). Scalars in f64, elements in f32, and multiply-adds fused
     /// where torch's vector code fuses them: the moments have torch's bits on a CPU, the parameters are within an ulp a step.
     pub fn step(&mut self, params: &Tensor, grads: &Tensor, lr: f64) -> Result<(), OptimError> {
-        let expected = self.shard.len();
-        for (what, tensor) in [("the parameter buffer", params), ("the gradient", grads)] {
-            if tensor.dims() != [expected] {
-                return Err(OptimError::Length { what, found: tensor.dims().to_vec(), expected });
-            }
-        }
+        self.check("the parameter buffer", params)?;
+        self.check("the gradient", grads)?;
         let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         self.num_steps += 1;
         let t = self.num_steps as f64;
@@ -91,16 +113,19 @@ impl AdamW {
             correction: (1.0 - beta2.powf(t)).sqrt() as f32,
             epsilon: epsilon as f32,
         };
-        update.apply(params, &self.exp_avg, &self.exp_avg_sq, grads)?;
+        update.apply(self.masters.as_ref().unwrap_or(params), &self.exp_avg, &self.exp_avg_sq, grads)?;
+        if let Some(masters) = &self.masters {
+            bf16::round_into_(params, masters)?;
+        }
         Ok(())
     }
 
-    /// The moments by name: `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`, f32, in the parameters' shapes; whether and how this state is
-    /// sharded does not show in them. `whole` makes a moment of all parameters out of the shard's, where this rank is to have it: only then
+    /// The moments and masters by name: `exp_avg.PARAMETER`, `exp_avg_sq.PARAMETER` and, where there are masters, `master.PARAMETER`, f32, in the
+    /// parameters' shapes; whether and how this state is sharded does not show in them. `whole` makes a buffer of all parameters out of the shard's, where this rank is to have it: only then
     /// there is a result. It may share memory with this state, and the next step changes it.
     ///
     /// # Errors
-    /// What `whole` returns, or a moment that does not fit `layout`.
+    /// What `whole` returns, or a buffer that does not fit `layout`.
     pub fn export<E: From<OptimError>>(
         &self,
         layout: &params::Layout,
@@ -108,12 +133,12 @@ impl AdamW {
     ) -> Result<Option<BTreeMap<String, Tensor>>, E> {
         let mut tensors = BTreeMap::new();
         let mut is_here = true;
-        for (prefix, moment) in [(EXP_AVG, &self.exp_avg), (EXP_AVG_SQ, &self.exp_avg_sq)] {
-            let Some(moment) = whole(moment)? else {
+        for (prefix, buffer) in self.buffers() {
+            let Some(buffer) = whole(buffer)? else {
                 is_here = false;
                 continue;
             };
-            let views = layout.views(&moment).map_err(OptimError::from)?;
+            let views = layout.views(&buffer).map_err(OptimError::from)?;
             tensors.extend(views.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
         }
         Ok(is_here.then_some(tensors))
@@ -128,14 +153,14 @@ impl AdamW {
             let (found, expected) = (vec![layout.num_elements()], self.shard.end);
             return Err(OptimError::Length { what: "the parameters' layout", found, expected });
         }
-        let known = |name: &str| [EXP_AVG, EXP_AVG_SQ].iter().any(|p| name.strip_prefix(p).is_some_and(|n| layout.get(n).is_some()));
+        let known = |name: &str| self.buffers().any(|(prefix, _)| name.strip_prefix(prefix).is_some_and(|n| layout.get(n).is_some()));
         if let Some(name) = tensors.keys().find(|name| !known(name)) {
             return Err(OptimError::Unknown { name: name.clone() });
         }
         let device = self.exp_avg.device().clone();
-        let moment = |prefix: &str| -> Result<Tensor, OptimError> {
+        let buffer = |prefix: &str| -> Result<Tensor, OptimError> {
             // New memory: steps write in place.
-            let moment = Tensor::zeros(self.shard.len(), DType::F32, &device)?;
+            let buffer = Tensor::zeros(self.shard.len(), DType::F32, &device)?;
             for (parameter, entry) in layout.iter() {
                 let name = format!("{prefix}{parameter}");
                 let Some(tensor) = tensors.get(&name) else { return Err(OptimError::Missing { name }) };
@@ -147,13 +172,14 @@ impl AdamW {
                 let end = (entry.offset + entry.num_elements()).min(self.shard.end);
                 if start < end {
                     let part = tensor.flatten_all()?.narrow(0, start - entry.offset, end - start)?.to_device(&device)?;
-                    moment.slice_set(&part, 0, start - self.shard.start)?;
+                    buffer.slice_set(&part, 0, start - self.shard.start)?;
                 }
             }
-            Ok(moment)
+            Ok(buffer)
         };
-        let (exp_avg, exp_avg_sq) = (moment(EXP_AVG)?, moment(EXP_AVG_SQ)?);
-        (self.exp_avg, self.exp_avg_sq, self.num_steps) = (exp_avg, exp_avg_sq, num_steps);
+        let (exp_avg, exp_avg_sq) = (buffer(EXP_AVG)?, buffer(EXP_AVG_SQ)?);
+        let masters = self.masters.as_ref().map(|_| buffer(MASTER)).transpose()?;
+        (self.exp_avg, self.exp_avg_sq, self.masters, self.num_steps) = (exp_avg, exp_avg_sq, masters, num_steps);
         Ok(())
     }
 }
@@ -249,6 +275,68 @@ mod tests {
         [0x3c2b_92c0, 0xbca8_a50a, 0x3d03_9bc6, 0xbd27_2e2f, 0x3d5c_52db, 0xbd7a_09da, 0x3d9a_84f9, 0xbda6_72c1, 0x3dc6_e084],
         [0x3a21_05b7, 0x3b20_fd38, 0x3bb5_3407, 0x3c20_f926, 0x3c7b_afc0, 0x3cb5_16cd, 0x3cf6_a8c9, 0x3d20_f729, 0x3d4b_dfdd],
     ];
+
+    /// The masters go the way of plain f32 parameters, and the parameters are the masters rounded.
+    #[test]
+    fn steps_with_masters_are_plain_steps_rounded() {
+        let rounded = |t: &Tensor| -> Vec<f32> { t.to_vec1::<f32>().unwrap().iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect() };
+        let params = Tensor::from_vec(rounded(&start()), 9, &Device::Cpu).unwrap();
+        let (plain, mut reference) = (params.copy().unwrap(), AdamW::new(OTHER, 0..9, &Device::Cpu).unwrap());
+        let mut adamw = AdamW::new(OTHER, 0..9, &Device::Cpu).unwrap().with_masters(&params).unwrap();
+        for t in 0..5 {
+            reference.step(&plain, &grad(t), 1e-2).unwrap();
+            adamw.step(&params, &grad(t), 1e-2).unwrap();
+            assert_eq!(adamw.masters.as_ref().unwrap().to_vec1::<f32>().unwrap(), plain.to_vec1::<f32>().unwrap(), "step {t}");
+            assert_eq!(params.to_vec1::<f32>().unwrap(), rounded(&plain), "step {t}");
+        }
+        assert_ne!(params.to_vec1::<f32>().unwrap(), plain.to_vec1::<f32>().unwrap());
+    }
+
+    /// Bfloat16's next value above 1 is 1 + 2^-7, so that 1 + 2^-12 is 1 again: four steps are nothing, and seventeen are half of the way.
+    #[test]
+    fn steps_too_small_for_bfloat16_add_up_in_masters() {
+        let params = tensor(&[1.0]);
+        let mut adamw = AdamW::new(DEFAULT, 0..1, &Device::Cpu).unwrap().with_masters(&params).unwrap();
+        let mut after = |num_steps: usize| {
+            (0..num_steps).for_each(|_| adamw.step(&params, &tensor(&[-1.0]), 2f64.powi(-12)).unwrap());
+            params.to_vec1::<f32>().unwrap()[0]
+        };
+        assert_eq!(after(4), 1.0);
+        assert_eq!(after(13), 1.0 + 1.0 / 128.0);
+        let alone = tensor(&[1.0]);
+        let mut rounding = AdamW::new(DEFAULT, 0..1, &Device::Cpu).unwrap();
+        for _ in 0..17 {
+            rounding.step(&alone, &tensor(&[-1.0]), 2f64.powi(-12)).unwrap();
+            bf16::round_(&alone).unwrap();
+        }
+        assert_eq!(alone.to_vec1::<f32>().unwrap(), [1.0], "without masters all steps are lost");
+    }
+
+    #[test]
+    fn masters_of_a_saved_state_are_taken_over_and_missed_where_there_are_none() {
+        let fresh = || AdamW::new(OTHER, 0..9, &Device::Cpu).unwrap();
+        let params = tensor(&[1.0; 9]);
+        let mut first = fresh().with_masters(&params).unwrap();
+        first.step(&params, &grad(0), 1e-3).unwrap();
+        let saved = export(&first);
+        assert_eq!(saved.keys().filter(|name| name.starts_with("master.")).collect::<Vec<_>>(), ["master.b", "master.w"]);
+        let copy = params.copy().unwrap();
+        let mut second = fresh().with_masters(&copy).unwrap();
+        second.import(&layout(), &saved, 1).unwrap();
+        for adamw in [(&mut first, &params), (&mut second, &copy)] {
+            adamw.0.step(adamw.1, &grad(1), 1e-3).unwrap();
+        }
+        assert_eq!(params.to_vec1::<f32>().unwrap(), copy.to_vec1::<f32>().unwrap());
+        assert_eq!(
+            export(&second)["master.w"].flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            export(&first)["master.w"].flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        );
+        let text = fresh().import(&layout(), &saved, 1).unwrap_err().to_string();
+        assert_eq!(text, "the optimizer's state has `master.b`, which no parameter here needs");
+        let plain = export(&fresh());
+        let text = fresh().with_masters(&params).unwrap().import(&layout(), &plain, 1).unwrap_err().to_string();
+        assert_eq!(text, "the optimizer's state has no `master.b`");
+    }
 
     #[test]
     fn first_step_moves_each_parameter_by_the_rate_against_its_gradient() {

@@ -3,16 +3,18 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use super::ExportContext;
 use super::export::{ABOUT_FILE, ExportError, Files, pretty};
 use crate::formats::safetensors;
+use crate::model::ModelError;
 use crate::model::init::shards;
 use crate::model::weights::WeightSource;
 
-/// The files of the base in `context` with `changed` in the place of its own parameters, each in the dtype that the base has it in.
+/// The files of the base in `context` with `changed` in the place of its own parameters, each in the dtype that `context` says or the base has it
+/// in.
 ///
 /// # Errors
 /// When the base's folder cannot be read, or a parameter has another shape than the base's.
@@ -23,11 +25,25 @@ pub fn model_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) 
     };
     let mut files = vec![
         (ABOUT_FILE.to_owned(), pretty(context.about)),
-        ("config.json".to_owned(), read("config.json")?),
+        ("config.json".to_owned(), config_json(context, read("config.json")?)?),
         ("tokenizer.model".to_owned(), read("tokenizer.model")?),
     ];
     files.extend(weight_files(context, changed)?);
     Ok(files)
+}
+
+/// The base's config.json, with the dtype of the exported weights.
+fn config_json(context: &ExportContext, base: Vec<u8>) -> Result<Vec<u8>, ExportError> {
+    let Some(dtype) = context.dtype else { return Ok(base) };
+    let path = context.model_dir.join("config.json");
+    let mut config: Value = serde_json::from_slice(&base).map_err(|source| ModelError::Json { path, source })?;
+    let name = match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        _ => "float32",
+    };
+    config["torch_dtype"] = name.into();
+    Ok(pretty(&config))
 }
 
 fn weight_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) -> Result<Files, ExportError> {
@@ -38,7 +54,7 @@ fn weight_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) -> 
         let file = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
         let mut tensors = BTreeMap::new();
         for (name, _, shape) in shard {
-            let dtype = source.dtype(name, shape)?;
+            let dtype = context.dtype.map_or_else(|| source.dtype(name, shape), Ok)?;
             let tensor = match changed.get(name) {
                 Some(tensor) => {
                     super::export::check_shape(name, tensor, shape, Some(Path::new(&file)))?;

@@ -35,7 +35,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 pub use self::error::MethodError;
@@ -167,6 +167,8 @@ pub struct ExportContext<'a> {
     /// Folder of the base model.
     pub model_dir: &'a Path,
     pub config: &'a ModelConfig,
+    /// Of the weights of an exported model; none: each as the base has it.
+    pub dtype: Option<DType>,
     /// Identity of the run: method, sizes, base fingerprint, tokenizer, template.
     pub about: &'a serde_json::Value,
 }

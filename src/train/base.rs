@@ -15,7 +15,7 @@ use crate::data::tokenize::Limits;
 use crate::data::{self, Dataset};
 use crate::dist::ProcessGroup;
 use crate::model::weights::WeightSource;
-use crate::model::{ChatGlm2, ModelConfig};
+use crate::model::{ChatGlm2, ModelConfig, WeightDtype};
 use crate::tokenizer::GlmTokenizer;
 
 /// The base model and the rows. A clone shares the memory of both.
@@ -47,7 +47,11 @@ impl Base {
             let source = WeightSource::open(dir)?;
             // One rank of each machine reads every byte: the others have the same files.
             let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
-            Ok((ChatGlm2::load(config.clone(), &source, plan.model.rope_table, &Device::Cpu)?, fingerprint))
+            let model = ChatGlm2::load(config.clone(), &source, plan.model.rope_table, &Device::Cpu)?;
+            if plan.model.torch_dtype == WeightDtype::Bfloat16 {
+                model.round_weights_to_bf16()?;
+            }
+            Ok((model, fingerprint))
         })?;
         let fingerprint = same_base(group, &fingerprint)?;
         let validation = validation.map(Arc::new);

@@ -11,7 +11,8 @@ use std::ops::Range;
 use candle_core::{Device, Tensor};
 
 use super::TrainError;
-use crate::dist::{self, CommThread, DistError, OverlapPlan, ProcessGroup, Shards, SlotAccumulator, Solo};
+use crate::dist::{self, CommThread, DistError, OverlapPlan, ProcessGroup, Shards, SlotAccumulator, Solo, Wire};
+use crate::kernels::bf16;
 use crate::optim::{self, AdamW, AdamWConfig, NonFinite};
 use crate::params::Layout;
 
@@ -24,6 +25,8 @@ pub struct Optimizer<'g> {
     /// All ranks, or this one alone.
     peers: &'g dyn ProcessGroup,
     shards: Shards,
+    /// In which form parameters travel.
+    wire: Wire,
     /// Moves gradients while they are computed.
     comm_thread: Option<CommThread>,
 }
@@ -45,7 +48,20 @@ impl<'g> Optimizer<'g> {
     /// When a tensor cannot be made.
     pub fn sharded(config: AdamWConfig, num_elements: usize, device: &Device, peers: &'g dyn ProcessGroup) -> Result<Self, TrainError> {
         let shards = Shards::new(num_elements, peers.world_size(), optim::CHUNK);
-        Ok(Self { adamw: AdamW::new(config, shards.range(peers.rank()), device)?, peers, shards, comm_thread: None })
+        Ok(Self { adamw: AdamW::new(config, shards.range(peers.rank()), device)?, peers, shards, wire: Wire::F32, comm_thread: None })
+    }
+
+    /// With f32 masters of the flat parameters `params`, which hold values of bfloat16 from now on, dealt to the ranks as the moments are. Not
+    /// collective.
+    ///
+    /// # Errors
+    /// When a size does not fit.
+    pub fn with_masters(mut self, params: &Tensor) -> Result<Self, TrainError> {
+        bf16::round_(params)?;
+        let shard = self.shard_of(params)?;
+        self.adamw = self.adamw.with_masters(&shard)?;
+        self.wire = Wire::Bf16;
+        Ok(self)
     }
 
     /// With a thread that moves a gradient's final parts to the ranks that own them while the rest is computed, where several ranks share the
@@ -132,10 +148,10 @@ impl<'g> Optimizer<'g> {
     /// # Errors
     /// When a collective fails.
     pub fn gather(&self, params: &Tensor) -> Result<(), TrainError> {
-        Ok(dist::all_gather_shards(self.peers, params, &self.shards)?)
+        Ok(dist::all_gather_shards(self.peers, params, &self.shards, self.wire)?)
     }
 
-    /// All moments by name on the first of the ranks that share them, for a checkpoint; none on the others. They may share memory with
+    /// All moments, and masters, by name on the first of the ranks that share them, for a checkpoint; none on the others. They may share memory with
     /// this state, and the next step changes it.
     ///
     /// # Errors
@@ -254,20 +270,39 @@ mod tests {
         Ok(Run { params, moments, norms })
     }
 
+    /// Of the parameters that [`train`] starts from.
+    fn with_masters(optimizer: Optimizer, n: usize, has_masters: bool) -> Optimizer {
+        if has_masters { optimizer.with_masters(&random(0, n)).unwrap() } else { optimizer }
+    }
+
     fn outcome(Run { params, moments, norms }: Run) -> Outcome {
         Outcome { params: bits(&params), norms, moments: moments.unwrap().iter().map(|(name, t)| (name.clone(), bits(t))).collect() }
     }
 
     #[test]
     fn sharded_steps_and_resumes_on_1_to_5_ranks_have_the_bits_of_an_unsharded_run() {
+        sharded_as_unsharded(false);
+    }
+
+    #[test]
+    fn sharded_steps_and_resumes_with_masters_on_1_to_5_ranks_have_the_bits_of_an_unsharded_run() {
+        sharded_as_unsharded(true);
+    }
+
+    fn sharded_as_unsharded(has_masters: bool) {
         for n in [1, 100, optim::CHUNK, 3 * optim::CHUNK + 11, 6 * optim::CHUNK - 1] {
-            let replicated = || Optimizer::replicated(CONFIG, n, &Device::Cpu).unwrap();
+            let replicated = || with_masters(Optimizer::replicated(CONFIG, n, &Device::Cpu).unwrap(), n, has_masters);
             let expected = outcome(train(&Solo, replicated(), n, 0..4, None).unwrap());
+            let is_rounded = |&bits: &u32| bits & 0xffff == 0;
+            assert!(!has_masters || expected.params.iter().all(is_rounded) && !expected.moments["master.b"].iter().all(is_rounded));
             let half = train(&Solo, replicated(), n, 0..2, None).unwrap();
             let half = (half.params, half.moments.unwrap());
             for world_size in 1..=5 {
                 let on_all = |steps: std::ops::Range<usize>, start: Option<(Tensor, Moments)>| {
-                    local::run(world_size, |g| train(g, Optimizer::sharded(CONFIG, n, &Device::Cpu, g)?, n, steps.clone(), start.clone()))
+                    local::run(world_size, |g| {
+                        let optimizer = with_masters(Optimizer::sharded(CONFIG, n, &Device::Cpu, g)?, n, has_masters);
+                        train(g, optimizer, n, steps.clone(), start.clone())
+                    })
                 };
                 let all: Vec<_> = on_all(0..4, None).into_iter().map(Result::unwrap).collect();
                 assert!(all.iter().all(|o| bits(&o.params) == expected.params && o.norms == expected.norms), "{n} on {world_size} ranks");

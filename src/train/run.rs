@@ -16,7 +16,7 @@ use super::together::together;
 use super::{TrainError, dump};
 use crate::checkpoint::{self, Claim, Disk, Identity};
 use crate::config::Plan;
-use crate::config::plan::{Duration, Resume};
+use crate::config::plan::{Duration, Resume, WeightDtype};
 use crate::data::Dataset;
 use crate::data::loader::{Division, training_batches};
 use crate::data::sampler::{Sampler, slot_positions};
@@ -130,11 +130,15 @@ impl<'a> Job<'a> {
         let o = &plan.optim;
         let adamw = AdamWConfig { beta1: o.adam_beta1, beta2: o.adam_beta2, epsilon: o.adam_epsilon, weight_decay: o.weight_decay };
         let num_elements = method.params().layout().num_elements();
-        let mut optimizer = if o.shard_optimizer {
+        let optimizer = if o.shard_optimizer {
             let optimizer = Optimizer::sharded(adamw, num_elements, model.device(), group)?;
             if method.site_stages().is_empty() { optimizer } else { optimizer.overlapped()? }
         } else {
             Optimizer::replicated(adamw, num_elements, model.device())?
+        };
+        let mut optimizer = match plan.model.torch_dtype {
+            WeightDtype::Float32 => optimizer,
+            WeightDtype::Bfloat16 => optimizer.with_masters(method.params().flat())?,
         };
 
         let mut identity = Identity {
@@ -148,6 +152,10 @@ impl<'a> Job<'a> {
         identity.sizes.insert("seed".to_owned(), plan.run.seed.into());
         identity.sizes.insert("train_rows".to_owned(), train.num_samples().into());
         identity.sizes.insert("train_tokens".to_owned(), train.num_tokens().into());
+        // Masters are in a checkpoint or not.
+        if plan.model.torch_dtype != WeightDtype::Float32 {
+            identity.sizes.insert("torch_dtype".to_owned(), serde_json::to_value(plan.model.torch_dtype).unwrap_or_default());
+        }
 
         let total_steps = total_steps(plan, train.num_samples());
         let (progress, resumed_from) = together(group, || {

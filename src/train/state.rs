@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::TrainError;
 use super::optimizer::Optimizer;
 use crate::checkpoint::{self, Checkpoint, Disk, Header, Identity};
 use crate::config::Plan;
-use crate::config::plan::Resume;
+use crate::config::plan::{Resume, WeightDtype};
 use crate::model::ModelConfig;
 use crate::peft::{ExportContext, PeftMethod};
 
@@ -116,6 +116,8 @@ impl Saver<'_> {
 
     fn adapter_files(&self, method: &dyn PeftMethod) -> Result<Vec<(String, Vec<u8>)>, TrainError> {
         let about = serde_json::to_value(&self.identity).unwrap_or_default();
-        Ok(method.export(&ExportContext { model_dir: &self.plan.model.model_name_or_path, config: self.config, about: &about })?)
+        let (model_dir, dtype) = (&self.plan.model.model_name_or_path, self.plan.model.torch_dtype);
+        let dtype = (dtype == WeightDtype::Bfloat16).then_some(DType::BF16);
+        Ok(method.export(&ExportContext { model_dir, config: self.config, dtype, about: &about })?)
     }
 }

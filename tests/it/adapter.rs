@@ -22,7 +22,7 @@ use crate::golden_train::micro_batch;
 
 fn export(method: &dyn PeftMethod, dir: &Path, config: &ModelConfig) {
     let about = serde_json::json!({ "base_fingerprint": "f" });
-    for (name, bytes) in method.export(&ExportContext { model_dir: Path::new("model"), config, about: &about }).unwrap() {
+    for (name, bytes) in method.export(&ExportContext { model_dir: Path::new("model"), config, dtype: None, about: &about }).unwrap() {
         std::fs::create_dir_all(dir.join(&name).parent().unwrap()).unwrap();
         std::fs::write(dir.join(name), bytes).unwrap();
     }

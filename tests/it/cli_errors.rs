@@ -219,6 +219,13 @@ fn arguments_that_would_change_results_are_refused_with_the_reason() {
 
     hint: leave one of the two out
     ");
+    insta::assert_snapshot!(refused("", &["--finetuning_type", "lora", "--torch_dtype", "bfloat16"]), @r"
+    error: `model.torch_dtype` contradicts `method.finetuning_type`: bfloat16 is for methods that train weights of the base, and lora trains none
+      --> command line, `--torch_dtype`
+
+    hint: leave one of the two out
+    ");
+    assert_eq!(glmddp_with("c.toml", PATHS, &["plan", "c.toml", "--torch_dtype", "float32"]).code, 0);
     assert_eq!(glmddp_with("c.toml", PATHS, &["plan", "c.toml", "--fp16", "False"]).code, 0);
 }
 

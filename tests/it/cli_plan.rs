@@ -4,9 +4,9 @@ use std::path::Path;
 
 use clap::CommandFactory;
 use glmddp::config::arithmetic::{plan_arithmetic, plan_length};
-use glmddp::config::plan::{Duration, LossMean, Recompute, Reduction, Resume, Truncation, Warmup};
+use glmddp::config::plan::{Duration, LossMean, Recompute, Reduction, Resume, Truncation, Warmup, WeightDtype};
 use glmddp::config::values::FinetuningType;
-use glmddp::config::{self, Plan, RunConfig};
+use glmddp::config::{self, Plan, RunConfig, Sources};
 use glmddp::model::shape::ModelShape;
 
 use crate::cli_support::{glmddp_in, glmddp_with};
@@ -141,6 +141,26 @@ fn plan_with_a_sharded_optimizer_counts_a_ranks_shard() {
     assert_eq!(held("ptuning_v2_projection.toml", 4), [4 * 119_293_952, 4 * 119_293_952, 8 * 1821 * 16_384]);
 }
 
+/// The 6B model's 6,243,584,000 parameters are 381,078.4 chunks of 2^14: 95,270 of four ranks' longest shards.
+#[test]
+fn plan_in_bfloat16_counts_a_ranks_masters() {
+    let masters = |dtype, world_size| {
+        let mut config = RunConfig::default();
+        config.model.model_name_or_path = Some("m".into());
+        config.model.torch_dtype = Some(dtype);
+        config.data.train_file = Some("t".into());
+        config.run.output_dir = Some("o".into());
+        config.method.finetuning_type = Some(FinetuningType::Full);
+        let bytes = plan_arithmetic(&CHATGLM2_6B, &config.resolve(world_size, &Sources::default()).unwrap()).unwrap().rank_bytes;
+        assert_eq!(bytes.moments, 8 * if world_size == 1 { 6_243_584_000 } else { 95_270 * 16_384 });
+        assert!(bytes.total() > bytes.weights + bytes.trained_parameters + bytes.moments + bytes.masters);
+        bytes.masters
+    };
+    assert_eq!(masters(WeightDtype::Float32, 4), 0);
+    assert_eq!(masters(WeightDtype::Bfloat16, 1), 4 * 6_243_584_000);
+    assert_eq!(masters(WeightDtype::Bfloat16, 4), 4 * 95_270 * 16_384);
+}
+
 #[test]
 fn plan_of_a_method_that_trains_the_base_shards_its_optimizer_unless_told_otherwise() {
     let file = "model_name_or_path = 'm'\ntrain_file = 't'\noutput_dir = 'o'\n";
@@ -182,6 +202,10 @@ fn plan_of_the_6b_model_on_two_ranks_shows_its_arithmetic() {
     let ran = glmddp_in(dir.path(), &[args, "--shard_optimizer"].join(" ").split_whitespace().collect::<Vec<_>>());
     let memory = ran.stdout.lines().skip_while(|line| !line.starts_with("memory")).take_while(|line| !line.starts_with("output"));
     insta::assert_snapshot!("plan_6b_sharded_memory", memory.collect::<Vec<_>>().join("\n"));
+    let more = "--finetuning_type full --torch_dtype bfloat16";
+    let ran = glmddp_in(dir.path(), &[args, more].join(" ").split_whitespace().collect::<Vec<_>>());
+    let memory = ran.stdout.lines().skip_while(|line| !line.starts_with("memory")).take_while(|line| !line.starts_with("output"));
+    insta::assert_snapshot!("plan_6b_bfloat16_memory", memory.collect::<Vec<_>>().join("\n"));
 }
 
 #[test]

@@ -348,7 +348,7 @@ fn golden_methods_low_rank_updates_as_peft_saves_them_read_back() {
             let bits = |m: &Lora| m.params().flat().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert!(bits(&read) == bits(&expected), "{}: other values", dir.display());
             let about = serde_json::json!({});
-            let context = ExportContext { model_dir: &case.dir.join("hf"), config: &model.config, about: &about };
+            let context = ExportContext { model_dir: &case.dir.join("hf"), config: &model.config, dtype: None, about: &about };
             let again = tempfile::tempdir().unwrap();
             for (name, bytes) in read.export(&context).unwrap() {
                 std::fs::write(again.path().join(name), bytes).unwrap();

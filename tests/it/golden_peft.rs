@@ -85,7 +85,8 @@ fn golden_peft_folders_give_the_logits_of_their_golden_files_and_are_written_the
             c.finish();
 
             let again = tempfile::tempdir().unwrap();
-            let context = ExportContext { model_dir: &case.dir.join("hf"), config: &model.config, about: &serde_json::json!({}) };
+            let context =
+                ExportContext { model_dir: &case.dir.join("hf"), config: &model.config, dtype: None, about: &serde_json::json!({}) };
             for (file, bytes) in method.export(&context).unwrap().into_iter().filter(|(file, _)| file != "glmddp.json") {
                 std::fs::write(again.path().join(file), bytes).unwrap();
             }

@@ -36,7 +36,7 @@ fn fresh(model: &ChatGlm2, kind: FinetuningType, keys: &MethodKeys, seed: u64) -
 
 fn write(dir: &Path, method: &dyn PeftMethod, model: &ChatGlm2, base: &Path) {
     let about = json!({"method": method.name()});
-    for (name, bytes) in method.export(&ExportContext { model_dir: base, config: &model.config, about: &about }).unwrap() {
+    for (name, bytes) in method.export(&ExportContext { model_dir: base, config: &model.config, dtype: None, about: &about }).unwrap() {
         std::fs::write(dir.join(name), bytes).unwrap();
     }
 }

@@ -25,6 +25,10 @@ const WIDE_LOW_RANK: [&str; 6] = ["--finetuning_type", "lora", "--lora_rank", "1
 /// Each rank needs the whole gradient of the table to pull it through the MLP, and then a shard of the result.
 const PROJECTED_PREFIX: [&str; 6] = ["--finetuning_type", "ptuning_v2", "--pre_seq_len", "8", "--prefix_projection", "true"];
 const FULL: [&str; 2] = ["--finetuning_type", "full"];
+/// Weights rounded to bfloat16, f32 masters.
+const ROUNDED_FULL: [&str; 4] = ["--finetuning_type", "full", "--torch_dtype", "bfloat16"];
+const ROUNDED_FREEZE: [&str; 6] =
+    ["--finetuning_type", "freeze", "--freeze_trainable_modules", "mlp,word_embeddings", "--torch_dtype", "bfloat16"];
 const FREEZE: [&str; 4] = ["--finetuning_type", "freeze", "--freeze_trainable_layers", "1"];
 const SHARDED: [&str; 2] = ["--shard_optimizer", "true"];
 const UNSHARDED: [&str; 2] = ["--shard_optimizer", "false"];
@@ -167,6 +171,38 @@ fn mpirun_train_of_a_projected_prefix_with_a_sharded_optimizer_gives_the_same_bi
 #[test]
 fn mpirun_train_of_the_whole_base_with_a_sharded_optimizer_gives_the_same_bits() {
     same_bits(&FULL, &SHARDED);
+}
+
+#[test]
+fn mpirun_train_of_the_whole_base_in_bfloat16_gives_the_same_bits() {
+    same_bits(&ROUNDED_FULL, &SHARDED);
+}
+
+#[test]
+fn mpirun_train_of_some_weights_in_bfloat16_gives_the_same_bits() {
+    same_bits(&ROUNDED_FREEZE, &SHARDED);
+}
+
+/// What is exported is what was trained: evaluated as a base of its own, in bfloat16, it has the run's last held-out loss.
+#[test]
+fn train_in_bfloat16_exports_all_weights_in_it_and_they_have_the_runs_own_loss() {
+    let setup = Setup::new(&ROUNDED_FREEZE);
+    let rows = setup.train_file.display().to_string();
+    setup.train(1, "out", &["--max_steps", "3", "--validation_file", &rows, "--max_eval_samples", "5"]);
+    let log = std::fs::read_to_string(setup.dir.path().join("out/trainer_log.jsonl")).unwrap();
+    let records = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let in_run = records.filter_map(|record| record["eval_loss"].as_f64()).next_back().expect("an evaluation");
+    let evaluate = ["evaluate", "--model_name_or_path", "out/adapter", "--validation_file", &rows, "--max_eval_samples", "5"];
+    let limits = ["--max_source_length", "32", "--max_target_length", "24", "--per_device_eval_batch_size", "2", "--json"];
+    let ran = glmddp_in(setup.dir.path(), &[&evaluate[..], &limits].concat());
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&ran.stdout).unwrap()["eval_loss"].as_f64(), Some(in_run));
+    let config = std::fs::read_to_string(setup.dir.path().join("out/adapter/config.json")).unwrap();
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&config).unwrap()["torch_dtype"], "bfloat16");
+    for file in weight_files(&setup.dir.path().join("out/adapter")) {
+        let tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
+        assert!(tensors.values().all(|tensor| tensor.dtype() == candle_core::DType::BF16), "{}", file.display());
+    }
 }
 
 #[test]
