@@ -77,6 +77,12 @@ pub trait ProcessGroup {
     /// every rank asks for it and calls it, and this group rests meanwhile.
     fn duplicate(&self) -> Duplicate;
 
+    /// Calls `wait`, in which this rank waits for collectives of another thread of it. Every rank calls it, as if it were a collective: a rank
+    /// that does not come is found as in one.
+    fn wait(&self, _collective: &'static str, wait: &mut dyn FnMut()) {
+        wait();
+    }
+
     /// Tells whoever watches this rank which step it is at and what it does there.
     fn now_at(&self, _step: u64, _activity: &'static str) {}
 

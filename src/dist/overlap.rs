@@ -197,16 +197,18 @@ impl OverlappedSum<'_> {
         let _ = self.finals.send(news);
     }
 
-    /// This rank's shard of the sum over all slots, with the bits of [`super::reduce_scatter`].
+    /// This rank's shard of the sum over all slots, with the bits of [`super::reduce_scatter`]. All ranks of `group` call it.
     ///
     /// # Errors
     /// When not all stages are final, or a collective failed.
-    pub fn finish(self) -> Result<Tensor, DistError> {
+    pub fn finish(self, group: &dyn ProcessGroup) -> Result<Tensor, DistError> {
         if self.num_final < self.num_stages {
             let problem = format!("{} of {} stages of its last slot are final", self.num_final, self.num_stages);
             return Err(DistError::Slots { rank: self.thread.rank, problem });
         }
-        self.thread.take()
+        let mut sum = Err(self.thread.has_ended());
+        group.wait("overlapped reduce_scatter", &mut || sum = self.thread.take());
+        sum
     }
 }
 
@@ -371,7 +373,7 @@ mod tests {
                         let range = &ranges[g.rank()];
                         for reduction in [Reduction::SlotTree, Reduction::AllReduce] {
                             let expected = reduce_scatter(g, sums(reduction, num_slots, range, n, range.clone()), &shards)?;
-                            let sum = overlapped(g, &thread, shards, (reduction, num_slots), range)?.finish()?;
+                            let sum = overlapped(g, &thread, shards, (reduction, num_slots), range)?.finish(g)?;
                             assert_eq!(bits(&sum), bits(&expected), "{num_slots} slots as {ranges:?}, {reduction:?}");
                         }
                     }
@@ -388,7 +390,7 @@ mod tests {
         let all = local::run(3, |g| {
             let (thread, range) = (CommThread::start(g)?, g.rank()..g.rank() + 1);
             drop(overlapped(g, &thread, shards, (Reduction::SlotTree, 3), &range)?);
-            let sum = overlapped(g, &thread, shards, (Reduction::SlotTree, 3), &range)?.finish()?;
+            let sum = overlapped(g, &thread, shards, (Reduction::SlotTree, 3), &range)?.finish(g)?;
             Ok::<_, DistError>(bits(&sum) == bits(&reduce_scatter(g, sums(Reduction::SlotTree, 3, &range, 70, range.clone()), &shards)?))
         });
         assert!(all.into_iter().all(Result::unwrap));
@@ -403,7 +405,7 @@ mod tests {
                 let (range, n) = (g.rank()..g.rank() + 1, 70);
                 if !failing.contains(&g.rank()) {
                     let sum = overlapped(g, &thread, Shards::new(n, 3, 16), (Reduction::SlotTree, 3), &range)?;
-                    return sum.finish().map(|_| ());
+                    return sum.finish(g).map(|_| ());
                 }
                 let sums = sums(Reduction::SlotTree, 3, &range, n, 0..0);
                 let plan = OverlapPlan::agree(g, &sums, Shards::new(n, 3, 16), stages(n))?;
@@ -436,6 +438,6 @@ mod tests {
         let text = thread.begin(plan, two(), Some(2)).unwrap_err().to_string();
         assert_eq!(text, "the communication thread takes one sum at a time, found another before its end");
         sum.advance(2, 2, &grad(2, 70));
-        assert_eq!(sum.finish().unwrap_err().to_string(), "rank 0: 2 of 4 stages of its last slot are final");
+        assert_eq!(sum.finish(&super::super::Solo).unwrap_err().to_string(), "rank 0: 2 of 4 stages of its last slot are final");
     }
 }

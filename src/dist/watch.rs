@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use candle_core::Tensor;
 
 use super::stall::{Peers, Status, report};
-use super::{Aborter, DistError, ProcessGroup};
+use super::{Aborter, DistError, Duplicate, ProcessGroup};
 
 /// The longest time between two looks; a status file is written no more often.
 const LONGEST_TICK: Duration = Duration::from_secs(2);
@@ -251,6 +251,10 @@ impl ProcessGroup for Watched<'_> {
         self.watch("all_to_all", |group| group.all_to_all(rows))
     }
 
+    fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
+        self.watch("all_to_all_v", |group| group.all_to_all_v(parts, send, receive))
+    }
+
     fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError> {
         self.watch("all_reduce", |group| group.all_reduce(mine))
     }
@@ -261,6 +265,15 @@ impl ProcessGroup for Watched<'_> {
 
     fn barrier(&self) -> Result<(), DistError> {
         self.watch("barrier", |group| group.barrier())
+    }
+
+    /// The other group is not watched: what is done with it ends in a [`ProcessGroup::wait`] of this one.
+    fn duplicate(&self) -> Duplicate {
+        self.group.duplicate()
+    }
+
+    fn wait(&self, collective: &'static str, wait: &mut dyn FnMut()) {
+        self.watch(collective, |_| wait());
     }
 
     fn now_at(&self, step: u64, activity: &'static str) {

@@ -158,7 +158,7 @@ impl Trainer<'_, '_> {
     fn mean_gradient(&self, sums: Sums, denominator: f64, timer: &PhaseTimer) -> Result<Tensor, TrainError> {
         let factor = (1.0 / denominator) as f32;
         let grad = match sums {
-            Sums::OnTheWay(sum) => timer.time(Phase::Comm, || sum.finish())?,
+            Sums::OnTheWay(sum) => timer.time(Phase::Comm, || sum.finish(self.group))?,
             Sums::Here(sums) if self.method.site_is_parameters() => timer.time(Phase::Comm, || self.optimizer.reduce(self.group, sums))?,
             Sums::Here(sums) => {
                 let site_grad = timer.time(Phase::Comm, || dist::reduce(self.group, sums))?;

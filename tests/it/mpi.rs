@@ -228,7 +228,7 @@ fn slot_tree(g: &dyn ProcessGroup) -> Result<(), DistError> {
             sum.advance(i + 1, last, &running);
             g.barrier()?;
         }
-        assert_eq!(bits(sum.finish()?)?, bits(shard.clone())?);
+        assert_eq!(bits(sum.finish(g)?)?, bits(shard.clone())?);
     }
     let flat = tensor(vec![0.0; N]);
     flat.slice_set(&shard.copy()?, 0, own.start)?;

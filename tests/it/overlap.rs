@@ -20,6 +20,7 @@ use glmddp::peft::{ExportContext, FinetuningType, MethodPlan, PeftMethod, RowCon
 use glmddp::telemetry::PhaseTimer;
 use glmddp::train::TrainError;
 use glmddp::train::optimizer::Optimizer;
+use glmddp::train::requests::Wish;
 use glmddp::train::step::{StepSettings, Trainer};
 
 use crate::golden::cases;
@@ -267,7 +268,7 @@ fn train(
     let mine: Vec<_> = mine.map(|slot| (slot, slots[slot].clone())).collect();
     let mut numbers = Vec::new();
     for _ in 0..2 {
-        let mut trainer = Trainer { model: &model, method: &mut method, optimizer: &mut optimizer, group, settings };
+        let mut trainer = Trainer { model: &model, method: &mut method, optimizer: &mut optimizer, group, settings, wish: &Wish::default };
         let outcome = trainer.step(&mine, 1e-3, &PhaseTimer::default())?;
         numbers.extend([outcome.loss.to_bits(), outcome.grad_norm.to_bits()]);
     }
