@@ -125,9 +125,16 @@ impl ParamSet {
 
     /// Replaces the values in place, so that every view sees them; names and shapes must be those of this set.
     pub fn load(&mut self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
-        let values = self.layout.flatten(tensors)?.to_device(self.flat.device())?;
+        self.load_flat(&self.layout.flatten(tensors)?)
+    }
+
+    /// As [`Self::load`], from a flat f32 buffer in this set's layout.
+    pub fn load_flat(&mut self, values: &Tensor) -> Result<()> {
+        if values.dims() != self.flat.dims() {
+            bail!("flat buffer has shape {:?}, expected {:?}", values.dims(), self.flat.dims());
+        }
         if self.layout.num_elements() > 0 {
-            self.flat.slice_set(&values, 0, 0)?;
+            self.flat.slice_set(&values.to_device(self.flat.device())?, 0, 0)?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Between the bytes of a file and candle's tensors.
 
 use ::safetensors::Dtype;
-use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
+use candle_core::{DType, Device, Result, Storage, Tensor, WithDType, bail};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -43,11 +43,20 @@ pub fn file_dtype(dtype: DType) -> Option<Dtype> {
 
 /// A tensor's elements in row-major order, little-endian, in its own dtype.
 pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
-    fn bytes<T: WithDType, const N: usize>(t: &Tensor, f: impl Fn(T) -> [u8; N]) -> Result<Vec<u8>> {
-        Ok(t.to_vec1::<T>()?.into_iter().flat_map(f).collect())
+    fn bytes<T: WithDType, const N: usize>(t: &Tensor, f: impl Fn(T) -> [u8; N] + Sync) -> Result<Vec<u8>> {
+        let (storage, layout) = t.storage_and_layout();
+        let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+            bail!("a tensor of layout {layout:?} is not on the CPU in one piece");
+        };
+        let values = &storage.as_slice::<T>()?[start..end];
+        let mut out = vec![0; values.len() * N];
+        out.par_chunks_mut(CHUNK * N).zip(values.par_chunks(CHUNK)).for_each(|(out, values)| {
+            out.as_chunks_mut::<N>().0.iter_mut().zip(values).for_each(|(out, value)| *out = f(*value));
+        });
+        Ok(out)
     }
     // sync: copies from the device
-    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?.contiguous()?;
     match flat.dtype() {
         DType::U8 => flat.to_vec1(),
         DType::U32 => bytes(&flat, u32::to_le_bytes),

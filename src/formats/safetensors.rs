@@ -92,6 +92,42 @@ pub fn to_bytes(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>, FormatErr
 /// Name, dtype and shape of a tensor that is about to be written.
 pub type Announced = (String, Dtype, Vec<usize>);
 
+/// The start of a safetensors file in which these tensors stand in the order given: the header and its length. Their types must not become
+/// wider along it.
+///
+/// # Errors
+/// When sizes overflow.
+pub fn header(tensors: &[Announced]) -> io::Result<Vec<u8>> {
+    let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidInput, reason);
+    let mut end = 0;
+    let mut infos = Vec::with_capacity(tensors.len());
+    for (name, dtype, shape) in tensors {
+        let start = end;
+        end = num_bytes(*dtype, shape).and_then(|n| n.checked_add(start)).ok_or_else(|| invalid(format!("tensor `{name}` overflows")))?;
+        infos.push((name.clone(), TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets: (start, end) }));
+    }
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let metadata = Metadata::new(Some(format), infos).map_err(|e| invalid(e.to_string()))?;
+    let mut json = serde_json::to_vec(&metadata)?;
+    json.resize(json.len().next_multiple_of(8), b' ');
+    Ok([&(json.len() as u64).to_le_bytes(), json.as_slice()].concat())
+}
+
+fn num_bytes(dtype: Dtype, shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(dtype.bitsize() / 8, |n, &d| n.checked_mul(d))
+}
+
+/// The tensors of a header (without its length), in the order in which they stand one behind the other.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn parse_header(json: &[u8]) -> Result<Vec<Announced>, String> {
+    let metadata: Metadata = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+    let infos = metadata.tensors();
+    let named = |name: String| infos.get(&name).map(|info| (name, info.dtype, info.shape.clone()));
+    Ok(metadata.offset_keys().into_iter().filter_map(named).collect())
+}
+
 /// Writes a safetensors file whose content is made while it is written: `fill(i, out)` writes the bytes of tensor `i`. Tensors stand in
 /// the file in the order given; their types must not become wider along it.
 ///
@@ -102,27 +138,13 @@ pub fn write_streaming<W: Write>(
     tensors: &[Announced],
     mut fill: impl FnMut(usize, &mut Counted<'_, W>) -> io::Result<()>,
 ) -> io::Result<()> {
-    let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidInput, reason);
-    let mut end = 0;
-    let mut infos = Vec::with_capacity(tensors.len());
-    for (name, dtype, shape) in tensors {
-        let start = end;
-        let num_bytes = shape.iter().try_fold(dtype.bitsize() / 8, |n, &d| n.checked_mul(d));
-        end = num_bytes.and_then(|n| n.checked_add(start)).ok_or_else(|| invalid(format!("tensor `{name}` overflows")))?;
-        infos.push((name.clone(), TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets: (start, end) }));
-    }
-    let lengths: Vec<usize> = infos.iter().map(|(_, info)| info.data_offsets.1 - info.data_offsets.0).collect();
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let metadata = Metadata::new(Some(format), infos).map_err(|e| invalid(e.to_string()))?;
-    let mut header = serde_json::to_vec(&metadata)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
-    for (i, length) in lengths.into_iter().enumerate() {
+    out.write_all(&header(tensors)?)?;
+    for (i, (name, dtype, shape)) in tensors.iter().enumerate() {
         let mut counted = Counted { out, num_bytes: 0 };
         fill(i, &mut counted)?;
-        if counted.num_bytes != length {
-            return Err(invalid(format!("tensor `{}` has {} bytes, expected {length}", tensors[i].0, counted.num_bytes)));
+        if Some(counted.num_bytes) != num_bytes(*dtype, shape) {
+            let reason = format!("tensor `{name}` has {} bytes, announced as {dtype:?} {shape:?}", counted.num_bytes);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
         }
     }
     out.flush()
