@@ -18,6 +18,12 @@ pub enum CheckpointError {
     Damaged { path: PathBuf, what: String, expected: String, found: String },
     #[error("checkpoint {} has format version {found}, and this program reads up to {supported}", path.display())]
     NewerFormat { path: PathBuf, found: u64, supported: u32 },
+    #[error("checkpoint {} has format version {found}, saved by an older glmddp, and this program reads version {supported}", path.display())]
+    OlderFormat { path: PathBuf, found: u64, supported: u32 },
+    #[error("checkpoint {} holds another state than this run has: tensor `{name}`: expected {expected}, found {found}", path.display())]
+    OtherTensors { path: PathBuf, name: String, expected: String, found: String },
+    #[error("rank {rank} has written {}, and rank 0 finds {found} there", path.display())]
+    Unseen { path: PathBuf, rank: usize, found: String },
     #[error("none of the {num} checkpoints in {} is whole; the newest: {newest}", path.display())]
     NoneGood { path: PathBuf, num: usize, newest: String },
     #[error("checkpoint {} is of another run: {}", path.display(), mismatches.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
@@ -43,6 +49,9 @@ impl CheckpointError {
                 "use an earlier checkpoint; `--resume_from_checkpoint latest` finds the newest whole one".to_owned()
             }
             Self::NewerFormat { .. } => "use the version of glmddp that wrote it, or a newer one".to_owned(),
+            Self::OlderFormat { .. } => "go on with the version of glmddp that saved it, or start anew in another `output_dir`".to_owned(),
+            Self::OtherTensors { .. } => "resume with the settings of the checkpoint, or start anew in another `output_dir`".to_owned(),
+            Self::Unseen { .. } => "name an `output_dir` on a file system that all machines of the job share".to_owned(),
             Self::NoneGood { .. } => "start anew in another `output_dir`, or restore a checkpoint from a backup".to_owned(),
             Self::Mismatch { .. } => "use the model, tokenizer and method settings that the checkpoint was made with, or start anew in another `output_dir`".to_owned(),
             Self::OutputDirTaken { .. } => {

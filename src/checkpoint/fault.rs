@@ -1,9 +1,9 @@
 //! A disk that fails on purpose, for tests of what a failure leaves behind.
 
-use std::cell::Cell;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::disk::{Disk, DiskFile, RealDisk};
 
@@ -21,12 +21,12 @@ pub enum Fault {
 /// A real disk whose n-th changing call (create, write, sync, rename, remove, ...) meets a fault.
 #[derive(Clone, Debug)]
 pub struct FaultyDisk {
-    state: Rc<State>,
+    state: Arc<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    calls: Cell<usize>,
+    calls: AtomicUsize,
     at: usize,
     fault: Fault,
     free_bytes: Option<u64>,
@@ -35,24 +35,24 @@ struct State {
 impl FaultyDisk {
     /// Counts calls from 0; `at` beyond the last call means no fault.
     pub fn new(at: usize, fault: Fault) -> Self {
-        Self { state: Rc::new(State { calls: Cell::new(0), at, fault, free_bytes: None }) }
+        Self { state: Arc::new(State { calls: AtomicUsize::new(0), at, fault, free_bytes: None }) }
     }
 
     /// A disk without faults that says it has this much room.
     pub fn with_free_bytes(free_bytes: u64) -> Self {
-        Self { state: Rc::new(State { calls: Cell::new(0), at: usize::MAX, fault: Fault::Stop, free_bytes: Some(free_bytes) }) }
+        Self { state: Arc::new(State { calls: AtomicUsize::new(0), at: usize::MAX, fault: Fault::Stop, free_bytes: Some(free_bytes) }) }
     }
 
     /// Changing calls so far.
     pub fn num_calls(&self) -> usize {
-        self.state.calls.get()
+        self.state.calls.load(Ordering::SeqCst)
     }
 }
 
 impl State {
     /// Counts one changing call; true when a write is to be torn.
     fn step(&self) -> io::Result<bool> {
-        let call = self.calls.replace(self.calls.get() + 1);
+        let call = self.calls.fetch_add(1, Ordering::SeqCst);
         let stopped = || io::Error::other("stopped by a test");
         match self.fault {
             Fault::Fail(kind) if call == self.at => Err(kind.into()),
@@ -70,7 +70,7 @@ impl State {
 
 struct FaultyFile {
     file: Box<dyn DiskFile>,
-    state: Rc<State>,
+    state: Arc<State>,
 }
 
 impl Write for FaultyFile {
@@ -120,12 +120,16 @@ impl Disk for FaultyDisk {
         RealDisk.remove(path)
     }
 
-    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        RealDisk.read(path)
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
+        RealDisk.open(path)
     }
 
     fn len(&self, path: &Path) -> io::Result<u64> {
         RealDisk.len(path)
+    }
+
+    fn is_folder(&self, path: &Path) -> bool {
+        RealDisk.is_folder(path)
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {

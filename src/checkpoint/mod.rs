@@ -1,33 +1,38 @@
 //! Checkpoints: folders of named bytes that are complete or invisible. Knows no method and no model.
 //!
-//! `checkpoint-{step}` holds `state.safetensors` (tensors by name), the files that the caller adds, `SHA256SUMS` (for
-//! `sha256sum --check`) and, written last, `manifest.json`. It is written as `.tmp-checkpoint-{step}`, made durable file by file and
-//! renamed: a folder called `checkpoint-{step}` was complete when it got its name. All changes go through [`Disk`], so a test can stop
-//! at each of them.
+//! `checkpoint-{step}` holds a shard a rank (`state-*.safetensors.zst`), the files that the caller adds, `SHA256SUMS` (for `sha256sum
+//! --check`) and, written last, `manifest.json`; `FORMAT.md` beside this file specifies it. It is written as `.tmp-checkpoint-{step}`, made
+//! durable file by file and renamed: a folder called `checkpoint-{step}` was complete when it got its name. All changes go through [`Disk`],
+//! so a test can stop at each of them.
 
 mod disk;
+mod draft;
 mod error;
 mod fault;
-mod load;
 mod manifest;
 mod output_dir;
-mod save;
+mod publish;
+mod read;
+mod shard;
+mod stream;
 
 pub use disk::{Disk, DiskFile, RealDisk};
+pub use draft::{Draft, save};
 pub use error::CheckpointError;
 pub use fault::{Fault, FaultyDisk};
-pub use load::{Checkpoint, Latest, Skipped, latest, load};
-pub use manifest::{FORMAT_VERSION, FileEntry, Header, Identity, Manifest, Mismatch, TensorEntry, compare};
-pub use output_dir::{Claim, claim, clean_leftovers, retention};
-pub use save::{publish, publish_file, save};
+pub use manifest::{FORMAT_VERSION, FileEntry, Header, Identity, Manifest, Mismatch, PieceEntry, ShardEntry, TensorEntry, compare};
+pub use output_dir::{Claim, Keep, claim, clean_leftovers, retention};
+pub use publish::{publish, publish_file};
+pub use read::{Checkpoint, open};
+pub use shard::{Flat, Part, Written, WrittenPiece, ZSTD_LEVEL};
 
 use std::path::{Path, PathBuf};
 
+use manifest::is_inside;
 use sha2::{Digest, Sha256};
 
 const MANIFEST: &str = "manifest.json";
 const SUMS: &str = "SHA256SUMS";
-const TENSORS: &str = "state.safetensors";
 const PREFIX: &str = "checkpoint-";
 /// Being written.
 const TEMPORARY: &str = ".tmp-";
@@ -38,7 +43,11 @@ const TRASH: &str = ".trash-";
 
 /// sha256 in lower-case hexadecimal.
 pub fn sha256_hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+    hex(&Sha256::digest(bytes))
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The step in a checkpoint's name.
@@ -66,6 +75,14 @@ pub fn newest_step(disk: &dyn Disk, output_dir: &Path) -> Result<Option<u64>, Ch
     Ok(by_step(disk, output_dir)?.first().map(|(step, _)| *step))
 }
 
+/// The checkpoints of an output folder by name alone, newest first.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn newest_first(disk: &dyn Disk, output_dir: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+    Ok(by_step(disk, output_dir)?.into_iter().map(|(_, path)| path).collect())
+}
+
 /// `folder/.tmp-name` for `folder/name`.
 fn beside(path: &Path, prefix: &str) -> PathBuf {
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
@@ -77,8 +94,10 @@ mod testing {
     //! What the tests of this module share.
 
     use super::*;
+    use crate::params::Layout;
     use candle_core::{Device, Tensor};
     use std::collections::BTreeMap;
+    use std::ops::Range;
 
     pub fn header(step: u64) -> Header {
         let identity = Identity {
@@ -88,21 +107,54 @@ mod testing {
             tokenizer_sha256: "bb".to_owned(),
             template: "chatglm2".to_owned(),
         };
-        Header { step, consumed_rows: 16 * step, world_size: 2, identity, plan: serde_json::json!({"learning_rate": 0.02}) }
+        let plan = serde_json::json!({"learning_rate": 0.02});
+        Header { step, consumed_rows: 16 * step, world_size: 2, eval_loss: None, identity, plan }
     }
 
-    pub fn tensors(value: f32) -> BTreeMap<String, Tensor> {
-        let t = Tensor::full(value, (3, 4), &Device::Cpu).unwrap();
-        BTreeMap::from([("m.a".to_owned(), t.clone()), ("p.a".to_owned(), t.t().unwrap()), ("s".to_owned(), t.sum_all().unwrap())])
+    /// 18 elements: a scalar, a matrix, an empty tensor and a vector.
+    pub fn layout() -> Layout {
+        let shapes = [("a", vec![]), ("m.b", vec![3, 4]), ("n", vec![2, 0]), ("v", vec![5])];
+        Layout::new(shapes.map(|(name, shape)| (name.to_owned(), shape)).into())
     }
 
+    pub const KINDS: [&str; 3] = ["p", "m", "s"];
+
+    /// Element `at` of the buffer of a kind in the state of a step.
+    pub fn element(step: u64, kind: usize, at: usize) -> f32 {
+        step as f32 + 100.0 * kind as f32 + at as f32 / 32.0
+    }
+
+    pub fn part(step: u64, range: Range<usize>) -> Part {
+        let flat = |kind: usize| Tensor::from_iter(range.clone().map(|at| element(step, kind, at)), &Device::Cpu).unwrap();
+        Part { flats: (0..3).map(|kind| Flat::copy(KINDS[kind], &flat(kind)).unwrap()).collect(), range: range.clone() }
+    }
+
+    /// Cuts the matrix in two, and leaves a shard without anything.
     pub fn save_step(disk: &dyn Disk, dir: &Path, step: u64) -> Result<PathBuf, CheckpointError> {
-        let extra = [("adapter/adapter_config.json".to_owned(), b"{}".to_vec())];
-        save(disk, dir, &header(step), &tensors(step as f32), &extra)
+        save_parts(disk, dir, &header(step), &[0..8, 8..8, 8..18])
     }
 
-    /// The value that the tensors of a checkpoint were made of.
-    pub fn value(checkpoint: &Checkpoint) -> f32 {
-        checkpoint.tensors["m.a"].flatten_all().unwrap().to_vec1::<f32>().unwrap()[0]
+    pub fn save_parts(disk: &dyn Disk, dir: &Path, header: &Header, ranges: &[Range<usize>]) -> Result<PathBuf, CheckpointError> {
+        let parts: Vec<Part> = ranges.iter().map(|range| part(header.step, range.clone())).collect();
+        let extra = [("adapter/adapter_config.json".to_owned(), b"{}".to_vec())];
+        save(disk, dir, header, &layout(), &parts, &extra)
+    }
+
+    /// Reads and checks all of a checkpoint, and that it is the state of its step -> its step.
+    pub fn load(path: &Path) -> Result<u64, CheckpointError> {
+        let checkpoint = open(&RealDisk, path)?;
+        checkpoint.verify(&RealDisk)?;
+        let step = checkpoint.manifest.header.step;
+        let flats = checkpoint.flats(&RealDisk, &layout(), &KINDS.map(|kind| (kind, 0..18)))?;
+        for (kind, flat) in flats.iter().enumerate() {
+            assert!(flat.iter().enumerate().all(|(at, value)| *value == element(step, kind, at)), "{}", path.display());
+        }
+        Ok(step)
+    }
+
+    /// The newest checkpoint of a folder that is whole, and how many newer ones are not.
+    pub fn latest(dir: &Path) -> Option<(u64, usize)> {
+        let all = newest_first(&RealDisk, dir).unwrap();
+        all.iter().enumerate().find_map(|(skipped, path)| Some((load(path).ok()?, skipped)))
     }
 }

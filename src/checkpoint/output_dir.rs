@@ -1,11 +1,11 @@
 //! A run's output folder: whose it is, what was left half-done in it, and which checkpoints are kept.
 
-use std::num::NonZeroUsize;
+use std::collections::BTreeMap;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
-use super::load::looks_whole;
-use super::save::discard;
-use super::{CheckpointError, Disk, REPLACED, TEMPORARY, TRASH, by_step, load, step_of};
+use super::publish::discard;
+use super::{CheckpointError, Disk, REPLACED, TEMPORARY, TRASH, by_step, open, step_of};
 
 /// What a run means to do with an output folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,24 +66,48 @@ pub fn clean_leftovers(disk: &dyn Disk, output_dir: &Path) -> Result<Vec<PathBuf
     Ok(removed)
 }
 
-/// Keeps the newest `limit` whole checkpoints and deletes those that are older than these. Of the newest every byte is held against its
-/// manifest before anything is deleted, of the others the lengths. Returns what it deleted.
+/// Which checkpoints stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keep {
+    /// So many whole ones, the newest.
+    pub newest: NonZeroUsize,
+    /// And the one with the lowest held-out loss, of equals the first.
+    pub best: bool,
+    /// And those of each so many steps.
+    pub every: Option<NonZeroU64>,
+}
+
+/// Deletes what `keep` does not name, once the checkpoint of `step` is durable; later ones, which a run left that this one has gone back
+/// behind, are not touched. Nothing is deleted while this one has not an undamaged manifest and all lengths. Returns what it deleted.
 ///
 /// # Errors
 /// When the disk fails.
-pub fn retention(disk: &dyn Disk, output_dir: &Path, limit: NonZeroUsize) -> Result<Vec<PathBuf>, CheckpointError> {
-    let checkpoints = by_step(disk, output_dir)?;
-    if checkpoints.len() <= limit.get() {
+pub fn retention(disk: &dyn Disk, output_dir: &Path, step: u64, keep: Keep) -> Result<Vec<PathBuf>, CheckpointError> {
+    let checkpoints: Vec<_> = by_step(disk, output_dir)?.into_iter().filter(|(other, _)| *other <= step).collect();
+    if checkpoints.len() <= keep.newest.get() {
         return Ok(Vec::new());
     }
-    let mut num_whole = 0;
+    let whole: BTreeMap<u64, Option<f64>> = checkpoints
+        .iter()
+        .filter_map(|(step, path)| Some((*step, open(disk, path).ok().filter(|checkpoint| checkpoint.has_its_lengths(disk))?)))
+        .map(|(step, checkpoint)| (step, checkpoint.manifest.header.eval_loss))
+        .collect();
+    if !whole.contains_key(&step) {
+        return Ok(Vec::new());
+    }
+    let losses = whole.iter().filter_map(|(step, loss)| Some((*step, (*loss)?)));
+    let best = losses.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(step, _)| step).filter(|_| keep.best);
+    let is_kept = |step: u64| Some(step) == best || keep.every.is_some_and(|every| step.is_multiple_of(every.get()));
+    let mut num_newest = 0;
     let mut deleted = Vec::new();
-    for (_, path) in checkpoints {
-        if num_whole >= limit.get() {
-            discard(disk, &path)?;
-            deleted.push(path);
-        } else if (num_whole > 0 && looks_whole(disk, &path)) || load(disk, &path).is_ok() {
-            num_whole += 1;
+    for (step, path) in checkpoints {
+        if num_newest >= keep.newest.get() {
+            if !is_kept(step) {
+                discard(disk, &path)?;
+                deleted.push(path);
+            }
+        } else if whole.contains_key(&step) {
+            num_newest += 1;
         }
     }
     Ok(deleted)
@@ -91,7 +115,7 @@ pub fn retention(disk: &dyn Disk, output_dir: &Path, limit: NonZeroUsize) -> Res
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::save_step;
+    use super::super::testing::{header, save_parts, save_step};
     use super::super::{MANIFEST, RealDisk};
     use super::*;
 
@@ -133,17 +157,51 @@ mod tests {
         assert_eq!(names(dir.path()), ["checkpoint-2"]);
     }
 
+    const TWO: Keep = Keep { newest: NonZeroUsize::new(2).unwrap(), best: false, every: None };
+
     #[test]
-    fn retention_keeps_the_newest_whole_ones() {
+    fn retention_keeps_the_newest_whole_ones_and_does_not_touch_later_ones() {
         let dir = tempfile::tempdir().unwrap();
-        for step in [1, 2, 10, 20, 30] {
+        for step in [1, 2, 10, 20, 30, 40] {
             save_step(&RealDisk, dir.path(), step).unwrap();
         }
         std::fs::remove_file(dir.path().join("checkpoint-20").join(MANIFEST)).unwrap();
-        let two = NonZeroUsize::new(2).unwrap();
-        let deleted = retention(&RealDisk, dir.path(), two).unwrap();
+        let deleted = retention(&RealDisk, dir.path(), 30, TWO).unwrap();
         assert_eq!(deleted.len(), 2);
-        assert_eq!(names(dir.path()), ["checkpoint-10", "checkpoint-20", "checkpoint-30"]);
-        assert_eq!(retention(&RealDisk, dir.path(), NonZeroUsize::MAX).unwrap(), Vec::<PathBuf>::new());
+        assert_eq!(names(dir.path()), ["checkpoint-10", "checkpoint-20", "checkpoint-30", "checkpoint-40"]);
+        let all = Keep { newest: NonZeroUsize::MAX, ..TWO };
+        assert_eq!(retention(&RealDisk, dir.path(), 40, all).unwrap(), Vec::<PathBuf>::new());
+    }
+
+    #[test]
+    fn retention_deletes_nothing_while_the_newest_is_not_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        for step in [1, 2, 3, 4] {
+            save_step(&RealDisk, dir.path(), step).unwrap();
+        }
+        let shard = dir.path().join("checkpoint-4/state-00000-of-00003.safetensors.zst");
+        let whole = std::fs::read(&shard).unwrap();
+        std::fs::write(&shard, &whole[1..]).unwrap();
+        assert_eq!(retention(&RealDisk, dir.path(), 4, TWO).unwrap(), Vec::<PathBuf>::new());
+        std::fs::write(&shard, &whole).unwrap();
+        assert_eq!(retention(&RealDisk, dir.path(), 4, TWO).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn retention_keeps_the_best_and_every_so_many_steps() {
+        let kept = |keep: Keep| {
+            let dir = tempfile::tempdir().unwrap();
+            for (step, loss) in [(5, Some(2.0)), (10, Some(1.0)), (15, Some(0.5)), (20, Some(0.5)), (25, None), (30, Some(3.0)), (35, None)]
+            {
+                let header = super::super::Header { eval_loss: loss, ..header(step) };
+                save_parts(&RealDisk, dir.path(), &header, &[0..9, 9..18]).unwrap();
+            }
+            retention(&RealDisk, dir.path(), 35, keep).unwrap();
+            let steps = super::super::newest_first(&RealDisk, dir.path()).unwrap();
+            steps.iter().rev().map(|path| step_of(path).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(kept(TWO), [30, 35]);
+        assert_eq!(kept(Keep { best: true, ..TWO }), [15, 30, 35]);
+        assert_eq!(kept(Keep { every: NonZeroU64::new(10), ..TWO }), [10, 20, 30, 35]);
     }
 }

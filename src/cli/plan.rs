@@ -207,7 +207,9 @@ fn memory_text(plan: &Plan, a: &Arithmetic) -> String {
 fn output_text(plan: &Plan) -> String {
     let run = &plan.run;
     let save = run.save_steps.map_or_else(|| "save at the end".to_owned(), |n| format!("save every {n} steps"));
-    let keep = run.save_total_limit.map_or_else(String::new, |n| format!(" and keep {n}"));
+    let best = if run.save_best { ", the best" } else { "" };
+    let every = run.save_keep_every.map_or_else(String::new, |n| format!(", those of each {n} steps"));
+    let keep = run.save_total_limit.map_or_else(String::new, |n| format!(" and keep {n}{best}{every}"));
     let evaluate = run.eval_steps.map_or_else(String::new, |n| format!(", evaluate every {n}"));
     let limit = match run.save_before_timeout {
         None => String::new(),

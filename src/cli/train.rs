@@ -72,6 +72,10 @@ fn close(plan: &Plan, summary: &run::Summary, adapter: &Path) -> anyhow::Result<
     let held_out = summary.evaluation.map_or(String::new(), |e| format!(", held-out loss {:.4}", e.loss));
     let what = if plan.method.settings().trains_base_weights() { "model" } else { "adapter" };
     let holds = if what == "model" { "a whole model, for --model_name_or_path".to_owned() } else { entries(adapter)?.join(", ") };
+    if summary.failed_saves > 0 {
+        let newest = summary.checkpoint.display();
+        report::warn(&[format!("{} checkpoints could not be saved; the newest that was is {newest}", summary.failed_saves)]);
+    }
     let text = format!(
         "done: {} steps, loss {:.4} -> {:.4}{held_out}\n\
          {what}: {} ({holds})\n\

@@ -101,7 +101,7 @@ pub const FOREIGN_ARGUMENTS: &[ForeignArgument] = &[
     refused("group_by_length", Flag, OFF, "rows come in shuffled order"),
     refused("data_seed", One, NEVER, "`seed` covers the order of the rows too"),
     refused("ignore_data_skip", Flag, OFF, "a resumed run goes on with the row after the last one"),
-    refused("load_best_model_at_end", Flag, OFF, "the last adapter is kept"),
+    refused("load_best_model_at_end", Flag, OFF, "the last adapter is exported; save_best keeps the best checkpoint, which has its own"),
     refused("metric_for_best_model", One, NEVER, "the last adapter is kept"),
     refused("greater_is_better", One, NEVER, "the last adapter is kept"),
     refused("early_stopping*", One, NEVER, "a run ends at its last step"),

@@ -112,7 +112,13 @@ pub struct RunPlan {
     pub logging_steps: NonZeroUsize,
     /// Save every so many steps; none: only at the end.
     pub save_steps: Option<NonZeroUsize>,
+    /// Keep so many whole checkpoints, the newest; none: all.
     pub save_total_limit: Option<NonZeroUsize>,
+    /// Beyond that, keep the one with the lowest held-out loss.
+    pub save_best: bool,
+    /// Beyond that, keep those of each so many steps.
+    pub save_keep_every: Option<NonZeroUsize>,
+    pub on_save_error: OnSaveError,
     pub eval_steps: Option<NonZeroUsize>,
     pub resume: Resume,
     /// Save and stop in time for this; none: only at the last step.
@@ -127,6 +133,16 @@ pub struct RunPlan {
     pub dump_batches: Option<PathBuf>,
     /// Write the parameters before the first step to this safetensors file.
     pub dump_initial: Option<PathBuf>,
+}
+
+/// What a checkpoint that cannot be saved does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnSaveError {
+    /// Ends the run.
+    Stop,
+    /// Is warned of and counted; the run goes on without it.
+    Warn,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -178,14 +178,40 @@ impl Resolver<'_> {
         if eval_steps.is_some() && self.config.data.validation_file.is_none() {
             return Err(ConfigError::Needs { needs: "data.validation_file", place: self.place("run.eval_steps") });
         }
+        let save_steps = NonZeroUsize::new(run.save_steps.unwrap_or(SAVE_STEPS));
+        let save_best = run.save_best.unwrap_or(false);
+        for (key, is_given) in [("run.save_best", save_best), ("run.save_keep_every", run.save_keep_every.is_some())] {
+            if is_given && run.save_total_limit.is_none() {
+                return Err(ConfigError::Needs { needs: "run.save_total_limit", place: self.place(key) });
+            }
+        }
+        if save_best && self.config.data.validation_file.is_none() {
+            return Err(ConfigError::Needs { needs: "data.validation_file", place: self.place("run.save_best") });
+        }
+        // As the Trainer has it: a checkpoint whose loss nobody computed cannot be the best.
+        if let (true, Some(save)) = (save_best, save_steps) {
+            let Some(eval) = eval_steps else {
+                return Err(ConfigError::Needs { needs: "run.eval_steps", place: self.place("run.save_best") });
+            };
+            if !save.get().is_multiple_of(eval.get()) {
+                return Err(self.value(
+                    "run.save_steps",
+                    save,
+                    "a multiple of `run.eval_steps`, since `run.save_best` needs each checkpoint's loss",
+                ));
+            }
+        }
         Ok(RunPlan {
             output_dir: required("output_dir", run.output_dir.as_ref())?,
             overwrite_output_dir: run.overwrite_output_dir.unwrap_or(false),
             duration: self.duration()?,
             seed: run.seed.unwrap_or(42),
             logging_steps: self.positive("run.logging_steps", run.logging_steps.unwrap_or(10))?,
-            save_steps: NonZeroUsize::new(run.save_steps.unwrap_or(SAVE_STEPS)),
+            save_steps,
             save_total_limit: run.save_total_limit.map(|n| self.positive("run.save_total_limit", n)).transpose()?,
+            save_best,
+            save_keep_every: run.save_keep_every.map(|n| self.positive("run.save_keep_every", n)).transpose()?,
+            on_save_error: run.on_save_error.unwrap_or(OnSaveError::Stop),
             eval_steps,
             resume: run.resume_from_checkpoint.as_ref().map_or(Resume::No, |r| r.0.clone()),
             save_before_timeout: run.save_before_timeout,

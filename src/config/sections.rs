@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::plan::{LossMean, OnBadRow, Recompute, Reduction, RopeTable, SchedulerType, Truncation, WeightDtype};
+use super::plan::{LossMean, OnBadRow, OnSaveError, Recompute, Reduction, RopeTable, SchedulerType, Truncation, WeightDtype};
 use super::values::{ResumeFrom, Span, TimeLimit, named};
 pub use crate::peft::keys::MethodKeys as MethodConfig;
 
@@ -170,6 +170,15 @@ pub struct ScheduleConfig {
     /// Keep the newest so many checkpoints [default: all]
     #[arg(long, value_name = "N")]
     pub save_total_limit: Option<usize>,
+    /// Beyond `save_total_limit`, keep the checkpoint with the lowest loss on `validation_file`
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub save_best: Option<bool>,
+    /// Beyond `save_total_limit`, keep the checkpoints of each so many steps
+    #[arg(long, value_name = "STEPS")]
+    pub save_keep_every: Option<usize>,
+    /// What a checkpoint that cannot be saved does [default: stop]
+    #[arg(long, value_name = "WHAT", value_parser = named::<OnSaveError>(&["stop", "warn"]))]
+    pub on_save_error: Option<OnSaveError>,
     /// Compute the loss of `validation_file` every so many steps; 0 does so at the end only [default: 0]
     #[arg(long, value_name = "STEPS")]
     pub eval_steps: Option<usize>,

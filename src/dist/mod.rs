@@ -38,7 +38,7 @@ pub use connect::connect;
 pub use error::DistError;
 pub use overlap::{CommThread, OverlapPlan, OverlappedSum};
 pub use reduce::{reduce, reduce_scatter};
-pub use shards::{Shards, Wire, all_gather_shards, gather_shards};
+pub use shards::{Shards, Wire, all_gather_shards};
 pub use slots::{Node, SlotScalars, SlotTree, gather_slots, gather_slots_and_notes};
 pub use solo::Solo;
 pub use threads::{Cores, Threads, install_thread_pool, plan_threads, threads_per_rank};

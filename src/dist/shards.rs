@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use half::bf16;
 
 use super::{DistError, ProcessGroup, host};
@@ -130,22 +130,6 @@ pub fn all_gather_shards(group: &dyn ProcessGroup, flat: &Tensor, shards: &Shard
     })
 }
 
-/// The whole buffer `[num_elements]` on rank `root`, from each rank's own `shard`; none on the others. It may share the shard's memory.
-///
-/// # Errors
-/// When `shard` has not the length of this rank's shard, or a collective fails.
-pub fn gather_shards(group: &dyn ProcessGroup, shard: &Tensor, shards: &Shards, root: usize) -> Result<Option<Tensor>, DistError> {
-    shards.check(group, "gather_shards", shard, shards.range(group.rank()).len())?;
-    let is_root = group.rank() == root;
-    if is_root && shard.elem_count() == shards.num_elements {
-        exchange(group, shard, shards, Wire::F32, |_, _, _| Ok(()))?;
-        return Ok(Some(shard.clone()));
-    }
-    let whole = Tensor::zeros(if is_root { shards.num_elements } else { 0 }, DType::F32, shard.device())?;
-    exchange(group, shard, shards, Wire::F32, |_, at, piece| if is_root { whole.slice_set(piece, 0, at) } else { Ok(()) })?;
-    Ok(is_root.then_some(whole))
-}
-
 /// Shows every rank's `shard` to all, bucket by bucket: `take(rank, first element, piece)`.
 fn exchange(
     group: &dyn ProcessGroup,
@@ -170,7 +154,7 @@ fn exchange(
 mod tests {
     use super::super::{Solo, local};
     use super::*;
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     fn ramp(range: Range<usize>) -> Tensor {
         Tensor::from_iter(range.map(|i| i as f32 + 0.5), &Device::Cpu).unwrap()
@@ -227,15 +211,11 @@ mod tests {
                     }
                     all_gather_shards(g, &half, &shards, Wire::Bf16)?;
                     assert_eq!(half.to_vec1::<f32>()?, flat.to_vec1::<f32>()?);
-                    let whole = gather_shards(g, &ramp(own), &shards, world_size - 1)?;
-                    assert_eq!(whole.is_some(), g.rank() == world_size - 1);
-                    Ok::<_, DistError>((view.flatten_all()?.to_vec1::<f32>()?, whole.map(|w| w.to_vec1::<f32>()).transpose()?))
+                    Ok::<_, DistError>(view.flatten_all()?.to_vec1::<f32>()?)
                 });
                 let expected = ramp(0..n).to_vec1::<f32>().unwrap();
-                for outcome in all {
-                    let (flat, whole) = outcome.unwrap();
-                    assert_eq!(flat, expected, "{n} elements on {world_size} ranks: a view of the buffer sees them all");
-                    assert!(whole.is_none_or(|whole| whole == expected));
+                for flat in all {
+                    assert_eq!(flat.unwrap(), expected, "{n} elements on {world_size} ranks: a view of the buffer sees them all");
                 }
             }
         }
@@ -246,7 +226,7 @@ mod tests {
         let shards = Shards::new(4, 2, 1);
         let text = all_gather_shards(&Solo, &ramp(0..4), &shards, Wire::F32).unwrap_err().to_string();
         assert_eq!(text, "all_gather_shards takes 2 ranks, as there are shards, found 1");
-        let text = gather_shards(&Solo, &ramp(0..3), &Shards::new(4, 1, 1), 0).unwrap_err().to_string();
-        assert_eq!(text, "gather_shards takes shape [4], found [3]");
+        let text = all_gather_shards(&Solo, &ramp(0..3), &Shards::new(4, 1, 1), Wire::F32).unwrap_err().to_string();
+        assert_eq!(text, "all_gather_shards takes shape [4], found [3]");
     }
 }

@@ -10,11 +10,9 @@ use super::CHUNK;
 use crate::kernels::bf16;
 use crate::kernels::host::{F32View, with_3_f32_mut};
 use crate::kernels::simd::vectorize;
-use crate::params;
 
-const EXP_AVG: &str = "exp_avg.";
-const EXP_AVG_SQ: &str = "exp_avg_sq.";
-const MASTER: &str = "master.";
+/// The kinds of state a parameter has, as a checkpoint calls them; the last only where there are masters.
+const KINDS: [&str; 3] = ["exp_avg", "exp_avg_sq", "master"];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWConfig {
@@ -30,7 +28,7 @@ pub enum OptimError {
     Tensor(#[from] candle_core::Error),
     #[error("the optimizer's state has no `{name}`")]
     Missing { name: String },
-    #[error("the optimizer's state has `{name}`, which no parameter here needs")]
+    #[error("the optimizer's state has `{name}`, which this optimizer does not know")]
     Unknown { name: String },
     #[error("`{name}` of the optimizer's state is {found:?} of shape {found_shape:?}, expected F32 of {expected_shape:?}")]
     Shape { name: String, found: DType, found_shape: Vec<usize>, expected_shape: Vec<usize> },
@@ -77,11 +75,6 @@ impl AdamW {
         if tensor.dims() == [expected] { Ok(()) } else { Err(OptimError::Length { what, found: tensor.dims().to_vec(), expected }) }
     }
 
-    /// The state's buffers with what their names begin with.
-    fn buffers(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        [(EXP_AVG, &self.exp_avg), (EXP_AVG_SQ, &self.exp_avg_sq)].into_iter().chain(self.masters.as_ref().map(|masters| (MASTER, masters)))
-    }
-
     /// The elements of the flat buffer that this state is for.
     pub fn shard(&self) -> Range<usize> {
         self.shard.clone()
@@ -120,67 +113,47 @@ impl AdamW {
         Ok(())
     }
 
-    /// The moments and masters by name: `exp_avg.PARAMETER`, `exp_avg_sq.PARAMETER` and, where there are masters, `master.PARAMETER`, f32, in the
-    /// parameters' shapes; whether and how this state is sharded does not show in them. `whole` makes a buffer of all parameters out of the shard's, where this rank is to have it: only then
-    /// there is a result. It may share memory with this state, and the next step changes it.
+    /// The state by kind, for the elements `range` of the flat buffer, which lie in the shard. It shares memory with this state, and the next
+    /// step changes it.
     ///
     /// # Errors
-    /// What `whole` returns, or a buffer that does not fit `layout`.
-    pub fn export<E: From<OptimError>>(
-        &self,
-        layout: &params::Layout,
-        mut whole: impl FnMut(&Tensor) -> Result<Option<Tensor>, E>,
-    ) -> Result<Option<BTreeMap<String, Tensor>>, E> {
-        let mut tensors = BTreeMap::new();
-        let mut is_here = true;
-        for (prefix, buffer) in self.buffers() {
-            let Some(buffer) = whole(buffer)? else {
-                is_here = false;
-                continue;
-            };
-            let views = layout.views(&buffer).map_err(OptimError::from)?;
-            tensors.extend(views.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
+    /// When `range` reaches out of the shard.
+    pub fn state(&self, range: Range<usize>) -> Result<Vec<(&'static str, Tensor)>, OptimError> {
+        if range.start < self.shard.start || range.end > self.shard.end {
+            return Err(OptimError::Length { what: "a part of the optimizer's state", found: vec![range.end], expected: self.shard.end });
         }
-        Ok(is_here.then_some(tensors))
+        let part = |flat: &Tensor| flat.narrow(0, range.start - self.shard.start, range.len());
+        let buffers = [Some(&self.exp_avg), Some(&self.exp_avg_sq), self.masters.as_ref()];
+        KINDS.into_iter().zip(buffers).filter_map(|(kind, buffer)| buffer.map(|buffer| Ok((kind, part(buffer)?)))).collect()
     }
 
-    /// Takes over this shard's part of what [`Self::export`] gave after `num_steps` steps, there perhaps in other shards.
+    /// Takes over the shard's elements of what [`Self::state`] gave after `num_steps` steps, there perhaps in other shards.
     ///
     /// # Errors
-    /// When a name is missing or unknown, or a tensor has another shape or dtype; the state is then unchanged.
-    pub fn import(&mut self, layout: &params::Layout, tensors: &BTreeMap<String, Tensor>, num_steps: u64) -> Result<(), OptimError> {
-        if layout.num_elements() < self.shard.end {
-            let (found, expected) = (vec![layout.num_elements()], self.shard.end);
-            return Err(OptimError::Length { what: "the parameters' layout", found, expected });
+    /// When a kind is missing or unknown, or has another length or dtype; the state is then unchanged.
+    pub fn restore(&mut self, state: &BTreeMap<&str, Tensor>, num_steps: u64) -> Result<(), OptimError> {
+        if let Some(name) = state.keys().find(|name| !self.kinds().contains(name)) {
+            return Err(OptimError::Unknown { name: (*name).to_owned() });
         }
-        let known = |name: &str| self.buffers().any(|(prefix, _)| name.strip_prefix(prefix).is_some_and(|n| layout.get(n).is_some()));
-        if let Some(name) = tensors.keys().find(|name| !known(name)) {
-            return Err(OptimError::Unknown { name: name.clone() });
-        }
-        let device = self.exp_avg.device().clone();
-        let buffer = |prefix: &str| -> Result<Tensor, OptimError> {
-            // New memory: steps write in place.
-            let buffer = Tensor::zeros(self.shard.len(), DType::F32, &device)?;
-            for (parameter, entry) in layout.iter() {
-                let name = format!("{prefix}{parameter}");
-                let Some(tensor) = tensors.get(&name) else { return Err(OptimError::Missing { name }) };
-                if tensor.dims() != entry.shape || tensor.dtype() != DType::F32 {
-                    let (found_shape, expected_shape) = (tensor.dims().to_vec(), entry.shape.clone());
-                    return Err(OptimError::Shape { name, found: tensor.dtype(), found_shape, expected_shape });
-                }
-                let start = entry.offset.max(self.shard.start);
-                let end = (entry.offset + entry.num_elements()).min(self.shard.end);
-                if start < end {
-                    let part = tensor.flatten_all()?.narrow(0, start - entry.offset, end - start)?.to_device(&device)?;
-                    buffer.slice_set(&part, 0, start - self.shard.start)?;
-                }
+        let buffer = |kind: &str| -> Result<Tensor, OptimError> {
+            let name = kind.to_owned();
+            let Some(flat) = state.get(kind) else { return Err(OptimError::Missing { name }) };
+            if flat.dims() != [self.shard.len()] || flat.dtype() != DType::F32 {
+                let (found_shape, expected_shape) = (flat.dims().to_vec(), vec![self.shard.len()]);
+                return Err(OptimError::Shape { name, found: flat.dtype(), found_shape, expected_shape });
             }
-            Ok(buffer)
+            // New memory: steps write in place.
+            Ok(flat.copy()?.to_device(self.exp_avg.device())?)
         };
-        let (exp_avg, exp_avg_sq) = (buffer(EXP_AVG)?, buffer(EXP_AVG_SQ)?);
-        let masters = self.masters.as_ref().map(|_| buffer(MASTER)).transpose()?;
+        let (exp_avg, exp_avg_sq) = (buffer(KINDS[0])?, buffer(KINDS[1])?);
+        let masters = self.masters.as_ref().map(|_| buffer(KINDS[2])).transpose()?;
         (self.exp_avg, self.exp_avg_sq, self.masters, self.num_steps) = (exp_avg, exp_avg_sq, masters, num_steps);
         Ok(())
+    }
+
+    /// The kinds of [`Self::state`].
+    pub fn kinds(&self) -> &'static [&'static str] {
+        if self.masters.is_some() { &KINDS } else { &KINDS[..2] }
     }
 }
 
@@ -318,24 +291,23 @@ mod tests {
         let params = tensor(&[1.0; 9]);
         let mut first = fresh().with_masters(&params).unwrap();
         first.step(&params, &grad(0), 1e-3).unwrap();
-        let saved = export(&first);
-        assert_eq!(saved.keys().filter(|name| name.starts_with("master.")).collect::<Vec<_>>(), ["master.b", "master.w"]);
+        let state = |adamw: &AdamW| adamw.state(adamw.shard()).unwrap().into_iter().collect::<BTreeMap<_, _>>();
+        let masters = |adamw: &AdamW| state(adamw)["master"].to_vec1::<f32>().unwrap();
+        let saved: BTreeMap<_, _> = state(&first).into_iter().map(|(kind, flat)| (kind, flat.copy().unwrap())).collect();
+        assert_eq!(saved.keys().collect::<Vec<_>>(), first.kinds().iter().collect::<Vec<_>>());
         let copy = params.copy().unwrap();
         let mut second = fresh().with_masters(&copy).unwrap();
-        second.import(&layout(), &saved, 1).unwrap();
+        second.restore(&saved, 1).unwrap();
         for adamw in [(&mut first, &params), (&mut second, &copy)] {
             adamw.0.step(adamw.1, &grad(1), 1e-3).unwrap();
         }
         assert_eq!(params.to_vec1::<f32>().unwrap(), copy.to_vec1::<f32>().unwrap());
-        assert_eq!(
-            export(&second)["master.w"].flatten_all().unwrap().to_vec1::<f32>().unwrap(),
-            export(&first)["master.w"].flatten_all().unwrap().to_vec1::<f32>().unwrap()
-        );
-        let text = fresh().import(&layout(), &saved, 1).unwrap_err().to_string();
-        assert_eq!(text, "the optimizer's state has `master.b`, which no parameter here needs");
-        let plain = export(&fresh());
-        let text = fresh().with_masters(&params).unwrap().import(&layout(), &plain, 1).unwrap_err().to_string();
-        assert_eq!(text, "the optimizer's state has no `master.b`");
+        assert_eq!(masters(&second), masters(&first));
+        let text = fresh().restore(&saved, 1).unwrap_err().to_string();
+        assert_eq!(text, "the optimizer's state has `master`, which this optimizer does not know");
+        let plain = state(&fresh());
+        let text = fresh().with_masters(&params).unwrap().restore(&plain, 1).unwrap_err().to_string();
+        assert_eq!(text, "the optimizer's state has no `master`");
     }
 
     #[test]
@@ -371,61 +343,57 @@ mod tests {
         assert_eq!(run(1), run(3));
     }
 
-    fn layout() -> params::Layout {
-        params::Layout::new(BTreeMap::from([("w".into(), vec![2, 3]), ("b".into(), vec![3])]))
-    }
-
-    /// Copies of the moments of an optimizer that is not sharded.
-    fn export(adamw: &AdamW) -> BTreeMap<String, Tensor> {
-        adamw.export(&layout(), |moment| Ok::<_, OptimError>(Some(moment.copy()?))).unwrap().unwrap()
+    /// Copies of the elements `range` of an optimizer's state.
+    fn saved(adamw: &AdamW, range: Range<usize>) -> BTreeMap<&'static str, Tensor> {
+        adamw.state(range).unwrap().into_iter().map(|(kind, flat)| (kind, flat.copy().unwrap())).collect()
     }
 
     #[test]
-    fn state_exported_and_imported_continues_to_the_same_bits() {
+    fn state_saved_and_restored_continues_to_the_same_bits() {
         let (params, mut first) = train(OTHER);
-        let saved = export(&first);
-        assert_eq!(saved.keys().collect::<Vec<_>>(), ["exp_avg.b", "exp_avg.w", "exp_avg_sq.b", "exp_avg_sq.w"]);
-        assert_eq!(saved["exp_avg.w"].dims(), [2, 3]);
+        let state = saved(&first, 0..9);
+        assert_eq!(state.keys().copied().collect::<Vec<_>>(), first.kinds());
         let copy = params.copy().unwrap();
         let mut second = AdamW::new(OTHER, 0..9, &Device::Cpu).unwrap();
-        second.import(&layout(), &saved, first.num_steps()).unwrap();
+        second.restore(&state, first.num_steps()).unwrap();
         first.step(&params, &grad(5), 1e-3).unwrap();
         second.step(&copy, &grad(5), 1e-3).unwrap();
         assert_eq!(params.to_vec1::<f32>().unwrap(), copy.to_vec1::<f32>().unwrap());
     }
 
     #[test]
-    fn shards_of_an_imported_state_step_to_the_bits_of_the_whole() {
+    fn shards_of_a_restored_state_step_to_the_bits_of_the_whole() {
         let (params, mut whole) = train(OTHER);
-        let (copy, saved) = (params.copy().unwrap(), export(&whole));
+        let copy = params.copy().unwrap();
+        let states = [0..4, 4..4, 4..9].map(|shard| (saved(&whole, shard.clone()), shard));
         whole.step(&params, &grad(5), 1e-3).unwrap();
-        for shard in [0..4, 4..4, 4..9] {
+        for (state, shard) in states {
             let mut adamw = AdamW::new(OTHER, shard.clone(), &Device::Cpu).unwrap();
-            adamw.import(&layout(), &saved, 5).unwrap();
+            adamw.restore(&state, 5).unwrap();
             let part = |flat: &Tensor| flat.narrow(0, shard.start, shard.len()).unwrap();
             adamw.step(&part(&copy), &part(&grad(5)), 1e-3).unwrap();
             assert_eq!(adamw.exp_avg.to_vec1::<f32>().unwrap(), part(&whole.exp_avg).to_vec1::<f32>().unwrap());
-            assert_eq!(adamw.export(&layout(), |_| Ok::<_, OptimError>(None)).unwrap().map(|m| m.len()), None);
         }
         assert_eq!(params.to_vec1::<f32>().unwrap(), copy.to_vec1::<f32>().unwrap());
     }
 
     #[test]
-    fn import_of_a_state_that_does_not_fit_is_refused_by_name() {
+    fn state_that_does_not_fit_is_refused_by_name() {
         let (_, mut adamw) = train(DEFAULT);
-        let good = export(&adamw);
-        let refused = |adamw: &mut AdamW, change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
+        let good = saved(&adamw, 0..9);
+        let refused = |adamw: &mut AdamW, change: &dyn Fn(&mut BTreeMap<&str, Tensor>)| {
             let mut state = good.clone();
             change(&mut state);
-            adamw.import(&layout(), &state, 1).unwrap_err().to_string()
+            adamw.restore(&state, 1).unwrap_err().to_string()
         };
-        let text = refused(&mut adamw, &|s| drop(s.remove("exp_avg_sq.w")));
-        assert_eq!(text, "the optimizer's state has no `exp_avg_sq.w`");
-        let text = refused(&mut adamw, &|s| drop(s.insert("exp_avg.x".into(), tensor(&[1.0]))));
-        assert_eq!(text, "the optimizer's state has `exp_avg.x`, which no parameter here needs");
-        let text = refused(&mut adamw, &|s| drop(s.insert("exp_avg.b".into(), tensor(&[1.0]))));
-        assert_eq!(text, "`exp_avg.b` of the optimizer's state is F32 of shape [1], expected F32 of [3]");
+        let text = refused(&mut adamw, &|s| drop(s.remove("exp_avg_sq")));
+        assert_eq!(text, "the optimizer's state has no `exp_avg_sq`");
+        let text = refused(&mut adamw, &|s| drop(s.insert("exp_max", tensor(&[1.0]))));
+        assert_eq!(text, "the optimizer's state has `exp_max`, which this optimizer does not know");
+        let text = refused(&mut adamw, &|s| drop(s.insert("exp_avg", tensor(&[1.0]))));
+        assert_eq!(text, "`exp_avg` of the optimizer's state is F32 of shape [1], expected F32 of [9]");
         assert_eq!(adamw.num_steps(), 5, "a refused state changes nothing");
+        assert!(adamw.state(0..10).is_err());
     }
 
     #[test]

@@ -67,7 +67,7 @@ mod tests {
             lr: 0.0196,
             tokens_per_second: 14_210.3,
             step_ms: 412.2,
-            phases: PhaseMillis { data: 3.1, forward_backward: 371.4, comm: 9.0, optim: 2.2 },
+            phases: PhaseMillis { data: 3.1, forward_backward: 371.4, comm: 9.0, optim: 2.2, save: 0.0 },
             memory_bytes: Some(22_870_700_000),
             remaining_time: Some(Duration::from_secs(1182)),
             ..StepRecord::default()

@@ -56,7 +56,7 @@ impl PhaseTimes {
         self.0.iter().sum()
     }
 
-    /// The phases that the step line shows.
+    /// The phases that a step record has.
     pub fn millis(&self) -> PhaseMillis {
         let millis = |phase| self.get(phase).as_secs_f64() * 1e3;
         PhaseMillis {
@@ -64,6 +64,7 @@ impl PhaseTimes {
             forward_backward: millis(Phase::ForwardBackward),
             comm: millis(Phase::Comm),
             optim: millis(Phase::Optim),
+            save: millis(Phase::Save),
         }
     }
 }

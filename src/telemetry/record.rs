@@ -30,6 +30,8 @@ pub struct StepRecord {
     pub tokens_per_second: f64,
     pub step_ms: f64,
     pub phases: PhaseMillis,
+    /// Of `phases.save`: time for which a save waited until the one before was written.
+    pub save_wait_ms: f64,
     /// The process's peak.
     pub memory_bytes: Option<u64>,
     /// Tokens of this step, all ranks together.
@@ -47,6 +49,8 @@ pub struct PhaseMillis {
     pub forward_backward: f64,
     pub comm: f64,
     pub optim: f64,
+    /// For which training stood still since the step before to save: copying the state, agreeing, waiting.
+    pub save: f64,
 }
 
 /// One evaluation on held-out rows.
@@ -83,7 +87,7 @@ mod tests {
             remaining_time: Some(Duration::from_secs(3600)),
             ..StepRecord::default()
         };
-        insta::assert_snapshot!(serde_json::to_string(&record).unwrap(), @r#"{"current_steps":120,"total_steps":3000,"loss":2.5,"grad_norm":0.0,"lr":0.0,"epoch":0.0,"percentage":0.0,"elapsed_time":"0:01:01","remaining_time":"1:00:00","tokens_per_second":0.0,"step_ms":0.0,"phases":{"data":0.0,"forward_backward":0.0,"comm":0.0,"optim":0.0},"memory_bytes":null,"tokens":0,"target_tokens":0,"total_tokens":0}"#);
+        insta::assert_snapshot!(serde_json::to_string(&record).unwrap(), @r#"{"current_steps":120,"total_steps":3000,"loss":2.5,"grad_norm":0.0,"lr":0.0,"epoch":0.0,"percentage":0.0,"elapsed_time":"0:01:01","remaining_time":"1:00:00","tokens_per_second":0.0,"step_ms":0.0,"phases":{"data":0.0,"forward_backward":0.0,"comm":0.0,"optim":0.0,"save":0.0},"save_wait_ms":0.0,"memory_bytes":null,"tokens":0,"target_tokens":0,"total_tokens":0}"#);
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod evaluate;
 pub mod optimizer;
 pub mod requests;
 pub mod run;
+pub mod save;
 pub mod state;
 pub mod step;
 pub mod together;

@@ -16,9 +16,6 @@ use crate::kernels::bf16;
 use crate::optim::{self, AdamW, AdamWConfig, NonFinite};
 use crate::params::Layout;
 
-/// The rank of those who share an optimizer's state that saves it.
-const SAVER: usize = 0;
-
 /// AdamW with the ranks that share its state. Its methods are collectives of these ranks, but for those that say so.
 pub struct Optimizer<'g> {
     adamw: AdamW,
@@ -151,13 +148,9 @@ impl<'g> Optimizer<'g> {
         Ok(dist::all_gather_shards(self.peers, params, &self.shards, self.wire)?)
     }
 
-    /// All moments, and masters, by name on the first of the ranks that share them, for a checkpoint; none on the others. They may share memory with
-    /// this state, and the next step changes it.
-    ///
-    /// # Errors
-    /// When a collective fails.
-    pub fn export(&self, layout: &Layout) -> Result<Option<BTreeMap<String, Tensor>>, TrainError> {
-        self.adamw.export(layout, |shard| Ok(dist::gather_shards(self.peers, shard, &self.shards, SAVER)?))
+    /// The elements of the flat buffer whose state this rank holds. Not collective.
+    pub fn shard(&self) -> Range<usize> {
+        self.adamw.shard()
     }
 
     /// The moments that every rank must have alike, by name: all where each rank keeps all, none where the ranks share them. Not collective.
@@ -166,18 +159,35 @@ impl<'g> Optimizer<'g> {
     /// # Errors
     /// When a size does not fit.
     pub fn common(&self, layout: &Layout) -> Result<BTreeMap<String, Tensor>, TrainError> {
-        if self.peers.world_size() > 1 {
-            return Ok(BTreeMap::new());
+        let mut tensors = BTreeMap::new();
+        if self.peers.world_size() == 1 {
+            for (kind, flat) in self.state(self.shard())? {
+                tensors.extend(layout.views(&flat)?.into_iter().map(|(name, tensor)| (format!("{kind}.{name}"), tensor)));
+            }
         }
-        Ok(self.export(layout)?.unwrap_or_default())
+        Ok(tensors)
     }
 
-    /// Takes over this rank's part of what [`Self::export`] gave after `num_steps` steps, on any number of ranks. Not collective.
+    /// This rank's state by kind, for elements `range` of its shard, for a checkpoint; it may share memory with this state, and the next step
+    /// changes it. Not collective.
     ///
     /// # Errors
-    /// As [`AdamW::import`].
-    pub fn import(&mut self, layout: &Layout, tensors: &BTreeMap<String, Tensor>, num_steps: u64) -> Result<(), TrainError> {
-        Ok(self.adamw.import(layout, tensors, num_steps)?)
+    /// When `range` reaches out of the shard.
+    pub fn state(&self, range: Range<usize>) -> Result<Vec<(&'static str, Tensor)>, TrainError> {
+        Ok(self.adamw.state(range)?)
+    }
+
+    /// The kinds of [`Self::state`]. Not collective.
+    pub fn kinds(&self) -> &'static [&'static str] {
+        self.adamw.kinds()
+    }
+
+    /// Takes over this rank's shard of the state after `num_steps` steps on any number of ranks. Not collective.
+    ///
+    /// # Errors
+    /// As [`AdamW::restore`].
+    pub fn restore(&mut self, state: &BTreeMap<&str, Tensor>, num_steps: u64) -> Result<(), TrainError> {
+        Ok(self.adamw.restore(state, num_steps)?)
     }
 
     /// The ranks' words, one rank behind the other.
@@ -214,12 +224,13 @@ mod tests {
         Layout::new(BTreeMap::from([("a".to_owned(), vec![n / 3]), ("b".to_owned(), vec![n - n / 3])]))
     }
 
-    type Moments = BTreeMap<String, Tensor>;
+    /// Of all elements, by kind.
+    type Moments = BTreeMap<&'static str, Tensor>;
 
-    /// What training leaves behind on a rank.
+    /// What training leaves behind; moments come from the ranks that hold them.
     struct Run {
         params: Tensor,
-        moments: Option<Moments>,
+        moments: Moments,
         norms: Vec<u64>,
     }
 
@@ -228,7 +239,7 @@ mod tests {
     struct Outcome {
         params: Vec<u32>,
         norms: Vec<u64>,
-        moments: BTreeMap<String, Vec<u32>>,
+        moments: BTreeMap<&'static str, Vec<u32>>,
     }
 
     fn bits(t: &Tensor) -> Vec<u32> {
@@ -248,7 +259,10 @@ mod tests {
         let params = match start {
             None => random(0, n),
             Some((params, moments)) => {
-                optimizer.import(&layout(n), &moments, steps.start as u64)?;
+                let own = optimizer.shard();
+                let part = |flat: &Tensor| flat.narrow(0, own.start, own.len());
+                let state = moments.iter().map(|(kind, flat)| Ok((*kind, part(flat)?))).collect::<Result<_, TrainError>>()?;
+                optimizer.restore(&state, steps.start as u64)?;
                 params.copy()?
             }
         };
@@ -266,7 +280,7 @@ mod tests {
             optimizer.gather(&params)?;
             norms.push(norm.to_bits());
         }
-        let moments = optimizer.export(&layout(n))?;
+        let moments = optimizer.state(optimizer.shard())?.into_iter().collect();
         Ok(Run { params, moments, norms })
     }
 
@@ -275,8 +289,20 @@ mod tests {
         if has_masters { optimizer.with_masters(&random(0, n)).unwrap() } else { optimizer }
     }
 
+    /// One run of all ranks': the parts of moments one behind the other.
+    fn whole(ranks: Vec<Run>) -> Run {
+        let mut all = ranks.into_iter();
+        let mut first = all.next().unwrap();
+        for rank in all {
+            for (kind, flat) in &mut first.moments {
+                *flat = Tensor::cat(&[&*flat, &rank.moments[kind]], 0).unwrap();
+            }
+        }
+        first
+    }
+
     fn outcome(Run { params, moments, norms }: Run) -> Outcome {
-        Outcome { params: bits(&params), norms, moments: moments.unwrap().iter().map(|(name, t)| (name.clone(), bits(t))).collect() }
+        Outcome { params: bits(&params), norms, moments: moments.iter().map(|(kind, t)| (*kind, bits(t))).collect() }
     }
 
     #[test]
@@ -296,7 +322,7 @@ mod tests {
             let is_rounded = |&bits: &u32| bits & 0xffff == 0;
             assert!(!has_masters || expected.params.iter().all(is_rounded) && !expected.moments["master.b"].iter().all(is_rounded));
             let half = train(&Solo, replicated(), n, 0..2, None).unwrap();
-            let half = (half.params, half.moments.unwrap());
+            let half = (half.params, half.moments);
             for world_size in 1..=5 {
                 let on_all = |steps: std::ops::Range<usize>, start: Option<(Tensor, Moments)>| {
                     local::run(world_size, |g| {
@@ -306,13 +332,13 @@ mod tests {
                 };
                 let all: Vec<_> = on_all(0..4, None).into_iter().map(Result::unwrap).collect();
                 assert!(all.iter().all(|o| bits(&o.params) == expected.params && o.norms == expected.norms), "{n} on {world_size} ranks");
-                assert!(all.iter().skip(1).all(|o| o.moments.is_none()), "one rank saves");
-                assert_eq!(outcome(all.into_iter().next().unwrap()).moments, expected.moments, "{n} on {world_size} ranks");
+                assert_eq!(outcome(whole(all)).moments, expected.moments, "{n} on {world_size} ranks");
                 // On from what one rank has saved, and what this many save, goes on alone.
-                let resumed = on_all(2..4, Some(half.clone())).remove(0).unwrap();
+                let of_all = |runs: Vec<Result<Run, TrainError>>| whole(runs.into_iter().map(Result::unwrap).collect());
+                let resumed = of_all(on_all(2..4, Some(half.clone())));
                 assert_eq!(outcome(resumed).moments, expected.moments, "{n} resumed on {world_size} ranks");
-                let saved = on_all(0..2, None).remove(0).unwrap();
-                let alone = train(&Solo, replicated(), n, 2..4, Some((saved.params, saved.moments.unwrap()))).unwrap();
+                let saved = of_all(on_all(0..2, None));
+                let alone = train(&Solo, replicated(), n, 2..4, Some((saved.params, saved.moments))).unwrap();
                 assert_eq!(outcome(alone).params, expected.params, "{n} resumed from {world_size} ranks");
             }
         }

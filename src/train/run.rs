@@ -10,7 +10,8 @@ use super::base::Base;
 use super::evaluate::{Evaluation, evaluate};
 use super::optimizer::Optimizer;
 use super::requests::{Limits, Listener, Stop, TRIGGER_FILE};
-use super::state::{self, Progress, Saver};
+use super::save::{SaveContext, Saver};
+use super::state::{self, Progress};
 use super::step::{StepOutcome, StepSettings, Trainer};
 use super::together::together;
 use super::{TrainError, dump};
@@ -40,6 +41,8 @@ pub struct Summary {
     pub last_loss: f64,
     pub evaluation: Option<Evaluation>,
     pub checkpoint: PathBuf,
+    /// Saves that failed where the plan says to go on.
+    pub failed_saves: u64,
     pub ending: Ending,
 }
 
@@ -158,22 +161,12 @@ impl<'a> Job<'a> {
         }
 
         let total_steps = total_steps(plan, train.num_samples());
-        let (progress, resumed_from) = together(group, || {
-            let Some(checkpoint) = state::find(disk, &plan.run.output_dir, &plan.run.resume)? else {
-                return Ok((Progress::default(), None));
-            };
-            let path = checkpoint.path.clone();
-            let progress = state::restore(checkpoint, &identity, &mut *method, &mut optimizer)?;
-            if progress.step < total_steps {
-                tracing::info!(
-                    "goes on from {}: step {}, row {} of the training stream",
-                    path.display(),
-                    progress.step,
-                    progress.consumed_rows
-                );
-            }
-            Ok((progress, Some(path)))
-        })?;
+        let (output_dir, resume) = (&plan.run.output_dir, &plan.run.resume);
+        let resumed = state::resume(disk, group, output_dir, resume, &identity, &mut *method, &mut optimizer)?;
+        if let Some((Progress { step, consumed_rows }, path)) = resumed.as_ref().filter(|(progress, _)| progress.step < total_steps) {
+            tracing::info!("goes on from {}: step {step}, row {consumed_rows} of the training stream", path.display());
+        }
+        let (progress, resumed_from) = resumed.map_or((Progress::default(), None), |(progress, path)| (progress, Some(path)));
         model.replace_weights(&method.trained_base_weights()?)?;
         tracing::info!(
             "{}: {} layers, hidden {}, {} trainable parameters ({})",
@@ -195,10 +188,24 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn train(mut self, disk: &dyn Disk, console: &Console, limits: &Limits) -> Result<Outcome, TrainError> {
+    fn train(self, disk: &dyn Disk, console: &Console, limits: &Limits) -> Result<Outcome, TrainError> {
+        let (plan, group, config, identity) = (self.plan, self.group, self.model.config.clone(), self.identity.clone());
+        let context = SaveContext { disk, group, plan, config: &config, identity: &identity };
+        std::thread::scope(|scope| {
+            let mut saver = Saver::new(scope, context);
+            let outcome = self.steps(&mut saver, &context, console, limits);
+            if let Err(error) = &outcome
+                && (error.is_everyones() || group.world_size() == 1)
+            {
+                // What stops the run is no reason to lose what was being saved before.
+                saver.drain()?;
+            }
+            outcome
+        })
+    }
+
+    fn steps(mut self, saver: &mut Saver, context: &SaveContext, console: &Console, limits: &Limits) -> Result<Outcome, TrainError> {
         let (plan, group) = (self.plan, self.group);
-        let config = self.model.config.clone();
-        let saver = Saver { disk, plan, config: &config, identity: self.identity.clone() };
         let mut log = if group.rank() == 0 { Some(open_log(plan, self.progress.step)?) } else { None };
         let bar = log.is_some().then(|| console.step_bar(self.progress.step, self.total_steps));
         let mut dump = dump::BatchDump::open(plan, group.rank())?;
@@ -231,7 +238,7 @@ impl<'a> Job<'a> {
         let listener = Listener::new(limits, &plan.run.output_dir, group.rank());
         let (mut clock, timer) = (StepClock::new(self.progress.step, self.total_steps), PhaseTimer::default());
         let mut first_loss = None;
-        let mut last = (f64::NAN, None, None);
+        let (mut last_loss, mut evaluation) = (f64::NAN, None);
         let mut total_tokens = 0;
         let mut stopped = None;
         self.audit(&mut sampler)?;
@@ -250,7 +257,7 @@ impl<'a> Job<'a> {
             total_tokens += tokens;
 
             first_loss.get_or_insert(outcome.loss);
-            last.0 = outcome.loss;
+            last_loss = outcome.loss;
             let done = self.progress.step;
             let is_last = done == self.total_steps;
             let request = outcome.request;
@@ -258,7 +265,7 @@ impl<'a> Job<'a> {
             let took = started.elapsed();
             clock.step(took);
             if let Some(log) = &mut log {
-                let record = self.record(outcome, lr, tokens, total_tokens, took, &timer, &clock);
+                let record = self.record(outcome, lr, tokens, total_tokens, took, &timer, &clock, saver.take_waited());
                 log.step(&record)?;
                 if let Some(bar) = &bar {
                     bar.advance(done, clock.remaining());
@@ -272,22 +279,30 @@ impl<'a> Job<'a> {
             if is_due(plan.run.eval_steps, done) || (is_last && self.validation.is_some()) {
                 if stopped.is_none() {
                     group.now_at(done, "evaluation");
-                    last.1 = self.evaluate(&timer, log.as_mut(), console)?;
+                    evaluation = self.evaluate(&timer, log.as_mut(), console)?.map(|evaluation| (done, evaluation));
                 } else {
                     tracing::info!("step {done}: the evaluation is left out, the run was asked to stop");
                 }
             }
+            group.now_at(done, "saving");
+            timer.time(Phase::Save, || saver.poll())?;
             let measures_a_save = plan.run.save_before_timeout.is_some() && !listener.has_measured_a_save();
-            let saves = is_last || is_due(plan.run.save_steps, done) || request.save || stopped.is_some() || measures_a_save;
+            // Somebody waits for these, or the time that they take is wanted; others go on beside the steps.
+            let waits_for_save = request.save || stopped.is_some() || measures_a_save;
+            let saves = is_last || is_due(plan.run.save_steps, done) || waits_for_save;
             if saves || is_due(plan.run.audit_steps, done) {
                 self.audit(&mut sampler)?;
             }
             let started_saving = Instant::now();
             if saves {
                 group.now_at(done, "saving");
-                last.2 = timer.time(Phase::Save, || self.save(&saver))?;
+                let eval_loss = evaluation.filter(|(step, _)| *step == done).map(|(_, evaluation)| evaluation.loss);
+                timer.time(Phase::Save, || saver.begin(self.progress, eval_loss, &*self.method, &self.optimizer))?;
+                if waits_for_save {
+                    timer.time(Phase::Save, || saver.drain())?;
+                }
             }
-            listener.took(took, saves.then(|| started_saving.elapsed()));
+            listener.took(took, waits_for_save.then(|| started_saving.elapsed()));
             if request.save {
                 together(group, || listener.honoured().map_err(|(path, source)| TrainError::Io { path, source }))?;
                 tracing::info!("step {done}: saved, as {TRIGGER_FILE} asked");
@@ -296,31 +311,25 @@ impl<'a> Job<'a> {
                 break;
             }
         }
+        group.now_at(self.progress.step, "saving");
+        saver.drain()?;
         let ending = match stopped {
             Some(by) => Ending::Stopped { by, total_steps: self.total_steps },
             None => {
-                let export = || if group.rank() == 0 { saver.export(&*self.method) } else { Ok(PathBuf::new()) };
+                let export = || if group.rank() == 0 { context.export(&*self.method) } else { Ok(PathBuf::new()) };
                 Ending::Done { adapter: together(group, export)? }
             }
         };
-        let (last_loss, evaluation, checkpoint) = last;
         let summary = Summary {
             steps: self.progress.step,
             first_loss: first_loss.unwrap_or(f64::NAN),
             last_loss,
-            evaluation,
-            checkpoint: checkpoint.or(self.resumed_from).unwrap_or_default(),
+            evaluation: evaluation.map(|(_, evaluation)| evaluation),
+            checkpoint: saver.durable().map(PathBuf::from).or(self.resumed_from).unwrap_or_default(),
+            failed_saves: saver.num_failed(),
             ending,
         };
         Ok(Outcome { summary, model: self.model, method: self.method })
-    }
-
-    fn save(&self, saver: &Saver) -> Result<Option<PathBuf>, TrainError> {
-        let moments = self.optimizer.export(self.method.params().layout())?;
-        together(self.group, || match (self.group.rank(), moments) {
-            (0, Some(moments)) => saver.save(self.progress, &*self.method, moments).map(Some),
-            _ => Ok(None),
-        })
     }
 
     /// Where the plan asks for audits: all ranks are at the same place, with the same values.
@@ -383,6 +392,7 @@ impl<'a> Job<'a> {
         took: std::time::Duration,
         timer: &PhaseTimer,
         clock: &StepClock,
+        save_wait: std::time::Duration,
     ) -> StepRecord {
         StepRecord {
             current_steps: self.progress.step,
@@ -397,6 +407,7 @@ impl<'a> Job<'a> {
             tokens_per_second: tokens as f64 / took.as_secs_f64(),
             step_ms: took.as_secs_f64() * 1e3,
             phases: timer.take().millis(),
+            save_wait_ms: save_wait.as_secs_f64() * 1e3,
             memory_bytes: peak_rss_bytes(),
             tokens,
             target_tokens: outcome.num_targets,

@@ -1,19 +1,20 @@
-//! What a bit-equal resume needs, to and from a checkpoint: parameters, moments, and the place in the training stream.
+//! What a bit-equal resume needs, from a checkpoint: parameters, the optimizer's state, and the place in the training stream.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::TrainError;
 use super::optimizer::Optimizer;
-use crate::checkpoint::{self, Checkpoint, Disk, Header, Identity};
-use crate::config::Plan;
-use crate::config::plan::{Resume, WeightDtype};
-use crate::model::ModelConfig;
-use crate::peft::{ExportContext, PeftMethod};
+use super::together::together;
+use crate::checkpoint::{self, CheckpointError, Disk, Identity};
+use crate::config::plan::Resume;
+use crate::dist::ProcessGroup;
+use crate::params::Layout;
+use crate::peft::PeftMethod;
 
-const PARAMETER: &str = "parameter.";
+/// What the trained parameters are called in a state; the optimizer names its own kinds.
+pub(super) const PARAMETER: &str = "parameter";
 
 /// How far a run is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,100 +25,111 @@ pub struct Progress {
     pub consumed_rows: u64,
 }
 
-/// The checkpoint that `resume` names; none to start anew.
-///
-/// # Errors
-/// When it names nothing that is complete.
-pub fn find(disk: &dyn Disk, output_dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>, TrainError> {
-    match resume {
-        Resume::No => Ok(None),
-        Resume::Path(path) => Ok(Some(checkpoint::load(disk, path)?)),
-        Resume::Latest => {
-            let Some(latest) = checkpoint::latest(disk, output_dir)? else {
-                return Err(TrainError::NothingToResume { path: output_dir.to_owned() });
-            };
-            for skipped in &latest.skipped {
-                tracing::warn!("{} is passed over: {}", skipped.path.display(), skipped.reason);
-            }
-            Ok(Some(latest.checkpoint))
-        }
-    }
+/// What this rank needs of a checkpoint.
+struct Read<'k> {
+    progress: Progress,
+    parameters: Vec<f32>,
+    /// This rank's shard of the optimizer's state, by kind.
+    state: Vec<(&'k str, Vec<f32>)>,
 }
 
-/// Puts a checkpoint's values into a fresh method and optimizer.
+/// Puts the values of the checkpoint that `resume` names into a fresh method and optimizer, saved on any number of ranks; none to start anew.
+/// A newest one that is damaged, for any rank, is passed over for the one before it. All ranks call it.
 ///
 /// # Errors
-/// When the checkpoint belongs to another base, method, size, tokenizer or data order, with both values.
-pub fn restore(
-    checkpoint: Checkpoint,
+/// The same on every rank: when it names nothing that is whole, or a checkpoint of another base, method, size, tokenizer or data order.
+pub fn resume(
+    disk: &dyn Disk,
+    group: &dyn ProcessGroup,
+    output_dir: &Path,
+    resume: &Resume,
     identity: &Identity,
     method: &mut dyn PeftMethod,
     optimizer: &mut Optimizer,
-) -> Result<Progress, TrainError> {
-    let Checkpoint { path, manifest, tensors } = checkpoint;
-    let mismatches = checkpoint::compare(&manifest, identity);
-    if !mismatches.is_empty() {
-        return Err(TrainError::Mismatch { path, mismatches });
-    }
-    let (parameters, moments): (BTreeMap<_, _>, BTreeMap<_, _>) = tensors.into_iter().partition(|(name, _)| name.starts_with(PARAMETER));
-    let parameters = parameters.into_iter().map(|(name, tensor)| (name[PARAMETER.len()..].to_owned(), tensor)).collect();
-    method.params_mut().load(&parameters)?;
-    method.refresh()?;
-    optimizer.import(method.params().layout(), &moments, manifest.header.step)?;
-    Ok(Progress { step: manifest.header.step, consumed_rows: manifest.header.consumed_rows })
-}
-
-/// What rank 0 writes and where.
-pub struct Saver<'a> {
-    pub disk: &'a dyn Disk,
-    pub plan: &'a Plan,
-    pub config: &'a ModelConfig,
-    pub identity: Identity,
-}
-
-impl Saver<'_> {
-    /// Writes `checkpoint-{step}`: the training state, `moments` as [`Optimizer::export`] gave them, and the adapter in both public formats;
-    /// then deletes what is beyond the limit.
-    ///
-    /// # Errors
-    /// When the disk fails; what was saved before stays.
-    pub fn save(&self, progress: Progress, method: &dyn PeftMethod, moments: BTreeMap<String, Tensor>) -> Result<PathBuf, TrainError> {
-        let header = Header {
-            step: progress.step,
-            consumed_rows: progress.consumed_rows,
-            world_size: self.plan.batch.world_size.get(),
-            identity: self.identity.clone(),
-            plan: serde_json::to_value(self.plan).unwrap_or_default(),
-        };
-        let mut tensors: BTreeMap<String, Tensor> =
-            method.params().tensors()?.into_iter().map(|(name, tensor)| (format!("{PARAMETER}{name}"), tensor)).collect();
-        tensors.extend(moments);
-        let output_dir = &self.plan.run.output_dir;
-        // What a method that trains the base exports is a whole model: the state above has all of it that can change.
-        let adapter = if method.trained_base_weights()?.is_empty() { self.adapter_files(method)? } else { Vec::new() };
-        let path = checkpoint::save(self.disk, output_dir, &header, &tensors, &adapter)?;
-        if let Some(limit) = self.plan.run.save_total_limit {
-            checkpoint::retention(self.disk, output_dir, limit)?;
+) -> Result<Option<(Progress, PathBuf)>, TrainError> {
+    let (candidates, may_fall_back) = match resume {
+        Resume::No => return Ok(None),
+        Resume::Path(path) => (vec![path.clone()], false),
+        Resume::Latest => (newest_first(disk, group, output_dir)?, true),
+    };
+    let layout = method.params().layout().clone();
+    let mut skipped = Vec::new();
+    for path in candidates {
+        let mine = together(group, || match read(disk, group, &path, identity, &layout, optimizer) {
+            Err(TrainError::Checkpoint(error)) if may_fall_back && is_damage(&error) => Ok(Err(error.to_string())),
+            other => other.map(Ok),
+        })?;
+        let reason = mine.as_ref().err().map_or(&[][..], String::as_bytes);
+        let reasons = group.all_gather_bytes(reason)?;
+        match (reasons.iter().find(|reason| !reason.is_empty()), mine) {
+            (None, Ok(read)) => {
+                let progress = read.progress;
+                together(group, || put(read, method, optimizer))?;
+                return Ok(Some((progress, path)));
+            }
+            (reason, _) => skipped.push(reason.map_or(String::new(), |reason| String::from_utf8_lossy(reason).into_owned())),
         }
-        Ok(path)
+        if let (0, Some(reason)) = (group.rank(), skipped.last()) {
+            tracing::warn!("{} is passed over: {reason}", path.display());
+        }
     }
+    together(group, || {
+        Err(match skipped.first() {
+            None => TrainError::NothingToResume { path: output_dir.to_owned() },
+            Some(newest) => CheckpointError::NoneGood { path: output_dir.to_owned(), num: skipped.len(), newest: newest.clone() }.into(),
+        })
+    })
+}
 
-    /// Writes the adapter alone into `output_dir/adapter`.
-    ///
-    /// # Errors
-    /// When the disk fails; an adapter that was there before stays.
-    pub fn export(&self, method: &dyn PeftMethod) -> Result<PathBuf, TrainError> {
-        let path = self.plan.run.output_dir.join("adapter");
-        let files = self.adapter_files(method)?;
-        let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
-        checkpoint::publish(self.disk, &path, &files)?;
-        Ok(path)
-    }
+/// The checkpoints that the first rank sees.
+fn newest_first(disk: &dyn Disk, group: &dyn ProcessGroup, output_dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
+    let names = together(group, || {
+        let all = if group.rank() == 0 { checkpoint::newest_first(disk, output_dir)? } else { Vec::new() };
+        Ok(all.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect::<Vec<_>>().join("\n"))
+    })?;
+    let all = group.all_gather_bytes(names.as_bytes())?;
+    let names = all.first().map_or(String::new(), |names| String::from_utf8_lossy(names).into_owned());
+    Ok(names.lines().map(|name| output_dir.join(name)).collect())
+}
 
-    fn adapter_files(&self, method: &dyn PeftMethod) -> Result<Vec<(String, Vec<u8>)>, TrainError> {
-        let about = serde_json::to_value(&self.identity).unwrap_or_default();
-        let (model_dir, dtype) = (&self.plan.model.model_name_or_path, self.plan.model.torch_dtype);
-        let dtype = (dtype == WeightDtype::Bfloat16).then_some(DType::BF16);
-        Ok(method.export(&ExportContext { model_dir, config: self.config, dtype, about: &about })?)
+/// Whether an older checkpoint may do where this one does not.
+fn is_damage(error: &CheckpointError) -> bool {
+    use CheckpointError::{Damaged, Incomplete, Io, NewerFormat, OlderFormat};
+    matches!(error, Damaged { .. } | Incomplete { .. } | Io { .. } | NewerFormat { .. } | OlderFormat { .. })
+}
+
+fn read<'k>(
+    disk: &dyn Disk,
+    group: &dyn ProcessGroup,
+    path: &Path,
+    identity: &Identity,
+    layout: &Layout,
+    optimizer: &Optimizer<'k>,
+) -> Result<Read<'static>, TrainError> {
+    let checkpoint = checkpoint::open(disk, path)?;
+    let header = &checkpoint.manifest.header;
+    let mismatches = checkpoint::compare(&checkpoint.manifest, identity);
+    if !mismatches.is_empty() {
+        return Err(TrainError::Mismatch { path: path.to_owned(), mismatches });
     }
+    if group.rank() == 0 {
+        checkpoint.check_files(disk)?;
+    }
+    let mut wanted = vec![(PARAMETER, 0..layout.num_elements())];
+    wanted.extend(optimizer.kinds().iter().map(|kind| (*kind, optimizer.shard())));
+    let mut flats = checkpoint.flats(disk, layout, &wanted)?;
+    let state = flats.split_off(1);
+    let progress = Progress { step: header.step, consumed_rows: header.consumed_rows };
+    Ok(Read { progress, parameters: flats.remove(0), state: optimizer.kinds().iter().copied().zip(state).collect() })
+}
+
+fn put(read: Read, method: &mut dyn PeftMethod, optimizer: &mut Optimizer) -> Result<(), TrainError> {
+    let tensor = |values: Vec<f32>| {
+        let len = values.len();
+        Tensor::from_vec(values, len, &Device::Cpu)
+    };
+    method.params_mut().load_flat(&tensor(read.parameters)?)?;
+    method.refresh()?;
+    let state = read.state.into_iter().map(|(kind, values)| Ok((kind, tensor(values)?))).collect::<Result<_, TrainError>>()?;
+    optimizer.restore(&state, read.progress.step)
 }

@@ -181,6 +181,19 @@ fn contradicting_keys_are_both_named() {
 
     hint: leave one of the two out
     ");
+    for (name, more) in [
+        ("save_best_without_a_limit", "save_best = true\n"),
+        ("save_keep_every_without_a_limit", "save_keep_every = 100\n"),
+        ("save_best_without_held_out_rows", "save_best = true\nsave_total_limit = 2\n"),
+        (
+            "save_best_at_other_steps",
+            "save_best = true\nsave_total_limit = 2\nsave_steps = 100\neval_steps = 40\nvalidation_file = \"d\"\n",
+        ),
+        ("save_best_with_losses_at_the_end", "save_best = true\nsave_total_limit = 2\nsave_steps = 100\nvalidation_file = \"d\"\n"),
+        ("on_save_error_of_another_name", "on_save_error = \"go on\"\n"),
+    ] {
+        insta::assert_snapshot!(name, refused(more, &[]));
+    }
     insta::assert_snapshot!(refused("eval_steps = 10\n", &[]), @r"
     error: `run.eval_steps` is given, but `data.validation_file` is not
       --> c.toml:4, key `run.eval_steps`

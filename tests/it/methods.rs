@@ -122,12 +122,13 @@ impl Setup {
         self.0.path().join(name)
     }
 
-    /// All that must be the same of two runs of `steps` steps: sums of the export's files and of the last state, and the losses.
+    /// All that must be the same of two runs of `steps` steps: sums of the export's files and of the last state's tensors, and the losses.
     fn outcome(&self, output: &str, steps: u64) -> Outcome {
         let mut sums = BTreeMap::new();
         add_sums(&self.path(output), &self.path(output).join("adapter"), &mut sums);
         assert!(sums.len() > 2, "{output} exported {sums:?}");
-        add_sums(&self.path(output), &self.path(output).join(format!("checkpoint-{steps}/state.safetensors")), &mut sums);
+        let state = crate::support::state_sums(&self.path(output).join(format!("checkpoint-{steps}")));
+        sums.extend(state.into_iter().map(|(tensor, sum)| (PathBuf::from(tensor), sum)));
         (sums, self.losses(output, "loss"), self.losses(output, "eval_loss"))
     }
 }
@@ -167,8 +168,9 @@ fn method_killed_and_resumed_gives_the_bits_of_an_undisturbed_run() {
         command.args(endless.split_whitespace()).current_dir(setup.0.path()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut job = command.spawn().expect("the program starts");
         let (log, started) = (setup.path("out/trainer_log.jsonl"), Instant::now());
-        // Step, step, evaluation, step, checkpoint, step, evaluation: six lines say that there is a checkpoint and a step behind it.
-        while std::fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < 6 {
+        // Step, step, evaluation, step, checkpoint, step, evaluation: after six lines there is a step behind the checkpoint.
+        let lines = || std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+        while lines() < 6 || !setup.path("out/checkpoint-3").exists() {
             assert!(job.try_wait().expect("our child").is_none(), "{}: the run ended early", case.args);
             assert!(started.elapsed() < Duration::from_secs(60), "{}: no checkpoint in a minute", case.args);
             std::thread::sleep(Duration::from_millis(1));

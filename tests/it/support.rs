@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use glmddp::checkpoint::{RealDisk, sha256_hex};
+
 /// Folders with golden values: `GLMDDP_GOLDEN_DIR` alone if it is set, else the committed copy and `../shared/golden` where it is there.
 pub fn golden_roots() -> Vec<PathBuf> {
     if let Some(dir) = std::env::var_os("GLMDDP_GOLDEN_DIR") {
@@ -29,4 +31,13 @@ pub fn first_shard_with(dir: &Path, tensor: &str) -> PathBuf {
     let index = std::fs::read_to_string(dir.join("model.safetensors.index.json")).expect("an index of shards");
     let index: serde_json::Value = serde_json::from_str(&index).expect("JSON");
     dir.join(index["weight_map"][tensor].as_str().expect("the tensor has a shard"))
+}
+
+/// sha256 of each tensor of a checkpoint's state, by name: the same however it was dealt to ranks.
+pub fn state_sums(checkpoint: &Path) -> Vec<(String, String)> {
+    let opened = glmddp::checkpoint::open(&RealDisk, checkpoint).expect("a whole checkpoint");
+    opened.check_files(&RealDisk).expect("a whole checkpoint");
+    let tensors = opened.tensors(&RealDisk).expect("a whole checkpoint");
+    assert!(!tensors.is_empty());
+    tensors.into_iter().map(|(name, tensor)| (name, sha256_hex(&glmddp::formats::tensor_bytes(&tensor).expect("a tensor")))).collect()
 }

@@ -109,14 +109,14 @@ impl Setup {
         let files = weight_files(&output.join("adapter"));
         assert!(!files.is_empty(), "no weights in {}/adapter", output.display());
         let adapter: Vec<u8> = files.iter().flat_map(|path| std::fs::read(path).expect("a readable file")).collect();
-        let state = std::fs::read(output.join(format!("checkpoint-{steps}/state.safetensors"))).expect("a checkpoint was written");
+        let state = support::state_sums(&output.join(format!("checkpoint-{steps}")));
         let log = std::fs::read_to_string(output.join("trainer_log.jsonl")).expect("a log was written");
         let losses: String = log
             .lines()
             .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a line of JSON"))
             .filter_map(|record| record.get("loss").map(|loss| format!("{} {loss}\n", record["current_steps"])))
             .collect();
-        Hashes { adapter: sha256_hex(&adapter), state: sha256_hex(&state), losses: sha256_hex(losses.as_bytes()) }
+        Hashes { adapter: sha256_hex(&adapter), state, losses: sha256_hex(losses.as_bytes()) }
     }
 }
 
@@ -124,7 +124,7 @@ impl Setup {
 #[derive(Debug, PartialEq, Eq)]
 struct Hashes {
     adapter: String,
-    state: String,
+    state: Vec<(String, String)>,
     losses: String,
 }
 
@@ -266,7 +266,7 @@ fn same_bits_of(setup: &Setup, more: &[&'static str]) {
     setup.train(2, "resumed", &[&with("4")[..], &["--resume_from_checkpoint", "latest"]].concat());
     setup.train(1, "resumed", &[&with("6")[..], &["--resume_from_checkpoint", "resumed/checkpoint-4"]].concat());
     assert_eq!(setup.hashes("resumed", 6), expected, "stopped on 4 ranks, on with 2, on with 1");
-    println!("{expected:?}: equal on 1, 2, 3, 4 ranks and over 4 -> 2 -> 1");
+    println!("{} {}: equal on 1, 2, 3, 4 ranks and over 4 -> 2 -> 1", expected.adapter, expected.losses);
 }
 
 /// The order of two ranks' sums does not matter, so that with two even a plain all-reduce has one result.
@@ -347,6 +347,10 @@ fn kill_and_resume(method: &'static [&'static str], more: &[&'static str]) {
     let Some(mut command) = setup.command(2, "killed", &args) else { return };
     let mut job = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the launcher starts");
     wait_for_steps(&setup, "killed", 3, &mut job);
+    while !setup.dir.path().join("killed/checkpoint-2").exists() {
+        assert!(job.try_wait().expect("our child").is_none(), "the job ended early");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let ranks = ranks_of(&job, 2).expect("both ranks are found");
     let killed = Instant::now();
     assert!(Command::new("kill").args(["-9", &ranks[1].to_string()]).status().expect("kill runs").success());

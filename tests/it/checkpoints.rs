@@ -1,0 +1,249 @@
+//! Checkpoints of several ranks: whatever a rank's disk does, a good one is left, all ranks say the same, and a resume has the same bits.
+
+use std::io::{self, Read};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use glmddp::checkpoint::{Disk, DiskFile, Fault, FaultyDisk, RealDisk, newest_first, open};
+use glmddp::config::plan::{Duration, OnSaveError, Resume, SchedulerType};
+use glmddp::config::{Plan, RunConfig, Sources};
+use glmddp::dist::{Solo, local};
+use glmddp::telemetry::Console;
+use glmddp::train::base::Base;
+use glmddp::train::run::{Outcome, Summary, run_on};
+
+use crate::cli_support::glmddp_in;
+use crate::support;
+
+const WORLD_SIZE: usize = 2;
+const STEPS: u64 = 2;
+
+/// A base in memory, and where runs on it go.
+struct Setup {
+    dir: tempfile::TempDir,
+    base: Base,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        for args in [
+            &["init-model", "--preset", "tiny", "--output_dir", "model"][..],
+            &["demo-data", "--output_dir", "data", "--rows", "12", "--dev_rows", "4"],
+        ] {
+            let ran = glmddp_in(dir.path(), args);
+            assert_eq!(ran.code, 0, "{}", ran.stderr);
+        }
+        let base = Base::load(&plan(dir.path(), "base", 1), &Solo).expect("a base");
+        Self { dir, base }
+    }
+
+    fn plan(&self, output: &str, world_size: usize) -> Plan {
+        plan(self.dir.path(), output, world_size)
+    }
+
+    /// What each rank comes to.
+    fn run(&self, plan: &Plan, disks: &[&dyn Disk]) -> Vec<anyhow::Result<Summary>> {
+        let console = || Console::without_bar();
+        local::run(disks.len(), |group| {
+            let rank = glmddp::dist::ProcessGroup::rank(group);
+            let Outcome { summary, .. } = run_on(&self.base, plan, group, disks[rank], &console())?;
+            anyhow::Ok(summary)
+        })
+    }
+
+    fn output(&self, output: &str) -> PathBuf {
+        self.dir.path().join(output)
+    }
+
+    fn adapter(&self, output: &str) -> Vec<u8> {
+        std::fs::read(self.output(output).join("adapter/adapter_model.safetensors")).expect("an adapter was exported")
+    }
+
+    /// The step of the newest checkpoint; all must be whole.
+    fn newest(&self, output: &str) -> Option<u64> {
+        let all = newest_first(&RealDisk, &self.output(output)).expect("a folder");
+        let steps = all.iter().map(|path| {
+            let checkpoint = open(&RealDisk, path).expect("a whole checkpoint");
+            checkpoint.verify(&RealDisk).expect("a whole checkpoint");
+            checkpoint.manifest.header.step
+        });
+        steps.max()
+    }
+}
+
+/// More than one chunk of the optimizer, so that both ranks have a shard: 30,848 parameters.
+fn plan(dir: &Path, output: &str, world_size: usize) -> Plan {
+    let mut config = RunConfig::default();
+    config.model.model_name_or_path = Some(dir.join("model"));
+    config.data.train_file = Some(dir.join("data/train.jsonl"));
+    config.data.max_source_length = Some(24);
+    config.data.max_target_length = Some(8);
+    config.method.finetuning_type = Some(glmddp::peft::FinetuningType::Lora);
+    config.method.lora_rank = Some(16);
+    config.method.lora_target = Some("all".to_owned());
+    config.batch.per_device_train_batch_size = Some(1);
+    config.batch.global_batch_size = Some(2);
+    config.optim.shard_optimizer = Some(true);
+    config.run.output_dir = Some(dir.join(output));
+    config.run.max_steps = Some(STEPS as i64);
+    config.run.save_steps = Some(1);
+    config.run.seed = Some(1);
+    config.resolve(world_size, &Sources::default()).expect("the plan resolves")
+}
+
+fn texts(results: &[anyhow::Result<Summary>]) -> Vec<String> {
+    results.iter().map(|result| result.as_ref().err().map_or("fine".to_owned(), ToString::to_string)).collect()
+}
+
+/// Every call of every rank's disk that changes something meets `fault` once.
+fn every_fault_of_every_rank(fault: Fault) {
+    let setup = Setup::new();
+    let whole = setup.run(&setup.plan("whole", 1), &[&RealDisk]);
+    assert_eq!(texts(&whole), ["fine"]);
+    let expected = setup.adapter("whole");
+    let mut num_cases = 0;
+    for rank in 0..WORLD_SIZE {
+        for at in 0.. {
+            let output = format!("{rank}-{at}");
+            let faulty = FaultyDisk::new(at, fault);
+            let disks: Vec<&dyn Disk> = (0..WORLD_SIZE).map(|r| if r == rank { &faulty as &dyn Disk } else { &RealDisk }).collect();
+            let mut plan = setup.plan(&output, WORLD_SIZE);
+            plan.run.save_total_limit = NonZeroUsize::new(1);
+            let results = setup.run(&plan, &disks);
+            let texts = texts(&results);
+            assert!(texts.iter().all(|text| *text == texts[0]), "call {at} of rank {rank}: {texts:?}");
+            if at >= faulty.num_calls() {
+                assert_eq!(texts[0], "fine");
+                break;
+            }
+            num_cases += 1;
+            assert!(texts[0] == "fine" || texts[0].starts_with(&format!("rank {rank} of {WORLD_SIZE}: ")), "{texts:?}");
+            // A folder that the fault kept from being made is as good as one without a checkpoint.
+            let newest = if setup.output(&output).exists() { setup.newest(&output) } else { None };
+            // On as many ranks, or on another number.
+            let world_size = 1 + at % WORLD_SIZE;
+            let mut plan = setup.plan(&output, world_size);
+            match newest {
+                Some(_) => plan.run.resume = Resume::Latest,
+                None => plan.run.overwrite_output_dir = true,
+            }
+            let resumed = setup.run(&plan, &vec![&RealDisk as &dyn Disk; world_size]);
+            assert!(resumed.iter().all(Result::is_ok), "call {at} of rank {rank}, from {newest:?}: {resumed:?}");
+            assert_eq!(setup.adapter(&output), expected, "call {at} of rank {rank}, from {newest:?} on {world_size}");
+            let left: Vec<_> = RealDisk.list(&setup.output(&output)).expect("a folder");
+            assert!(left.iter().all(|path| !path.file_name().unwrap().to_string_lossy().starts_with('.')), "{left:?}");
+            std::fs::remove_dir_all(setup.output(&output)).expect("the folder goes");
+        }
+    }
+    println!("{fault:?}: {num_cases} cases");
+    assert!(num_cases > 50);
+}
+
+#[test]
+fn rank_whose_disk_stops_at_any_call_leaves_a_good_checkpoint_and_the_same_error_everywhere() {
+    every_fault_of_every_rank(Fault::Stop);
+}
+
+#[test]
+fn rank_whose_disk_fails_at_any_call_leaves_a_good_checkpoint_and_the_same_error_everywhere() {
+    every_fault_of_every_rank(Fault::Fail(io::ErrorKind::StorageFull));
+}
+
+/// A disk on which a write of one path fails, or waits.
+struct Gate<F>(F);
+
+impl<F: Fn(&Path) -> io::Result<()> + Send + Sync> Disk for Gate<F> {
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        (self.0)(path)?;
+        RealDisk.create(path)
+    }
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.create_dir(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        RealDisk.rename(from, to)
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.sync_dir(path)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove(path)
+    }
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
+        RealDisk.open(path)
+    }
+    fn len(&self, path: &Path) -> io::Result<u64> {
+        RealDisk.len(path)
+    }
+    fn is_folder(&self, path: &Path) -> bool {
+        RealDisk.is_folder(path)
+    }
+    fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
+        RealDisk.list(path)
+    }
+    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+        RealDisk.free_bytes(path)
+    }
+}
+
+fn is_first_checkpoint(path: &Path) -> bool {
+    path.to_string_lossy().contains(".tmp-checkpoint-1/state-")
+}
+
+#[test]
+fn save_that_fails_on_one_rank_is_passed_over_and_counted_where_the_plan_says_so() {
+    let setup = Setup::new();
+    let broken = Gate(|path: &Path| if is_first_checkpoint(path) { Err(io::Error::other("a bad sector")) } else { Ok(()) });
+    let disks: [&dyn Disk; 2] = [&RealDisk, &broken];
+    let stopped = setup.run(&setup.plan("stop", 2), &disks);
+    let expected =
+        format!("rank 1 of 2: cannot create {}: a bad sector", "DIR/stop/.tmp-checkpoint-1/state-00001-of-00002.safetensors.zst");
+    let dir = setup.dir.path().display().to_string();
+    assert!(texts(&stopped).iter().all(|text| text.replace(&dir, "DIR").starts_with(&expected)), "{stopped:?}");
+    assert_eq!(setup.newest("stop"), None);
+    assert_eq!(RealDisk.list(&setup.output("stop")).unwrap().len(), 1, "the log alone: the other rank's shard is gone");
+
+    let mut plan = setup.plan("warn", 2);
+    plan.run.on_save_error = OnSaveError::Warn;
+    for summary in setup.run(&plan, &disks) {
+        let summary = summary.expect("the run goes on");
+        assert_eq!((summary.steps, summary.failed_saves), (STEPS, 1));
+        assert!(summary.checkpoint.ends_with("checkpoint-2"));
+    }
+    assert_eq!(setup.newest("warn"), Some(STEPS));
+    assert_eq!(setup.run(&setup.plan("whole", 2), &[&RealDisk, &RealDisk]).len(), 2);
+    assert_eq!(setup.adapter("warn"), setup.adapter("whole"));
+}
+
+/// The first rank's write of checkpoint 2 waits until step 3 is in the log: were saving not beside the steps, it would wait in vain.
+#[test]
+fn steps_go_on_while_a_checkpoint_is_written_and_what_it_holds_is_its_own_step() {
+    let setup = Setup::new();
+    let log = setup.output("out").join("trainer_log.jsonl");
+    let slow = Gate(|path: &Path| {
+        if !path.to_string_lossy().contains(".tmp-checkpoint-2/state-") {
+            return Ok(());
+        }
+        for _ in 0..30_000 {
+            if std::fs::read_to_string(&log)?.lines().count() >= 3 {
+                return Ok(());
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        Err(io::Error::other("no step was taken meanwhile"))
+    });
+    let plan = |output: &str, steps: u64| {
+        let mut plan = setup.plan(output, 2);
+        plan.run.duration = Duration::Steps(steps);
+        plan.run.save_steps = NonZeroUsize::new(2);
+        plan.optim.lr_scheduler_type = SchedulerType::Constant;
+        plan
+    };
+    for (output, disk, steps) in [("out", &slow as &dyn Disk, 4), ("two", &RealDisk, 2)] {
+        assert_eq!(texts(&setup.run(&plan(output, steps), &[disk, &RealDisk])), ["fine", "fine"]);
+    }
+    let sums = |output: &str| support::state_sums(&setup.output(output).join("checkpoint-2"));
+    assert_eq!(sums("out"), sums("two"));
+    assert_eq!(setup.newest("out"), Some(4));
+}
