@@ -1,5 +1,6 @@
-//! Measurements of the training step: its cost in operations, and its time.
+//! Measurements of the training step, its cost in operations and its time, and of checkpoints.
 
+pub mod checkpoint;
 pub mod flops;
 pub mod setup;
 pub mod step;

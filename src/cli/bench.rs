@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 
+use super::bench_checkpoint::{self, CheckpointArgs};
 use super::text::thousands;
 use super::{environment, report};
 use crate::bench::flops::{self, Flops};
@@ -17,7 +18,7 @@ use crate::model::Recompute;
 use crate::peft::keys::{MethodKeys, named};
 use crate::peft::{FinetuningType, METHOD_NAMES, MethodPlan};
 
-/// Measure a training step on a random model and real or demo rows
+/// Measure a training step on a random model and real or demo rows, or checkpoints
 #[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
     #[command(subcommand)]
@@ -32,6 +33,8 @@ pub enum What {
     Step(StepArgs),
     /// Time 1 rank against several, each with the same work and threads
     Scaling(ScalingArgs),
+    /// Time saving and loading of states, or compress a checkpoint in several ways
+    Checkpoint(CheckpointArgs),
 }
 
 /// Sizes; the defaults are a model that fits a CPU, with ChatGLM2's vocabulary and proportions.
@@ -168,6 +171,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         What::Flops(args) => count(args),
         What::Step(args) => time(args),
         What::Scaling(args) => scale(args),
+        What::Checkpoint(args) => bench_checkpoint::run(args),
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod argv;
 pub mod bench;
+pub mod bench_checkpoint;
 pub mod compare;
 pub mod completions;
 pub mod demo_data;

@@ -6,7 +6,25 @@ use crate::rust_source::{Source, is_word, line_of, sources};
 
 /// module -> modules that it may use. What is not here is not allowed; `cli`, `main` and `lib` may use everything.
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("bench", &["config", "data", "dist", "kernels", "model", "optim", "params", "peft", "rng", "telemetry", "tokenizer", "train"]),
+    (
+        "bench",
+        &[
+            "checkpoint",
+            "config",
+            "data",
+            "dist",
+            "formats",
+            "kernels",
+            "model",
+            "optim",
+            "params",
+            "peft",
+            "rng",
+            "telemetry",
+            "tokenizer",
+            "train",
+        ],
+    ),
     (
         "train",
         &[
