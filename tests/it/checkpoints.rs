@@ -10,6 +10,7 @@ use glmddp::config::{Plan, RunConfig, Sources};
 use glmddp::dist::{Solo, local};
 use glmddp::telemetry::Console;
 use glmddp::train::base::Base;
+use glmddp::train::requests::Limits;
 use glmddp::train::run::{Outcome, Summary, run_on};
 
 use crate::cli_support::glmddp_in;
@@ -47,7 +48,7 @@ impl Setup {
         let console = || Console::without_bar();
         local::run(disks.len(), |group| {
             let rank = glmddp::dist::ProcessGroup::rank(group);
-            let Outcome { summary, .. } = run_on(&self.base, plan, group, disks[rank], &console())?;
+            let Outcome { summary, .. } = run_on(&self.base, plan, group, disks[rank], &console(), &Limits::default())?;
             anyhow::Ok(summary)
         })
     }
