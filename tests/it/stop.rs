@@ -51,7 +51,12 @@ impl Setup {
         let mut command = match by {
             By::Nobody => Command::new(program),
             By::Mpirun => Command::new("mpirun"),
-            By::Script => Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/mpirun.sh")),
+            By::Script => {
+                // A shell does not see a SIGINT that its parent ignores, as who runs these tests in the background does.
+                let mut command = Command::new("env");
+                command.arg("--default-signal=INT").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/mpirun.sh"));
+                command
+            }
         };
         if by != By::Nobody {
             command.args(["-n", "2", program]);
