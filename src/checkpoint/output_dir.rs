@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
-use super::publish::discard;
+use super::publish::{discard, make_folder};
 use super::{CheckpointError, Disk, REPLACED, TEMPORARY, TRASH, by_step, open, step_of};
 
 /// What a run means to do with an output folder.
@@ -26,7 +26,7 @@ const RUN_FILES: [&str; 3] = ["trainer_log.jsonl", "adapter_config.json", "pytor
 /// # Errors
 /// When it holds another run and the claim is to start, or is a file, or the disk fails.
 pub fn claim(disk: &dyn Disk, output_dir: &Path, claim: Claim) -> Result<(), CheckpointError> {
-    disk.create_dir(output_dir).map_err(|e| CheckpointError::io("create", output_dir, 0, e))?;
+    make_folder(disk, output_dir).map_err(|e| CheckpointError::io("create", output_dir, 0, e))?;
     clean_leftovers(disk, output_dir)?;
     let checkpoints = by_step(disk, output_dir)?;
     match claim {

@@ -60,11 +60,17 @@ pub(super) fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Makes a folder and those above it that are missing, with durable names: what is synced in a folder is lost with the folder's name.
+pub(super) fn make_folder(disk: &dyn Disk, path: &Path) -> std::io::Result<()> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|at| !at.as_os_str().is_empty() && disk.list(at).is_err()).collect();
+    missing.into_iter().rev().try_for_each(|at| disk.create_dir(at).and_then(|()| disk.sync_dir(parent_of(at))))
+}
+
 /// Makes an empty folder `temporary` beside `path`, where there is room for `needed_bytes`.
 pub(super) fn start_folder(disk: &dyn Disk, path: &Path, temporary: &Path, needed_bytes: u64) -> Result<(), CheckpointError> {
     let wrap = |action, at: &Path, source| CheckpointError::io(action, at, needed_bytes, source);
     let parent = parent_of(path);
-    disk.create_dir(parent).map_err(|e| wrap("create", parent, e))?;
+    make_folder(disk, parent).map_err(|e| wrap("create", parent, e))?;
     if let Ok(free) = disk.free_bytes(parent)
         && free < needed_bytes
     {
