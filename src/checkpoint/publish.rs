@@ -111,7 +111,9 @@ pub(super) fn sync_folders<'a>(disk: &dyn Disk, folder: &Path, names: impl Itera
 pub(super) fn replace(disk: &dyn Disk, temporary: &Path, path: &Path) -> Result<(), CheckpointError> {
     let wrap = |action| move |source| CheckpointError::io(action, path, 0, source);
     let old = beside(path, REPLACED);
-    let had_old = disk.list(path).is_ok();
+    // Whatever it is: a file, or a link that leads nowhere, would keep a folder from this name.
+    let is_it = |at: &std::path::PathBuf| at.file_name() == path.file_name();
+    let had_old = disk.list(parent_of(path)).map_err(wrap("list"))?.iter().any(is_it);
     if had_old {
         disk.rename(path, &old).map_err(wrap("rename"))?;
     }
