@@ -85,10 +85,7 @@ impl<'d> Draft<'d> {
         let manifest = manifest(header, layout, shards, files).map_err(invalid)?;
         let mut json = serde_json::to_vec_pretty(&manifest).map_err(|e| invalid(e.to_string()))?;
         json.push(b'\n');
-        let sums = shards.iter().map(|written| (&written.shard.file, &written.shard.sha256));
-        let sums = sums.chain(files.iter().map(|(name, file)| (name, &file.sha256)));
-        let mut sums: String = sums.map(|(name, sha256)| format!("{sha256}  {name}\n")).collect();
-        sums.push_str(&format!("{}  {MANIFEST}\n", sha256_hex(&json)));
+        let sums = manifest.sums(&sha256_hex(&json));
         put(self.disk, &self.temporary, SUMS, sums.as_bytes())
             .and_then(|()| put(self.disk, &self.temporary, MANIFEST, &json))
             .and_then(|()| sync_folders(self.disk, &self.temporary, files.keys().map(String::as_str)))

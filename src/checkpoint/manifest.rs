@@ -139,6 +139,13 @@ pub(super) fn is_inside(name: &str) -> bool {
 }
 
 impl Manifest {
+    /// What `SHA256SUMS` says beside a manifest of this hash.
+    pub(super) fn sums(&self, sha256: &str) -> String {
+        let shards = self.shards.iter().map(|shard| (shard.file.as_str(), shard.sha256.as_str()));
+        let files = self.files.iter().map(|(name, file)| (name.as_str(), file.sha256.as_str()));
+        shards.chain(files).chain([(super::MANIFEST, sha256)]).map(|(name, sha256)| format!("{sha256}  {name}\n")).collect()
+    }
+
     /// Whether it describes a checkpoint at all: names stay inside the folder and stand for one thing each, pieces tile their tensors, and
     /// no size is one that the files could not hold. What says so is not trusted before.
     ///

@@ -95,6 +95,12 @@ impl Checkpoint {
     /// # Errors
     /// The first that is missing or damaged.
     pub fn check_files(&self, disk: &dyn Disk) -> Result<(), CheckpointError> {
+        let (_, sha256) = sum_of(disk, &self.path.join(MANIFEST))?;
+        let expected = sha256_hex(self.manifest.sums(&sha256).as_bytes());
+        let (_, found) = sum_of(disk, &self.path.join(SUMS))?;
+        if found != expected {
+            return Err(self.damaged(SUMS.to_owned(), format!("the sums of {MANIFEST}, sha256 {expected}"), found));
+        }
         for (name, entry) in &self.manifest.files {
             self.check_length(disk, name, entry.bytes)?;
             let (_, found) = sum_of(disk, &self.path.join(name))?;
@@ -320,7 +326,7 @@ mod tests {
         let mut manifest: Manifest = serde_json::from_slice(&std::fs::read(path.join(MANIFEST)).unwrap()).unwrap();
         change(&mut manifest);
         let json = serde_json::to_vec(&manifest).unwrap();
-        std::fs::write(path.join(SUMS), format!("{}  {MANIFEST}\n", sha256_hex(&json))).unwrap();
+        std::fs::write(path.join(SUMS), manifest.sums(&sha256_hex(&json))).unwrap();
         std::fs::write(path.join(MANIFEST), json).unwrap();
     }
 
@@ -383,7 +389,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = save_step(&RealDisk, dir.path(), 7).unwrap();
         let shards = (0..3).map(|i| format!("state-0000{i}-of-00003.safetensors.zst"));
-        for name in shards.chain([MANIFEST, "adapter/adapter_config.json"].map(str::to_owned)) {
+        for name in shards.chain([MANIFEST, SUMS, "adapter/adapter_config.json"].map(str::to_owned)) {
             let file = path.join(&name);
             for at in 0..std::fs::metadata(&file).unwrap().len() as usize {
                 flip(&file, at);
