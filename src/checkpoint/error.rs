@@ -10,7 +10,7 @@ use crate::formats::FormatError;
 pub enum CheckpointError {
     #[error("cannot {action} {}: {source}", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("the disk is full: {} needs {needed_bytes} bytes, and {} are free", path.display(), free_bytes.map_or("too few".to_owned(), |b| b.to_string()))]
+    #[error("the disk is full: {} needs {needed_bytes} bytes, and {}", path.display(), room(*needed_bytes, *free_bytes))]
     DiskFull { path: PathBuf, needed_bytes: u64, free_bytes: Option<u64> },
     #[error("{} is not a complete checkpoint: {reason}", path.display())]
     Incomplete { path: PathBuf, reason: String },
@@ -36,6 +36,15 @@ pub enum CheckpointError {
     Format(#[from] FormatError),
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+/// What there is where so much is needed.
+fn room(needed_bytes: u64, free_bytes: Option<u64>) -> String {
+    match free_bytes {
+        None => "too few are free".to_owned(),
+        Some(free) if free < needed_bytes => format!("{free} are free"),
+        Some(free) => format!("it takes no more, though {free} are free: a quota, or the number of files, is used up"),
+    }
 }
 
 impl CheckpointError {
