@@ -252,14 +252,14 @@ mod tests {
 
     #[test]
     fn failure_of_any_call_leaves_the_old_checkpoint_or_the_whole_new_one() {
-        every_fault(Fault::Fail(std::io::ErrorKind::StorageFull), 20);
-        every_fault(Fault::Fail(std::io::ErrorKind::PermissionDenied), 20);
+        every_fault(Fault::Fail(libc::ENOSPC), 20);
+        every_fault(Fault::Fail(libc::EACCES), 20);
     }
 
     #[test]
     fn kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two() {
         every_fault(Fault::Stop, 10);
-        every_fault(Fault::Fail(std::io::ErrorKind::StorageFull), 10);
+        every_fault(Fault::Fail(libc::ENOSPC), 10);
     }
 
     #[test]

@@ -19,7 +19,7 @@ mod stream;
 pub use disk::{Disk, DiskFile, RealDisk};
 pub use draft::{Draft, save};
 pub use error::CheckpointError;
-pub use fault::{Fault, FaultyDisk};
+pub use fault::{Attempt, Call, Fault, FaultyDisk};
 pub use manifest::{FORMAT_VERSION, FileEntry, Header, Identity, Manifest, Mismatch, PieceEntry, ShardEntry, TensorEntry, compare};
 pub use output_dir::{Claim, Keep, claim, clean_leftovers, retention};
 pub use publish::{publish, publish_file};
