@@ -12,6 +12,7 @@ mod compare;
 mod crash_matrix;
 mod data_errors;
 mod docs;
+mod full_disk;
 mod golden;
 mod golden_data;
 mod golden_formats;
