@@ -30,6 +30,12 @@ pub enum CheckpointError {
     Mismatch { path: PathBuf, mismatches: Vec<Mismatch> },
     #[error("{} holds another run: found {found}", path.display())]
     OutputDirTaken { path: PathBuf, found: String },
+    #[error("{} is a file, expected the folder of a checkpoint or of a run", path.display())]
+    NotAFolder { path: PathBuf },
+    #[error("{} is a checkpoint, expected the output_dir of a run", path.display())]
+    NotAnOutputDir { path: PathBuf },
+    #[error("{} holds no checkpoint", path.display())]
+    NoCheckpoints { path: PathBuf },
     #[error("`{path}` is not a relative path inside a checkpoint")]
     BadPath { path: String },
     #[error(transparent)]
@@ -66,6 +72,10 @@ impl CheckpointError {
             Self::OutputDirTaken { .. } => {
                 "name another `output_dir`, go on with `--resume_from_checkpoint latest`, or give `--overwrite_output_dir` to delete what is there".to_owned()
             }
+            Self::NotAFolder { .. } | Self::NoCheckpoints { .. } => {
+                "give OUTPUT_DIR/checkpoint-N, or the OUTPUT_DIR of a run for all in it".to_owned()
+            }
+            Self::NotAnOutputDir { .. } => "give the folder above it".to_owned(),
             Self::Io { action, .. } if *action != "read" => "what was saved before is untouched; check the folder's permissions and the disk".to_owned(),
             Self::Format(error) => return error.hint(),
             Self::Io { .. } | Self::BadPath { .. } | Self::Tensor(_) => return None,

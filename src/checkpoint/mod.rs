@@ -5,6 +5,7 @@
 //! durable file by file and renamed: a folder called `checkpoint-{step}` was complete when it got its name. All changes go through [`Disk`],
 //! so a test can stop at each of them.
 
+mod diff;
 mod disk;
 mod draft;
 mod error;
@@ -16,12 +17,13 @@ mod read;
 mod shard;
 mod stream;
 
+pub use diff::{Change, Difference, Measure, changes, difference};
 pub use disk::{Disk, DiskFile, RealDisk};
 pub use draft::{Draft, save};
 pub use error::CheckpointError;
 pub use fault::{Attempt, Call, Fault, FaultyDisk};
 pub use manifest::{FORMAT_VERSION, FileEntry, Header, Identity, Manifest, Mismatch, PieceEntry, ShardEntry, TensorEntry, compare};
-pub use output_dir::{Claim, Keep, claim, clean_leftovers, retention};
+pub use output_dir::{Claim, Fate, Keep, Named, claim, clean_leftovers, fates, leftovers, named, retention};
 pub use publish::{publish, publish_file};
 pub use read::{Checkpoint, open};
 pub use shard::{Flat, Part, Written, WrittenPiece, ZSTD_LEVEL};

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+
 use super::publish::{discard, make_folder};
 use super::{CheckpointError, Disk, REPLACED, TEMPORARY, TRASH, by_step, open, step_of};
 
@@ -77,40 +79,111 @@ pub struct Keep {
     pub every: Option<NonZeroU64>,
 }
 
+/// Why a checkpoint stays, or that it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fate {
+    /// Among the newest whole ones.
+    Newest,
+    /// It has the lowest held-out loss.
+    Best,
+    /// It is of a step that is kept for ever.
+    Every,
+    /// Not whole, and newer than the last that is kept.
+    NotWhole,
+    /// Newer than the one that is known to be good.
+    Later,
+    Goes,
+}
+
+/// What `keep` makes of each checkpoint, newest first, once that of `step` is durable. All stay while that one has not an undamaged manifest
+/// and all lengths.
+///
+/// # Errors
+/// When the disk fails.
+pub fn fates(disk: &dyn Disk, output_dir: &Path, step: u64, keep: Keep) -> Result<Vec<(PathBuf, Fate)>, CheckpointError> {
+    let (later, checkpoints): (Vec<_>, Vec<_>) = by_step(disk, output_dir)?.into_iter().partition(|(other, _)| *other > step);
+    let mut fates: Vec<(PathBuf, Fate)> = later.into_iter().map(|(_, path)| (path, Fate::Later)).collect();
+    let whole: BTreeMap<u64, Option<f64>> = checkpoints
+        .iter()
+        .filter_map(|(step, path)| Some((*step, open(disk, path).ok().filter(|checkpoint| checkpoint.has_its_lengths(disk))?)))
+        .map(|(step, checkpoint)| (step, checkpoint.manifest.header.eval_loss))
+        .collect();
+    let may_go = whole.contains_key(&step);
+    let losses = whole.iter().filter_map(|(step, loss)| Some((*step, (*loss)?)));
+    let best = losses.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(step, _)| step).filter(|_| keep.best);
+    let mut num_newest = 0;
+    for (step, path) in checkpoints {
+        let is_whole = whole.contains_key(&step);
+        let fate = if num_newest < keep.newest.get() {
+            num_newest += usize::from(is_whole);
+            if is_whole { Fate::Newest } else { Fate::NotWhole }
+        } else if Some(step) == best {
+            Fate::Best
+        } else if keep.every.is_some_and(|every| step.is_multiple_of(every.get())) {
+            Fate::Every
+        } else if may_go {
+            Fate::Goes
+        } else {
+            Fate::NotWhole
+        };
+        fates.push((path, fate));
+    }
+    Ok(fates)
+}
+
 /// Deletes what `keep` does not name, once the checkpoint of `step` is durable; later ones, which a run left that this one has gone back
 /// behind, are not touched. Nothing is deleted while this one has not an undamaged manifest and all lengths. Returns what it deleted.
 ///
 /// # Errors
 /// When the disk fails.
 pub fn retention(disk: &dyn Disk, output_dir: &Path, step: u64, keep: Keep) -> Result<Vec<PathBuf>, CheckpointError> {
-    let checkpoints: Vec<_> = by_step(disk, output_dir)?.into_iter().filter(|(other, _)| *other <= step).collect();
-    if checkpoints.len() <= keep.newest.get() {
+    if by_step(disk, output_dir)?.len() <= keep.newest.get() {
         return Ok(Vec::new());
     }
-    let whole: BTreeMap<u64, Option<f64>> = checkpoints
-        .iter()
-        .filter_map(|(step, path)| Some((*step, open(disk, path).ok().filter(|checkpoint| checkpoint.has_its_lengths(disk))?)))
-        .map(|(step, checkpoint)| (step, checkpoint.manifest.header.eval_loss))
-        .collect();
-    if !whole.contains_key(&step) {
-        return Ok(Vec::new());
+    let fates = fates(disk, output_dir, step, keep)?;
+    let goes: Vec<PathBuf> = fates.into_iter().filter(|(_, fate)| *fate == Fate::Goes).map(|(path, _)| path).collect();
+    goes.iter().try_for_each(|path| discard(disk, path))?;
+    Ok(goes)
+}
+
+/// What a killed save or deletion left in an output folder.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn leftovers(disk: &dyn Disk, output_dir: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+    let entries = disk.list(output_dir).map_err(|e| CheckpointError::io("list", output_dir, 0, e))?;
+    let is_left = |path: &PathBuf| {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        [TEMPORARY, REPLACED, TRASH].iter().any(|prefix| name.starts_with(prefix))
+    };
+    Ok(entries.into_iter().filter(is_left).collect())
+}
+
+/// The checkpoints that a user names: the folder itself where it is one, else all in it, newest first.
+///
+/// # Errors
+/// When it is no folder, or one without checkpoints.
+pub fn named(disk: &dyn Disk, path: &Path) -> Result<Named, CheckpointError> {
+    let entries = disk.list(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotADirectory => CheckpointError::NotAFolder { path: path.to_owned() },
+        _ => CheckpointError::io("read", path, 0, source),
+    })?;
+    if step_of(path).is_some() || entries.iter().any(|entry| entry.ends_with(super::MANIFEST)) {
+        return Ok(Named::Checkpoint(path.to_owned()));
     }
-    let losses = whole.iter().filter_map(|(step, loss)| Some((*step, (*loss)?)));
-    let best = losses.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(step, _)| step).filter(|_| keep.best);
-    let is_kept = |step: u64| Some(step) == best || keep.every.is_some_and(|every| step.is_multiple_of(every.get()));
-    let mut num_newest = 0;
-    let mut deleted = Vec::new();
-    for (step, path) in checkpoints {
-        if num_newest >= keep.newest.get() {
-            if !is_kept(step) {
-                discard(disk, &path)?;
-                deleted.push(path);
-            }
-        } else if whole.contains_key(&step) {
-            num_newest += 1;
-        }
+    match super::newest_first(disk, path)? {
+        none if none.is_empty() && leftovers(disk, path)?.is_empty() => Err(CheckpointError::NoCheckpoints { path: path.to_owned() }),
+        all => Ok(Named::OutputDir(all)),
     }
-    Ok(deleted)
+}
+
+/// What a user's path leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Named {
+    Checkpoint(PathBuf),
+    /// All checkpoints in it, newest first.
+    OutputDir(Vec<PathBuf>),
 }
 
 #[cfg(test)]

@@ -7,9 +7,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::manifest::{FORMAT_VERSION, Manifest, PieceEntry, TensorEntry, element_bytes};
+use super::manifest::{FORMAT_VERSION, FileEntry, Manifest, PieceEntry, TensorEntry, element_bytes};
 use super::shard::sum_of;
 use super::stream::Stream;
 use super::{CheckpointError, Disk, MANIFEST, SUMS, hex, sha256_hex};
@@ -80,11 +81,41 @@ impl Checkpoint {
     /// What is missing or damaged first: which file, and in a shard which tensor and elements.
     pub fn verify(&self, disk: &dyn Disk) -> Result<(), CheckpointError> {
         self.check_files(disk)?;
-        (0..self.manifest.shards.len()).try_for_each(|shard| self.read_shard(disk, shard, |_| true, |_, _, _| ()))
+        (0..self.manifest.shards.len()).try_for_each(|shard| self.read_shard(disk, shard, |_| true, |_, _, _| (), Err))
+    }
+
+    /// As [`Self::verify`], on the threads of the pool, but goes on behind a damage as far as can be read: every damage, of files first and
+    /// then shard by shard. `progress` gets the bytes that were looked at; [`Self::num_bytes`] in all where nothing is damaged.
+    pub fn damages(&self, disk: &dyn Disk, progress: &(dyn Fn(u64) + Sync)) -> Vec<CheckpointError> {
+        let files = self.manifest.files.par_iter().filter_map(|(name, entry)| {
+            let result = self.check_file(disk, name, entry);
+            progress(entry.bytes);
+            result.err()
+        });
+        let shards = (0..self.manifest.shards.len()).into_par_iter().flat_map_iter(|shard| {
+            let mut found = Vec::new();
+            let count = |_: Piece<'_>, _: usize, bytes: &[u8]| progress(bytes.len() as u64);
+            let keep = |damage| {
+                found.push(damage);
+                Ok(())
+            };
+            if let Err(error) = self.read_shard(disk, shard, |_| true, count, keep) {
+                found.push(error);
+            }
+            found
+        });
+        files.chain(shards).collect()
+    }
+
+    /// Bytes of all tensors and of the files beside the shards.
+    pub fn num_bytes(&self) -> u64 {
+        let tensors = self.manifest.tensors.values();
+        let tensors = tensors.map(|entry| (entry.num_elements().unwrap_or(0) * element_bytes(entry.dtype).unwrap_or(0)) as u64);
+        tensors.chain(self.manifest.files.values().map(|file| file.bytes)).sum()
     }
 
     /// Whether all files have their lengths: [`Self::verify`] without reading the content.
-    pub(super) fn has_its_lengths(&self, disk: &dyn Disk) -> bool {
+    pub fn has_its_lengths(&self, disk: &dyn Disk) -> bool {
         let shards = self.manifest.shards.iter().map(|shard| (&shard.file, shard.bytes));
         let mut all = shards.chain(self.manifest.files.iter().map(|(name, file)| (name, file.bytes)));
         all.all(|(name, bytes)| disk.len(&self.path.join(name)).is_ok_and(|len| len == bytes))
@@ -95,20 +126,37 @@ impl Checkpoint {
     /// # Errors
     /// The first that is missing or damaged.
     pub fn check_files(&self, disk: &dyn Disk) -> Result<(), CheckpointError> {
+        self.check_sums(disk)?;
+        self.manifest.files.iter().try_for_each(|(name, entry)| self.check_file(disk, name, entry))
+    }
+
+    /// The sums of all other files, as the manifest has them.
+    fn check_sums(&self, disk: &dyn Disk) -> Result<(), CheckpointError> {
         let (_, sha256) = sum_of(disk, &self.path.join(MANIFEST))?;
         let expected = sha256_hex(self.manifest.sums(&sha256).as_bytes());
         let (_, found) = sum_of(disk, &self.path.join(SUMS))?;
-        if found != expected {
-            return Err(self.damaged(SUMS.to_owned(), format!("the sums of {MANIFEST}, sha256 {expected}"), found));
-        }
-        for (name, entry) in &self.manifest.files {
-            self.check_length(disk, name, entry.bytes)?;
-            let (_, found) = sum_of(disk, &self.path.join(name))?;
-            if found != entry.sha256 {
-                return Err(self.damaged(name.clone(), format!("sha256 {}", entry.sha256), found));
-            }
-        }
-        Ok(())
+        if found == expected { Ok(()) } else { Err(self.damaged(SUMS.to_owned(), format!("the sums of {MANIFEST}, sha256 {expected}"), found)) }
+    }
+
+    fn check_file(&self, disk: &dyn Disk, name: &str, entry: &FileEntry) -> Result<(), CheckpointError> {
+        self.check_length(disk, name, entry.bytes)?;
+        let (_, found) = sum_of(disk, &self.path.join(name))?;
+        if found == entry.sha256 { Ok(()) } else { Err(self.damaged(name.to_owned(), format!("sha256 {}", entry.sha256), found)) }
+    }
+
+    /// A file beside the shards, held against the manifest.
+    ///
+    /// # Errors
+    /// When there is none of this name, or it is damaged.
+    pub fn file(&self, disk: &dyn Disk, name: &str) -> Result<Vec<u8>, CheckpointError> {
+        let Some(entry) = self.manifest.files.get(name) else {
+            return Err(CheckpointError::Incomplete { path: self.path.clone(), reason: format!("it has no {name}") });
+        };
+        self.check_length(disk, name, entry.bytes)?;
+        let at = self.path.join(name);
+        let bytes = disk.read(&at).map_err(|source| CheckpointError::Io { action: "read", path: at, source })?;
+        let found = sha256_hex(&bytes);
+        if found == entry.sha256 { Ok(bytes) } else { Err(self.damaged(name.to_owned(), format!("sha256 {}", entry.sha256), found)) }
     }
 
     /// Every tensor, on the CPU.
@@ -120,7 +168,7 @@ impl Checkpoint {
         let mut contents: BTreeMap<&str, BTreeMap<usize, Vec<u8>>> = BTreeMap::new();
         for shard in 0..self.manifest.shards.len() {
             let take = |piece: Piece<'_>, _: usize, bytes: &[u8]| piece_of(&mut contents, &self.manifest, piece).extend_from_slice(bytes);
-            self.read_shard(disk, shard, |_| true, take)?;
+            self.read_shard(disk, shard, |_| true, take, Err)?;
         }
         let tensors = self.manifest.tensors.iter().map(|(name, entry)| {
             let bytes = contents.remove(name.as_str()).map_or(Vec::new(), |pieces| pieces.into_values().collect::<Vec<_>>().concat());
@@ -159,9 +207,20 @@ impl Checkpoint {
                     }
                 }
             };
-            self.read_shard(disk, shard, is_wanted, take)?;
+            self.read_shard(disk, shard, is_wanted, take, Err)?;
         }
         Ok(flats)
+    }
+
+    /// The flat f32 buffer of one kind over `layout`.
+    ///
+    /// # Errors
+    /// As [`Self::flats`].
+    pub fn kind(&self, disk: &dyn Disk, kind: &str, layout: &Layout) -> Result<Vec<f32>, CheckpointError> {
+        let others: BTreeSet<&str> = self.manifest.tensors.keys().filter_map(|name| Some(name.split_once('.')?.0)).collect();
+        let mut wanted = vec![(kind, 0..layout.num_elements())];
+        wanted.extend(others.into_iter().filter(|other| *other != kind).map(|other| (other, 0..0)));
+        Ok(self.flats(disk, layout, &wanted)?.swap_remove(0))
     }
 
     fn check_tensors(&self, layout: &Layout, wanted: &[(&str, Range<usize>)]) -> Result<(), CheckpointError> {
@@ -192,13 +251,14 @@ impl Checkpoint {
     }
 
     /// Reads a shard up to its last wanted piece, or to its end where all are wanted: `take(piece, first element, bytes)`, block by block.
-    /// A piece whose hash turns out wrong has been handed on before; the caller drops it all.
+    /// A piece whose hash turns out wrong has been handed on before; `mismatch` says whether that ends it, and the caller drops it all.
     fn read_shard(
         &self,
         disk: &dyn Disk,
         index: usize,
         is_wanted: impl Fn(&Piece<'_>) -> bool,
         mut take: impl FnMut(Piece<'_>, usize, &[u8]),
+        mut mismatch: impl FnMut(CheckpointError) -> Result<(), CheckpointError>,
     ) -> Result<(), CheckpointError> {
         let shard = &self.manifest.shards[index];
         self.check_length(disk, &shard.file, shard.bytes)?;
@@ -207,7 +267,7 @@ impl Checkpoint {
         let mut stream = Stream::open(self, shard, file.take(shard.bytes))?;
         let pieces = self.pieces_in_order(index, &stream.header()?)?;
         let needed = pieces.iter().rposition(&is_wanted).map_or(0, |last| last + 1);
-        let mut block = Vec::new();
+        let (mut block, mut is_whole) = (Vec::new(), true);
         for piece in &pieces[..needed] {
             let (wanted, size) = (is_wanted(piece), element_bytes(piece.entry.dtype).unwrap_or(1));
             let (mut sha256, mut first) = (Sha256::new(), 0);
@@ -225,10 +285,12 @@ impl Checkpoint {
             let found = hex(&sha256.finalize());
             if found != piece.piece.sha256 {
                 let what = format!("{}, {piece}", shard.file);
-                return Err(self.damaged(what, format!("sha256 {}", piece.piece.sha256), found));
+                mismatch(self.damaged(what, format!("sha256 {}", piece.piece.sha256), found))?;
+                is_whole = false;
             }
         }
-        if needed < pieces.len() { Ok(()) } else { stream.end() }
+        // The file as a whole is another where a piece is.
+        if needed == pieces.len() && is_whole { stream.end() } else { Ok(()) }
     }
 
     /// The pieces of a shard in the order of its file; they are those of the manifest, and no others.

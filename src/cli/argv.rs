@@ -25,9 +25,13 @@ pub struct Argv {
 /// When a subcommand that takes a run's keys is given one that is unknown or not supported.
 pub fn normalise(args: Vec<OsString>, mut command: clap::Command) -> Result<Argv, ConfigError> {
     command.build();
-    let Some(subcommand) = args.iter().skip(1).filter_map(|a| a.to_str()).find_map(|name| command.find_subcommand(name)) else {
+    let mut names = args.iter().skip(1).filter_map(|a| a.to_str());
+    let Some(mut subcommand) = names.find_map(|name| command.find_subcommand(name)) else {
         return Ok(Argv { args, warnings: Vec::new() });
     };
+    if let Some(inner) = names.find_map(|name| subcommand.find_subcommand(name)) {
+        subcommand = inner;
+    }
     let options = Options::of(subcommand);
     let mut argv = Argv { args: Vec::with_capacity(args.len()), warnings: Vec::new() };
     let mut rest = args.into_iter().peekable();

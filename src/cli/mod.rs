@@ -4,6 +4,13 @@ pub mod allocator;
 pub mod argv;
 pub mod bench;
 pub mod bench_checkpoint;
+pub mod checkpoint;
+pub mod checkpoint_diff;
+pub mod checkpoint_export;
+pub mod checkpoint_import;
+pub mod checkpoint_inspect;
+pub mod checkpoint_prune;
+pub mod checkpoint_verify;
 pub mod compare;
 pub mod completions;
 pub mod demo_data;
@@ -52,6 +59,7 @@ pub enum Command {
     Generate(Box<generate::GenerateArgs>),
     Export(Box<export::ExportArgs>),
     Compare(Box<compare::CompareArgs>),
+    Checkpoint(checkpoint::CheckpointArgs),
     Plan(Box<plan::PlanArgs>),
     Tokenize(Box<tokenize::TokenizeArgs>),
     InitModel(init_model::InitModelArgs),
@@ -85,6 +93,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Command::Generate(args) => generate::run(&args)?,
         Command::Export(args) => export::run(&args)?,
         Command::Compare(args) => return compare::run(&args),
+        Command::Checkpoint(args) => return checkpoint::run(&args),
         Command::Plan(args) => plan::run(&args)?,
         Command::Tokenize(args) => tokenize::run(&args)?,
         Command::InitModel(args) => init_model::run(&args)?,

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use super::environment;
+use crate::checkpoint::CheckpointError;
 use crate::compare::CompareError;
 use crate::config::ConfigError;
 use crate::data::DataError;
@@ -52,6 +53,9 @@ fn facts(error: &anyhow::Error) -> Facts {
         if let Some(error) = cause.downcast_ref::<CompareError>() {
             let fault = if error.is_users() { Fault::User } else { Fault::Ours };
             return Some(Facts { fault, place: None, hint: error.hint() });
+        }
+        if let Some(error) = cause.downcast_ref::<CheckpointError>() {
+            return Some(Facts { fault: Fault::User, place: None, hint: error.hint() });
         }
         let user = |hint| Some(Facts { fault: Fault::User, place: None, hint });
         if let Some(error) = cause.downcast_ref::<DataError>() {

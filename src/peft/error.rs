@@ -14,6 +14,9 @@ pub enum MethodError {
     /// Two adapters that cannot be joined: folder and value of each.
     #[error("`{what}` of {} is \"{}\" and of {} \"{}\"", pair[0].0.display(), pair[0].1, pair[1].0.display(), pair[1].1)]
     Pair { what: &'static str, pair: Box<[(PathBuf, String); 2]> },
+    /// An adapter whose values are to become those of a method that it does not fit.
+    #[error("{} does not fit {method}: `{what}` is {} in the adapter and {} in this run", path.display(), values[0], values[1])]
+    NotImportable { path: PathBuf, method: &'static str, what: String, values: Box<[String; 2]> },
     #[error(transparent)]
     Adapter(#[from] ExportError),
     #[error(transparent)]
@@ -26,6 +29,11 @@ impl MethodError {
         match self {
             Self::Setting { hint, .. } => Some(hint.clone()),
             Self::NotMergeable { .. } => Some("LoRA, rsLoRA, DoRA and (IA)^3 can be; use this one beside its base".to_owned()),
+            Self::NotImportable { .. } => Some(
+                "give the method and sizes of the adapter; PEFT keeps the output of an encoder or a projection alone, which only a run \
+                 without one (prefix_projection = false, prompt_tuning) can go on from"
+                    .to_owned(),
+            ),
             Self::Pair { what: "adapter_name", .. } => {
                 Some("the adapters of a fusion need different names: train one of them with another `adapter_name`".to_owned())
             }

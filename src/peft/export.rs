@@ -26,7 +26,7 @@ const PEFT_TENSORS: &str = "adapter_model.safetensors";
 const PEFT_TENSORS_OLD: &str = "adapter_model.bin";
 const PEFT_TABLE: &str = "prompt_embeddings";
 const THUDM_CONFIG: &str = "config.json";
-const THUDM_TENSORS: &str = "pytorch_model.bin";
+pub(super) const THUDM_TENSORS: &str = "pytorch_model.bin";
 /// `[P, W]`, or `[P, W]` before the projection.
 const EMBEDDING: &str = "transformer.prefix_encoder.embedding.weight";
 /// `[E, W]`, `[E]`, `[W, E]`, `[W]` with E the projection's width.

@@ -30,6 +30,7 @@ pub mod freeze;
 pub mod full;
 mod fusion_layer;
 pub mod ia3;
+mod import;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -40,6 +41,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::error::MethodError;
 use self::export::{ExportError, Files};
+pub use self::import::import;
 use self::keys::{KeyError, MethodKeys};
 pub use self::read::{Base, read};
 use crate::model::hooks::{BaseWeight, Hooks};

@@ -40,10 +40,7 @@ pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> 
     if !path.exists() && !is_fusion {
         return Err(ExportError::NoAdapter { path }.into());
     }
-    if let Some(about) = export::read_about(dir)? {
-        same(dir, &about, "base_fingerprint", "base model", base.fingerprint)?;
-        same(dir, &about, "tokenizer_sha256", "tokenizer", base.tokenizer_sha256)?;
-    }
+    expect_base(dir, base)?;
     if is_fusion {
         return Ok(Box::new(AdapterFusion::read(dir, &base.model.config)?));
     }
@@ -67,6 +64,13 @@ pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> 
 /// When the file cannot be read.
 pub fn about(dir: &Path) -> Result<Option<Value>, ExportError> {
     export::read_about(dir)
+}
+
+/// Tests that the adapter is of this base, where it says so.
+pub(super) fn expect_base(dir: &Path, base: Base) -> Result<(), ExportError> {
+    let Some(about) = export::read_about(dir)? else { return Ok(()) };
+    same(dir, &about, "base_fingerprint", "base model", base.fingerprint)?;
+    same(dir, &about, "tokenizer_sha256", "tokenizer", base.tokenizer_sha256)
 }
 
 /// Tests what the adapter says of its base.

@@ -45,6 +45,13 @@ impl Console {
         StepBar { console: self.clone(), bar }
     }
 
+    /// Starts the progress bar of work over `total` bytes.
+    pub fn byte_bar(&self, total: u64) -> ByteBar {
+        let style = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} | {bytes_per_sec} | eta {eta}");
+        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+        ByteBar { bar: self.bars.add(ProgressBar::new(total).with_style(style)) }
+    }
+
     fn write_whole(&self, bytes: &[u8]) -> io::Result<()> {
         self.bars.suspend(|| match &self.sink {
             Sink::Stderr => io::stderr().lock().write_all(bytes),
@@ -88,6 +95,25 @@ impl StepBar {
 }
 
 impl Drop for StepBar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// The progress bar of work over bytes; it goes when it is dropped.
+#[derive(Debug)]
+pub struct ByteBar {
+    bar: ProgressBar,
+}
+
+impl ByteBar {
+    /// From any thread.
+    pub fn advance(&self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+}
+
+impl Drop for ByteBar {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

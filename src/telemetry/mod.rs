@@ -13,7 +13,7 @@ mod record;
 mod run_log;
 mod step_clock;
 
-pub use console::{Console, StepBar};
+pub use console::{ByteBar, Console, StepBar};
 pub use error::TelemetryError;
 pub use format::{hours, step_line, thousands};
 pub use log::{Verbosity, init};

@@ -26,6 +26,8 @@ pub enum TrainError {
     NoTargets,
     #[error("{} was made by another run: {}", path.display(), list(mismatches))]
     Mismatch { path: PathBuf, mismatches: Vec<Mismatch> },
+    #[error("{} is of {method}, which exports a whole model: the base's weights are needed as well", path.display())]
+    ExportNeedsBase { path: PathBuf, method: String },
     #[error("{} has no complete checkpoint", path.display())]
     NothingToResume { path: PathBuf },
     #[error("{} is at step {step}, and the run ends after {total} steps", path.display())]
@@ -77,6 +79,7 @@ impl TrainError {
             }
             Self::NoTargets => Some("raise max_target_length, or look at the rows with `glmddp tokenize`".to_owned()),
             Self::Mismatch { .. } => Some("resume with the settings of the checkpoint, or start anew in another output_dir".to_owned()),
+            Self::ExportNeedsBase { .. } => Some("give `--model_name_or_path`, the folder of the base that the run started from".to_owned()),
             Self::NothingToResume { .. } => Some("start without resume_from_checkpoint, or name a checkpoint folder".to_owned()),
             Self::AlreadyDone { .. } => Some("raise max_steps or num_train_epochs to go on".to_owned()),
             Self::BaseDiffers { .. } => Some("put the same model folder on every machine".to_owned()),

@@ -1,6 +1,7 @@
 //! The training loop.
 
 pub mod adapters;
+pub mod adopt;
 pub mod audit;
 pub mod backprop;
 pub mod base;

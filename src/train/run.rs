@@ -100,7 +100,7 @@ pub fn run_on(
 }
 
 /// Takes the output folder for this run.
-fn claim(plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk) -> Result<(), TrainError> {
+pub(super) fn claim(plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk) -> Result<(), TrainError> {
     let claim = match (&plan.run.resume, plan.run.overwrite_output_dir) {
         (Resume::No, true) => Claim::Overwrite,
         (Resume::No, false) => Claim::Start,
@@ -110,23 +110,23 @@ fn claim(plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk) -> Result<(), T
 }
 
 /// Everything that is there before the first step.
-struct Job<'a> {
+pub(super) struct Job<'a> {
     plan: &'a Plan,
     group: &'a dyn ProcessGroup,
-    model: ChatGlm2,
-    method: Box<dyn PeftMethod>,
-    optimizer: Optimizer<'a>,
-    identity: Identity,
+    pub model: ChatGlm2,
+    pub method: Box<dyn PeftMethod>,
+    pub optimizer: Optimizer<'a>,
+    pub identity: Identity,
     train: Arc<Dataset>,
     validation: Option<Arc<Dataset>>,
-    progress: Progress,
+    pub progress: Progress,
     resumed_from: Option<PathBuf>,
     total_steps: u64,
 }
 
 impl<'a> Job<'a> {
     /// A method and an optimizer on `base`: fresh, or as the checkpoint has them that `plan` goes on from.
-    fn new(plan: &'a Plan, base: Base, group: &'a dyn ProcessGroup, disk: &dyn Disk) -> Result<Self, TrainError> {
+    pub fn new(plan: &'a Plan, base: Base, group: &'a dyn ProcessGroup, disk: &dyn Disk) -> Result<Self, TrainError> {
         let Base { mut model, train, validation, fingerprint, tokenizer_sha256 } = base;
         let config = model.config.clone();
         let mut method = together(group, || Ok(peft::create(&plan.method, &model, plan.run.seed)?))?;

@@ -32,6 +32,18 @@ fn help_of_plan_lists_every_key_by_section() {
 }
 
 #[test]
+fn help_of_checkpoint_lists_its_commands_and_their_options() {
+    let mut command = Cli::command().term_width(100);
+    command.build();
+    let checkpoint = command.find_subcommand_mut("checkpoint").unwrap();
+    let mut text = checkpoint.render_long_help().to_string();
+    for name in ["verify", "inspect", "diff", "export", "prune"] {
+        text += &format!("\n$ glmddp checkpoint {name} --help\n{}", checkpoint.find_subcommand_mut(name).unwrap().render_long_help());
+    }
+    insta::assert_snapshot!("help_checkpoint", text);
+}
+
+#[test]
 fn completions_of_every_shell_know_the_keys() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         assert!(ok(&["completions", shell]).contains("gradient_accumulation_steps"), "{shell}");
