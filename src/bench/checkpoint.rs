@@ -94,7 +94,8 @@ pub fn save_and_load(disk: &dyn Disk, dir: &Path, state: BenchState) -> Result<S
         tokenizer_sha256: String::new(),
         template: String::new(),
     };
-    let header = Header { step: STEPS, consumed_rows: 0, world_size: 1, eval_loss: None, identity, plan: serde_json::Value::Null };
+    let header =
+        Header { step: STEPS, consumed_rows: 0, world_size: 1, eval_loss: None, identity, plan: serde_json::Value::Null, probe: None };
     let part = Part { range: 0..n, flats };
     let state_bytes = part.num_bytes();
     let started = Instant::now();

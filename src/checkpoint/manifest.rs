@@ -46,6 +46,26 @@ pub struct Header {
     pub identity: Identity,
     /// The resolved run, for the reader.
     pub plan: Value,
+    /// None where it was not finite.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<Probe>,
+}
+
+/// What model and parameters gave on a few fixed tokens when they were saved: whoever loads them can hold what they give against it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Probe {
+    pub rows: Vec<ProbeRow>,
+    /// Mean over all targets of all rows, without dropout.
+    pub loss: f64,
+    /// Of each row, behind its last token but one: the logits of the row's first ids, eight at most.
+    pub logits: Vec<f64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeRow {
+    pub ids: Vec<u32>,
+    /// Places in `ids` of the tokens whose loss counts; each is predicted from those before it.
+    pub targets: Vec<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

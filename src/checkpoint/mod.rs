@@ -22,7 +22,9 @@ pub use disk::{Disk, DiskFile, RealDisk};
 pub use draft::{Draft, save};
 pub use error::CheckpointError;
 pub use fault::{Attempt, Call, Fault, FaultyDisk};
-pub use manifest::{FORMAT_VERSION, FileEntry, Header, Identity, Manifest, Mismatch, PieceEntry, ShardEntry, TensorEntry, compare};
+pub use manifest::{
+    FORMAT_VERSION, FileEntry, Header, Identity, Manifest, Mismatch, PieceEntry, Probe, ProbeRow, ShardEntry, TensorEntry, compare,
+};
 pub use output_dir::{Claim, Fate, Keep, Named, claim, clean_leftovers, fates, leftovers, named, retention};
 pub use publish::{publish, publish_file};
 pub use read::{Checkpoint, open};
@@ -110,7 +112,7 @@ mod testing {
             template: "chatglm2".to_owned(),
         };
         let plan = serde_json::json!({"learning_rate": 0.02});
-        Header { step, consumed_rows: 16 * step, world_size: 2, eval_loss: None, identity, plan }
+        Header { step, consumed_rows: 16 * step, world_size: 2, eval_loss: None, identity, plan, probe: None }
     }
 
     /// 18 elements: a scalar, a matrix, an empty tensor and a vector.

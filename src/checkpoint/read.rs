@@ -104,7 +104,7 @@ impl Checkpoint {
             }
             found
         });
-        files.chain(shards).collect()
+        self.check_sums(disk).err().into_iter().chain(files.chain(shards).collect::<Vec<_>>()).collect()
     }
 
     /// Bytes of all tensors and of the files beside the shards.

@@ -6,8 +6,9 @@ use candle_core::{Device, Tensor};
 
 use super::TrainError;
 use super::base::Base;
+use super::probe;
 use super::run::{Job, claim};
-use super::save::{SaveContext, Saver};
+use super::save::{SaveContext, Saver, about};
 use super::state::PARAMETER;
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Disk, Mismatch};
 use crate::config::Plan;
@@ -29,10 +30,11 @@ pub fn import(dir: &Path, plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk
     let base = peft::Base { model: &job.model, fingerprint: &identity.base_fingerprint, tokenizer_sha256: &identity.tokenizer_sha256 };
     peft::import(dir, base, &mut *job.method)?;
     let config = job.model.config.clone();
-    let context = SaveContext { disk, group, plan, config: &config, identity: &identity };
+    let probe_rows = probe::rows(&job.train);
+    let context = SaveContext { disk, group, plan, config: &config, identity: &identity, probe_rows: &probe_rows };
     std::thread::scope(|scope| {
         let mut saver = Saver::new(scope, context);
-        saver.begin(job.progress, None, &*job.method, &job.optimizer)?;
+        saver.begin(job.progress, None, &job.model, &*job.method, &job.optimizer)?;
         saver.drain()?;
         Ok(saver.durable().map(Path::to_owned).unwrap_or_default())
     })
@@ -69,7 +71,7 @@ pub fn export(disk: &dyn Disk, checkpoint: &Checkpoint, model_dir: Option<&Path>
     method.params_mut().load_flat(&Tensor::from_vec(values, layout.num_elements(), &Device::Cpu)?)?;
     method.refresh()?;
     let dtype = (plan.model.torch_dtype == WeightDtype::Bfloat16).then_some(candle_core::DType::BF16);
-    let about = serde_json::to_value(&header.identity).unwrap_or_default();
+    let about = about(&header.identity, header.probe.as_ref());
     Ok(method.export(&ExportContext { model_dir, config: &model.config, dtype, about: &about })?)
 }
 

@@ -71,6 +71,18 @@ pub fn forward(model: &ChatGlm2, method: Option<&dyn PeftMethod>, batch: &MicroB
     Ok(sum(&loss::nll(model, &hidden, &batch.targets)?))
 }
 
+/// As [`forward`], and the logits behind the tokens `at` of the micro-batch, one list a token.
+///
+/// # Errors
+/// When an id, a place or a size does not fit the model.
+pub fn forward_with_logits(model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch, at: &[u32]) -> Result<(f64, Vec<Vec<f32>>)> {
+    let hooks = method.hooks(rows(batch, Mode::Eval))?;
+    let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
+    let nll_sum = sum(&loss::nll(model, &hidden, &batch.targets)?);
+    let logits = loss::logits(model, &hidden.index_select(&Tensor::new(at, hidden.device())?, 0)?)?;
+    Ok((nll_sum, logits.to_vec2()?))
+}
+
 /// KL(base || tuned) in nats, without dropout, summed over the target positions of a micro-batch; `base` is the model that no method touches.
 ///
 /// # Errors

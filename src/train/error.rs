@@ -28,6 +28,8 @@ pub enum TrainError {
     Mismatch { path: PathBuf, mismatches: Vec<Mismatch> },
     #[error("{} is of {method}, which exports a whole model: the base's weights are needed as well", path.display())]
     ExportNeedsBase { path: PathBuf, method: String },
+    #[error("{}: the tuned model does not give what it gave when it was saved: {what} of the probe was {then} and is {now}", path.display())]
+    ProbeDiffers { path: PathBuf, what: String, then: f64, now: f64 },
     #[error("{} has no complete checkpoint", path.display())]
     NothingToResume { path: PathBuf },
     #[error("{} is at step {step}, and the run ends after {total} steps", path.display())]
@@ -79,6 +81,10 @@ impl TrainError {
             }
             Self::NoTargets => Some("raise max_target_length, or look at the rows with `glmddp tokenize`".to_owned()),
             Self::Mismatch { .. } => Some("resume with the settings of the checkpoint, or start anew in another output_dir".to_owned()),
+            Self::ProbeDiffers { .. } => Some(
+                "nothing was changed; use the program, the base and the `rope_table` that it was saved with, or an earlier checkpoint"
+                    .to_owned(),
+            ),
             Self::ExportNeedsBase { .. } => Some("give `--model_name_or_path`, the folder of the base that the run started from".to_owned()),
             Self::NothingToResume { .. } => Some("start without resume_from_checkpoint, or name a checkpoint folder".to_owned()),
             Self::AlreadyDone { .. } => Some("raise max_steps or num_train_epochs to go on".to_owned()),

@@ -10,11 +10,12 @@ use super::base::Base;
 use super::evaluate::{Evaluation, evaluate};
 use super::optimizer::Optimizer;
 use super::requests::{Limits, Listener, Stop, TRIGGER_FILE};
+use super::resume_report::{ResumeReport, Resumed};
 use super::save::{SaveContext, Saver};
 use super::state::{self, Progress};
 use super::step::{StepOutcome, StepSettings, Trainer};
 use super::together::together;
-use super::{TrainError, dump};
+use super::{TrainError, dump, probe};
 use crate::checkpoint::{self, Claim, Disk, Identity};
 use crate::config::Plan;
 use crate::config::plan::{Duration, Resume, WeightDtype};
@@ -117,7 +118,7 @@ pub(super) struct Job<'a> {
     pub method: Box<dyn PeftMethod>,
     pub optimizer: Optimizer<'a>,
     pub identity: Identity,
-    train: Arc<Dataset>,
+    pub train: Arc<Dataset>,
     validation: Option<Arc<Dataset>>,
     pub progress: Progress,
     resumed_from: Option<PathBuf>,
@@ -163,11 +164,14 @@ impl<'a> Job<'a> {
         let total_steps = total_steps(plan, train.num_samples());
         let (output_dir, resume) = (&plan.run.output_dir, &plan.run.resume);
         let resumed = state::resume(disk, group, output_dir, resume, &identity, &mut *method, &mut optimizer)?;
-        if let Some((Progress { step, consumed_rows }, path)) = resumed.as_ref().filter(|(progress, _)| progress.step < total_steps) {
-            tracing::info!("goes on from {}: step {step}, row {consumed_rows} of the training stream", path.display());
-        }
-        let (progress, resumed_from) = resumed.map_or((Progress::default(), None), |(progress, path)| (progress, Some(path)));
         model.replace_weights(&method.trained_base_weights()?)?;
+        if let Some(resumed) = &resumed {
+            together(group, || replay(resumed, &model, &*method, group))?;
+            if resumed.progress.step < total_steps {
+                tracing::info!("{}", ResumeReport::new(resumed, plan));
+            }
+        }
+        let (progress, resumed_from) = resumed.map_or((Progress::default(), None), |resumed| (resumed.progress, Some(resumed.path)));
         tracing::info!(
             "{}: {} layers, hidden {}, {} trainable parameters ({})",
             config.name,
@@ -190,7 +194,8 @@ impl<'a> Job<'a> {
 
     fn train(self, disk: &dyn Disk, console: &Console, limits: &Limits) -> Result<Outcome, TrainError> {
         let (plan, group, config, identity) = (self.plan, self.group, self.model.config.clone(), self.identity.clone());
-        let context = SaveContext { disk, group, plan, config: &config, identity: &identity };
+        let probe_rows = probe::rows(&self.train);
+        let context = SaveContext { disk, group, plan, config: &config, identity: &identity, probe_rows: &probe_rows };
         std::thread::scope(|scope| {
             let mut saver = Saver::new(scope, context);
             let outcome = self.steps(&mut saver, &context, console, limits);
@@ -297,7 +302,7 @@ impl<'a> Job<'a> {
             if saves {
                 group.now_at(done, "saving");
                 let eval_loss = evaluation.filter(|(step, _)| *step == done).map(|(_, evaluation)| evaluation.loss);
-                timer.time(Phase::Save, || saver.begin(self.progress, eval_loss, &*self.method, &self.optimizer))?;
+                timer.time(Phase::Save, || saver.begin(self.progress, eval_loss, &self.model, &*self.method, &self.optimizer))?;
                 if waits_for_save {
                     timer.time(Phase::Save, || saver.drain())?;
                 }
@@ -316,7 +321,7 @@ impl<'a> Job<'a> {
         let ending = match stopped {
             Some(by) => Ending::Stopped { by, total_steps: self.total_steps },
             None => {
-                let export = || if group.rank() == 0 { context.export(&*self.method) } else { Ok(PathBuf::new()) };
+                let export = || if group.rank() == 0 { context.export(&self.model, &*self.method) } else { Ok(PathBuf::new()) };
                 Ending::Done { adapter: together(group, export)? }
             }
         };
@@ -426,6 +431,15 @@ impl<'a> Job<'a> {
             }
         }
         TrainError::StepNotFinite { step: step + 1, what, rows }
+    }
+}
+
+/// Tests on the first rank that what was restored gives what it gave when it was saved.
+fn replay(resumed: &Resumed, model: &ChatGlm2, method: &dyn PeftMethod, group: &dyn ProcessGroup) -> Result<(), TrainError> {
+    let Some(probe) = resumed.header.probe.as_ref().filter(|_| group.rank() == 0) else { return Ok(()) };
+    match probe::replay(model, method, probe)? {
+        Some((what, then, now)) => Err(TrainError::ProbeDiffers { path: resumed.path.clone(), what, then, now }),
+        None => Ok(()),
     }
 }
 

@@ -11,16 +11,20 @@ use candle_core::DType;
 
 use super::TrainError;
 use super::optimizer::Optimizer;
+use super::probe;
 use super::state::{PARAMETER, Progress};
 use super::together::together;
-use crate::checkpoint::{self, CheckpointError, Disk, Draft, FileEntry, Flat, Header, Identity, Keep, Part, Written};
+use crate::checkpoint::{self, CheckpointError, Disk, Draft, FileEntry, Flat, Header, Identity, Keep, Part, Probe, ProbeRow, Written};
 use crate::config::Plan;
 use crate::config::plan::{OnSaveError, WeightDtype};
 use crate::dist::{AgreedError, ProcessGroup, Shards};
-use crate::model::ModelConfig;
+use crate::model::{ChatGlm2, ModelConfig};
 use crate::optim;
 use crate::params::Layout;
 use crate::peft::{ExportContext, PeftMethod};
+
+/// Key of the probe in what an export says of itself.
+pub(super) const PROBE: &str = "probe";
 
 /// What is the same for all saves of a run.
 #[derive(Clone, Copy)]
@@ -30,6 +34,8 @@ pub struct SaveContext<'a> {
     pub plan: &'a Plan,
     pub config: &'a ModelConfig,
     pub identity: &'a Identity,
+    /// What each save computes a probe on.
+    pub probe_rows: &'a [ProbeRow],
 }
 
 /// Saves checkpoints, at most one at a time. All ranks call the same methods at the same steps.
@@ -102,6 +108,7 @@ impl<'scope, 'env> Saver<'scope, 'env> {
         &mut self,
         progress: Progress,
         eval_loss: Option<f64>,
+        model: &ChatGlm2,
         method: &dyn PeftMethod,
         optimizer: &Optimizer,
     ) -> Result<(), TrainError> {
@@ -115,7 +122,7 @@ impl<'scope, 'env> Saver<'scope, 'env> {
                 tracing::warn!("checkpoint-{} waited {seconds:.1} s until checkpoint-{step} was written", progress.step);
             }
         }
-        let result = self.start(progress, eval_loss, method, optimizer);
+        let result = self.start(progress, eval_loss, model, method, optimizer);
         self.settle(progress.step, result)
     }
 
@@ -148,32 +155,35 @@ impl<'scope, 'env> Saver<'scope, 'env> {
         &mut self,
         progress: Progress,
         eval_loss: Option<f64>,
+        model: &ChatGlm2,
         method: &dyn PeftMethod,
         optimizer: &Optimizer,
     ) -> Result<(), TrainError> {
         let SaveContext { disk, group, plan, identity, .. } = self.context;
         let begun = Instant::now();
-        let header = Header {
+        let mut header = Header {
             step: progress.step,
             consumed_rows: progress.consumed_rows,
             world_size: group.world_size(),
             eval_loss: eval_loss.filter(|loss| loss.is_finite()),
             identity: identity.clone(),
             plan: serde_json::to_value(plan).unwrap_or_default(),
+            probe: None,
         };
         let draft = Draft::new(disk, &plan.run.output_dir, progress.step);
         let snapshot = together(group, || {
             let part = snapshot(group, method, optimizer)?;
+            let probe = if group.rank() == 0 { self.context.probe(model, method)? } else { None };
             // What a method that trains the base exports is a whole model: the state has all of it that can change.
             let exports = group.rank() == 0 && method.trained_base_weights()?.is_empty();
-            let files = if exports { self.context.adapter_files(method)? } else { Vec::new() };
+            let files = if exports { self.context.adapter_files(method, probe.as_ref())? } else { Vec::new() };
             if group.rank() == 0 {
                 let of_files: u64 = files.iter().map(|(_, bytes)| bytes.len() as u64).sum();
                 draft.begin(part.bytes_of(method.params().layout().num_elements()) + of_files)?;
             }
-            Ok((part, files))
+            Ok((part, files, probe))
         });
-        let (part, files) = match snapshot {
+        let (part, files, probe) = match snapshot {
             Ok(snapshot) => snapshot,
             Err(error) => {
                 if self.is_first() {
@@ -182,6 +192,7 @@ impl<'scope, 'env> Saver<'scope, 'env> {
                 return Err(error);
             }
         };
+        header.probe = probe;
         let (rank, world_size, layout) = (group.rank(), group.world_size(), Arc::new(method.params().layout().clone()));
         let write = {
             let (draft, layout) = (draft.clone(), Arc::clone(&layout));
@@ -293,18 +304,37 @@ impl SaveContext<'_> {
     ///
     /// # Errors
     /// When the disk fails; an adapter that was there before stays.
-    pub fn export(&self, method: &dyn PeftMethod) -> Result<PathBuf, TrainError> {
+    pub fn export(&self, model: &ChatGlm2, method: &dyn PeftMethod) -> Result<PathBuf, TrainError> {
         let path = self.plan.run.output_dir.join("adapter");
-        let files = self.adapter_files(method)?;
+        let files = self.adapter_files(method, self.probe(model, method)?.as_ref())?;
         let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
         checkpoint::publish(self.disk, &path, &files)?;
         Ok(path)
     }
 
-    fn adapter_files(&self, method: &dyn PeftMethod) -> Result<Vec<(String, Vec<u8>)>, TrainError> {
-        let about = serde_json::to_value(self.identity).unwrap_or_default();
+    fn probe(&self, model: &ChatGlm2, method: &dyn PeftMethod) -> Result<Option<Probe>, TrainError> {
+        let probe = probe::compute(model, method, self.probe_rows)?;
+        if probe.is_none() {
+            tracing::warn!(
+                "what is saved has no probe: the tuned model gives values that are not finite on the first rows, or these are too short"
+            );
+        }
+        Ok(probe)
+    }
+
+    fn adapter_files(&self, method: &dyn PeftMethod, probe: Option<&Probe>) -> Result<Vec<(String, Vec<u8>)>, TrainError> {
+        let about = about(self.identity, probe);
         let (model_dir, dtype) = (&self.plan.model.model_name_or_path, self.plan.model.torch_dtype);
         let dtype = (dtype == WeightDtype::Bfloat16).then_some(DType::BF16);
         Ok(method.export(&ExportContext { model_dir, config: self.config, dtype, about: &about })?)
     }
+}
+
+/// What an export says of itself.
+pub(super) fn about(identity: &Identity, probe: Option<&Probe>) -> serde_json::Value {
+    let mut about = serde_json::to_value(identity).unwrap_or_default();
+    if let (Some(about), Some(probe)) = (about.as_object_mut(), probe) {
+        about.insert(PROBE.to_owned(), serde_json::to_value(probe).unwrap_or_default());
+    }
+    about
 }

@@ -6,8 +6,9 @@ use candle_core::{Device, Tensor};
 
 use super::TrainError;
 use super::optimizer::Optimizer;
+use super::resume_report::{PassedOver, Resumed};
 use super::together::together;
-use crate::checkpoint::{self, CheckpointError, Disk, Identity};
+use crate::checkpoint::{self, CheckpointError, Disk, Header, Identity};
 use crate::config::plan::Resume;
 use crate::dist::ProcessGroup;
 use crate::params::Layout;
@@ -28,6 +29,7 @@ pub struct Progress {
 /// What this rank needs of a checkpoint.
 struct Read<'k> {
     progress: Progress,
+    header: Header,
     parameters: Vec<f32>,
     /// This rank's shard of the optimizer's state, by kind.
     state: Vec<(&'k str, Vec<f32>)>,
@@ -46,14 +48,14 @@ pub fn resume(
     identity: &Identity,
     method: &mut dyn PeftMethod,
     optimizer: &mut Optimizer,
-) -> Result<Option<(Progress, PathBuf)>, TrainError> {
+) -> Result<Option<Resumed>, TrainError> {
     let (candidates, may_fall_back) = match resume {
         Resume::No => return Ok(None),
         Resume::Path(path) => (vec![path.clone()], false),
         Resume::Latest => (newest_first(disk, group, output_dir)?, true),
     };
     let layout = method.params().layout().clone();
-    let mut skipped = Vec::new();
+    let mut passed_over: Vec<PassedOver> = Vec::new();
     for path in candidates {
         let mine = together(group, || match read(disk, group, &path, identity, &layout, optimizer) {
             Err(TrainError::Checkpoint(error)) if may_fall_back && is_damage(&error) => Ok(Err(error.to_string())),
@@ -63,20 +65,25 @@ pub fn resume(
         let reasons = group.all_gather_bytes(reason)?;
         match (reasons.iter().find(|reason| !reason.is_empty()), mine) {
             (None, Ok(read)) => {
-                let progress = read.progress;
+                let (progress, header) = (read.progress, read.header.clone());
                 together(group, || put(read, method, optimizer))?;
-                return Ok(Some((progress, path)));
+                return Ok(Some(Resumed { path, progress, header, passed_over }));
             }
-            (reason, _) => skipped.push(reason.map_or(String::new(), |reason| String::from_utf8_lossy(reason).into_owned())),
-        }
-        if let (0, Some(reason)) = (group.rank(), skipped.last()) {
-            tracing::warn!("{} is passed over: {reason}", path.display());
+            (reason, _) => {
+                let reason = reason.map_or(String::new(), |reason| String::from_utf8_lossy(reason).into_owned());
+                if group.rank() == 0 {
+                    tracing::warn!("{} is passed over: {reason}", path.display());
+                }
+                passed_over.push(PassedOver { path, reason });
+            }
         }
     }
     together(group, || {
-        Err(match skipped.first() {
+        Err(match passed_over.first() {
             None => TrainError::NothingToResume { path: output_dir.to_owned() },
-            Some(newest) => CheckpointError::NoneGood { path: output_dir.to_owned(), num: skipped.len(), newest: newest.clone() }.into(),
+            Some(newest) => {
+                CheckpointError::NoneGood { path: output_dir.to_owned(), num: passed_over.len(), newest: newest.reason.clone() }.into()
+            }
         })
     })
 }
@@ -120,7 +127,12 @@ fn read<'k>(
     let mut flats = checkpoint.flats(disk, layout, &wanted)?;
     let state = flats.split_off(1);
     let progress = Progress { step: header.step, consumed_rows: header.consumed_rows };
-    Ok(Read { progress, parameters: flats.remove(0), state: optimizer.kinds().iter().copied().zip(state).collect() })
+    Ok(Read {
+        progress,
+        header: header.clone(),
+        parameters: flats.remove(0),
+        state: optimizer.kinds().iter().copied().zip(state).collect(),
+    })
 }
 
 fn put(read: Read, method: &mut dyn PeftMethod, optimizer: &mut Optimizer) -> Result<(), TrainError> {

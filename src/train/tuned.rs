@@ -6,11 +6,14 @@ use candle_core::Device;
 
 use super::TrainError;
 use super::base::same_base;
+use super::probe;
+use super::save::PROBE;
 use super::together::together;
 use crate::dist::ProcessGroup;
 use crate::model::hooks::{Hooks, NoHooks};
 use crate::model::weights::WeightSource;
 use crate::model::{ChatGlm2, ModelConfig, RopeTable};
+use crate::peft::export::{ABOUT_FILE, ExportError};
 use crate::peft::{self, Base, Mode, PeftMethod, RowContext};
 use crate::tokenizer::GlmTokenizer;
 
@@ -41,6 +44,7 @@ impl Tuned {
         let fingerprint = same_base(group, &fingerprint)?;
         let base = Base { model: &model, fingerprint: &fingerprint, tokenizer_sha256: tokenizer.sha256() };
         let method = together(group, || Ok(adapter.map(|adapter| peft::read(adapter, base)).transpose()?))?;
+        together(group, || replay(&model, method.as_deref(), adapter.filter(|_| group.rank() == 0)))?;
         Ok(Self { tokenizer, model, method })
     }
 
@@ -52,5 +56,17 @@ impl Tuned {
         let Some(method) = &self.method else { return work(&NoHooks) };
         let rows = RowContext { stream_positions: &[0], row_bounds: &[0, num_tokens], mode: Mode::Eval };
         work(&*method.hooks(rows)?)
+    }
+}
+
+/// Tests that an adapter gives what it gave when it was exported, where it says.
+fn replay(model: &ChatGlm2, method: Option<&dyn PeftMethod>, adapter: Option<&Path>) -> Result<(), TrainError> {
+    let (Some(method), Some(adapter)) = (method, adapter) else { return Ok(()) };
+    let probe = peft::read::about(adapter)?.and_then(|about| about.get(PROBE).cloned());
+    let Some(probe) = probe else { return Ok(()) };
+    let probe = serde_json::from_value(probe).map_err(|source| ExportError::Json { path: adapter.join(ABOUT_FILE), source })?;
+    match probe::replay(model, method, &probe)? {
+        Some((what, then, now)) => Err(TrainError::ProbeDiffers { path: adapter.to_owned(), what, then, now }),
+        None => Ok(()),
     }
 }

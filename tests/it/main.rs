@@ -30,6 +30,7 @@ mod mpi;
 mod overlap;
 mod peft;
 mod power_loss;
+mod resume;
 mod rust_source;
 mod soft_prompt;
 mod stop;
