@@ -16,7 +16,7 @@ const NUM_LOGITS: usize = 8;
 /// bfloat16. A wrong base, prefix or scale moves losses by more than this.
 const TOLERANCE: f64 = 1e-3;
 
-/// The tokens of a run's probe: rows cut at [`MAX_TOKENS`]. None where no row has two tokens.
+/// The tokens of a run's probe: the first two rows, cut at 64 tokens. None where no row has two tokens.
 pub fn rows(data: &Dataset) -> Vec<ProbeRow> {
     let rows = (0..data.num_samples().min(NUM_ROWS)).map(|i| data.sample(i));
     let cut = rows.map(|row| row.ids[..row.ids.len().min(MAX_TOKENS)].to_vec()).filter(|ids| ids.len() > 1);
