@@ -13,6 +13,7 @@ mod counting;
 mod formats;
 mod harness;
 mod mutate;
+mod regressions;
 mod watch;
 
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! The pickle machine. Values live in an arena, so that no nesting, however deep, recurses.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use ::safetensors::Dtype;
 
@@ -123,24 +123,19 @@ impl<'a> Unpickled<'a> {
         self.arena.iter().filter_map(|node| if let Node::Storage(s) = node { Some(s) } else { None })
     }
 
-    /// The tensors of a dictionary; entries of other kinds are left out.
-    pub fn tensors(self) -> Result<Vec<(&'a str, TensorRecord<'a>)>> {
+    /// The tensors of a dictionary; entries of other kinds are left out, and of entries with one name all but the last.
+    pub fn tensors(self) -> Result<BTreeMap<&'a str, TensorRecord<'a>>> {
         let found = |what: &str| ParseError::new(format!("expected a dictionary of tensors, found {what}"));
         let Value::Node(root) = self.root else { return Err(found("a plain value")) };
         let Node::Dict(items) = &self.arena[root] else { return Err(found("a single object")) };
-        let tensors: Vec<_> = items
-            .iter()
-            .filter_map(|(name, value)| match (name, value) {
-                (Value::Text(name), Value::Node(i)) => {
-                    if let Node::Tensor(t) = &self.arena[*i] {
-                        Some((*name, t.clone()))
-                    } else {
-                        None
-                    }
-                }
-                _ => None,
-            })
-            .collect();
+        let mut tensors = BTreeMap::new();
+        for (name, value) in items {
+            if let (Value::Text(name), Value::Node(i)) = (name, value)
+                && let Node::Tensor(tensor) = &self.arena[*i]
+            {
+                tensors.insert(*name, tensor.clone());
+            }
+        }
         if tensors.is_empty() { Err(found("a dictionary without any at its top level")) } else { Ok(tensors) }
     }
 }

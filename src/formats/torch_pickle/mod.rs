@@ -19,7 +19,7 @@ pub use zipped::{is_zip, parse_zip};
 
 /// Places each tensor of a top-level dictionary. `storage` gives a storage's byte range in the file.
 fn place<'a>(
-    tensors: Vec<(&'a str, machine::TensorRecord<'a>)>,
+    tensors: BTreeMap<&'a str, machine::TensorRecord<'a>>,
     mut storage: impl FnMut(&machine::StorageRef<'a>) -> Result<std::ops::Range<usize>, ParseError>,
 ) -> Result<BTreeMap<String, Placed>, ParseError> {
     tensors
@@ -97,7 +97,7 @@ mod tests {
         ]
         .concat();
         let tensors = machine::unpickle(&object).unwrap().tensors().unwrap();
-        assert_eq!((tensors.len(), tensors[0].0, &tensors[0].1.shape), (1, "a", &vec![2, 3]));
+        assert_eq!((tensors.len(), &tensors["a"].shape), (1, &vec![2, 3]));
     }
 
     #[test]
