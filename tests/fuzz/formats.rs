@@ -16,24 +16,96 @@ const BOUND: Bound = Bound { constant: 1 << 20, factor: 512 };
 const MAX_READ: usize = 32;
 
 const PICKLE_WORDS: &[&[u8]] = &[
-    b"(", b"t", b")", b"R", b"Q", b"s", b"u", b"]", b"}", b"a", b"e", b"d", b"l", b"2", b"0", b"1", b"b", b"q\x00", b"h\x00", b"r\0\0\0\x01",
-    b"j\0\0\0\x01", b"\x94", b"\x85", b"\x86", b"\x87", b"N", b"\x88", b"K\xff", b"M\xff\xff", b"J\xff\xff\xff\xff", b"\x8a\x01\xff",
-    b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"\x8c\x01a", b"\x8d\0\0\0\0\0\0\0\x80", b"\x93",
-    b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nFloatStorage\n", b"ctorch\nBoolStorage\n", b"ctorch\nSize\n", b"ccollections\nOrderedDict\n",
-    b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_parameter\n", b"ctorch._tensor\n_rebuild_from_type_v2\n",
-    b"ctorch._tensor\nTensor\n", b".", b"\x80\x02", b"\x95\xff\xff\xff\xff\xff\xff\xff\xff", b"G\0\0\0\0\0\0\0\0", b"h\x00h\x00\x86q\x00",
+    b"(",
+    b"t",
+    b")",
+    b"R",
+    b"Q",
+    b"s",
+    b"u",
+    b"]",
+    b"}",
+    b"a",
+    b"e",
+    b"d",
+    b"l",
+    b"2",
+    b"0",
+    b"1",
+    b"b",
+    b"q\x00",
+    b"h\x00",
+    b"r\0\0\0\x01",
+    b"j\0\0\0\x01",
+    b"\x94",
+    b"\x85",
+    b"\x86",
+    b"\x87",
+    b"N",
+    b"\x88",
+    b"K\xff",
+    b"M\xff\xff",
+    b"J\xff\xff\xff\xff",
+    b"\x8a\x01\xff",
+    b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f",
+    b"\x8b\xff\xff\xff\x7f",
+    b"X\xff\xff\xff\xff",
+    b"\x8c\x01a",
+    b"\x8d\0\0\0\0\0\0\0\x80",
+    b"\x93",
+    b"cos\nsystem\n",
+    b"cbuiltins\neval\n",
+    b"ctorch\nFloatStorage\n",
+    b"ctorch\nBoolStorage\n",
+    b"ctorch\nSize\n",
+    b"ccollections\nOrderedDict\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch._utils\n_rebuild_parameter\n",
+    b"ctorch._tensor\n_rebuild_from_type_v2\n",
+    b"ctorch._tensor\nTensor\n",
+    b".",
+    b"\x80\x02",
+    b"\x95\xff\xff\xff\xff\xff\xff\xff\xff",
+    b"G\0\0\0\0\0\0\0\0",
+    b"h\x00h\x00\x86q\x00",
 ];
 const HEADER_WORDS: &[&[u8]] = &[
-    b"{", b"}", b"[", b"]", b"\"a\":", b"{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}", b"\"dtype\":\"F4\"", b"\"dtype\":\"F8_E4M3\"",
-    b"\"BOOL\"", b"\"U64\"", b"\"I8\"", b"\"F64\"", b"\"shape\":[0]", b"\"shape\":[]", b"\"shape\":[4294967296,4294967296]",
-    b"\"data_offsets\":[0,18446744073709551615]", b"\"__metadata__\":{\"format\":\"pt\"},", b"\\u0000", b"\xff", b"0,",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b"\"a\":",
+    b"{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}",
+    b"\"dtype\":\"F4\"",
+    b"\"dtype\":\"F8_E4M3\"",
+    b"\"BOOL\"",
+    b"\"U64\"",
+    b"\"I8\"",
+    b"\"F64\"",
+    b"\"shape\":[0]",
+    b"\"shape\":[]",
+    b"\"shape\":[4294967296,4294967296]",
+    b"\"data_offsets\":[0,18446744073709551615]",
+    b"\"__metadata__\":{\"format\":\"pt\"},",
+    b"\\u0000",
+    b"\xff",
+    b"0,",
 ];
 const ZIP_WORDS: &[&[u8]] = &[
-    b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"\xff\xff\xff\xff", b"\x01\x00\x10\x00", b"../outside/", b"data.pkl",
-    b"data/0", b"/",
+    b"PK\x01\x02",
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"PK\x06\x06",
+    b"PK\x06\x07",
+    b"\xff\xff\xff\xff",
+    b"\x01\x00\x10\x00",
+    b"../outside/",
+    b"data.pkl",
+    b"data/0",
+    b"/",
 ];
 
-pub fn file(bytes: Vec<u8>) -> Folder {
+fn file(bytes: Vec<u8>) -> Folder {
     Folder::from([(MODEL.to_owned(), bytes)])
 }
 
@@ -51,7 +123,12 @@ fn read(dir: &Path) -> Result<(), String> {
     Ok(())
 }
 
-pub fn target(name: &'static str, seeds: Vec<Folder>, words: &'static [&'static [u8]], assemble: fn(Folder, &mut Dice) -> Folder) -> Target<'static> {
+fn target(
+    name: &'static str,
+    seeds: Vec<Folder>,
+    words: &'static [&'static [u8]],
+    assemble: fn(Folder, &mut Dice) -> Folder,
+) -> Target<'static> {
     Target { name, executions: 3000, seeds, words, assemble, bound: BOUND, read: Box::new(read) }
 }
 
@@ -119,19 +196,29 @@ fn legacy_pickles_from_anyone_are_read_or_refused() {
     fuzz(&target("legacy pickle", vec![file(archive::legacy())], PICKLE_WORDS, as_it_is));
 }
 
+/// The reader's answer to one file.
+pub fn opened(bytes: Vec<u8>) -> Result<(), String> {
+    read_one(&target("file", Vec::new(), &[], as_it_is), &file(bytes))
+}
+
 /// The reader's answer to a pickle in an archive that is otherwise whole.
 pub fn unpickled(pickle: &[u8]) -> Result<(), String> {
-    let target = target("unpickled", Vec::new(), &[], as_it_is);
-    read_one(&target, &archive::zip_model(archive::around(pickle), &mut Dice::new(0, "", 0)))
+    let folder = archive::zip_model(archive::around(pickle), &mut Dice::new(0, "", 0));
+    opened(folder[MODEL].clone())
 }
 
 #[test]
 fn pickle_that_asks_for_code_is_refused_by_its_name_and_runs_nothing() {
     let mark = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz-executed");
     let _ = std::fs::remove_file(&mark);
-    for (module, name) in
-        [("os", "system"), ("posix", "system"), ("subprocess", "check_output"), ("builtins", "eval"), ("builtins", "exec"), ("torch", "load")]
-    {
+    for (module, name) in [
+        ("os", "system"),
+        ("posix", "system"),
+        ("subprocess", "check_output"),
+        ("builtins", "eval"),
+        ("builtins", "exec"),
+        ("torch", "load"),
+    ] {
         let error = unpickled(&archive::calling(module, name, &format!("touch {}", mark.display()))).unwrap_err();
         assert!(error.contains(&format!("asks for `{module}.{name}`")), "{error}");
     }

@@ -58,7 +58,8 @@ struct Seen {
     accepted: u64,
     /// Greatest share of its bound that an input used, in percent, and that input's bytes live and size.
     memory: (f64, usize, usize),
-    slowest: Duration,
+    /// The longest execution, and the number of its input.
+    slowest: (Duration, u64),
     failures: Vec<String>,
 }
 
@@ -101,7 +102,7 @@ impl Stage {
         self.watch.events();
         let started = Instant::now();
         let (result, peak) = peak_of(|| catch_unwind(AssertUnwindSafe(|| (target.read)(&dir))));
-        seen.slowest = seen.slowest.max(started.elapsed());
+        seen.slowest = seen.slowest.max((started.elapsed(), seen.executions));
         seen.executions += 1;
         let size: usize = folder.values().map(Vec::len).sum();
         let allowed = target.bound.constant + target.bound.factor * size;
@@ -168,8 +169,8 @@ fn report(target: &Target, seen: &Seen, took: Duration) {
     write!(line, " {:>9} executions {:>8.1} s", seen.executions, took.as_secs_f64()).unwrap();
     write!(line, " | {} accepted, {} refused", seen.accepted, seen.executions - seen.accepted).unwrap();
     write!(line, " | memory {share:.0} % of its bound ({peak} bytes live for {size})").unwrap();
-    write!(line, " | slowest {:.0} ms", seen.slowest.as_secs_f64() * 1e3).unwrap();
-    eprintln!("{line}");
+    write!(line, " | slowest {:.0} ms (input {})", seen.slowest.0.as_secs_f64() * 1e3, seen.slowest.1).unwrap();
+    eprintln!("\n{line}");
     assert!(seen.failures.is_empty(), "{} (seed and number give the input again):\n{}", target.name, seen.failures.join("\n"));
     assert!(0 < seen.accepted && seen.accepted < seen.executions, "the inputs of {} are all alike", target.name);
 }

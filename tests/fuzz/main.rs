@@ -12,8 +12,10 @@ mod archive;
 mod counting;
 mod formats;
 mod harness;
+mod models;
 mod mutate;
 mod regressions;
+mod texts;
 mod watch;
 
 use std::collections::BTreeMap;
