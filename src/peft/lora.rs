@@ -42,6 +42,16 @@ pub fn name_of_magnitude(layer: usize, site: LinearSite) -> String {
     format!("{}.lora_magnitude_vector", site.path(layer))
 }
 
+/// Names and shapes of the parameters of one target.
+fn parameter_shapes(settings: &Settings, (layer, site): (usize, LinearSite), (out, input): (usize, usize)) -> Vec<(String, Vec<usize>)> {
+    let rank = settings.rank.get();
+    let mut shapes = vec![(name_of_A(layer, site), vec![rank, input]), (name_of_B(layer, site), vec![out, rank])];
+    if settings.use_dora {
+        shapes.push((name_of_magnitude(layer, site), vec![out]));
+    }
+    shapes
+}
+
 /// The base's weights under DoRA, and what follows from them and the parameters.
 struct Magnitudes {
     weights: BTreeMap<(usize, LinearSite), Tensor>,
@@ -67,14 +77,15 @@ impl Lora {
     pub fn new(settings: Settings, targets: Targets, base: &ChatGlm2, seed: u64) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for (&(layer, site), &(out, input)) in &targets.0 {
-            let (a, b) = (name_of_A(layer, site), name_of_B(layer, site));
-            let rng = KeyedRng::new(seed, Stream::ParameterInit, name_key(&a));
-            let (rank, bound) = (settings.rank.get(), 1.0 / (input as f32).sqrt());
-            let values = (0..(rank * input) as u64).map(|i| (2.0 * rng.uniform(i) - 1.0) * bound).collect();
-            tensors.insert(a, tensor(values, &[rank, input])?);
-            tensors.insert(b, tensor(vec![0.0; out * rank], &[out, rank])?);
-            if settings.use_dora {
-                tensors.insert(name_of_magnitude(layer, site), tensor(vec![0.0; out], &[out])?);
+            for (name, dims) in parameter_shapes(&settings, (layer, site), (out, input)) {
+                let num_elements: usize = dims.iter().product();
+                let values = if name == name_of_A(layer, site) {
+                    let (rng, bound) = (KeyedRng::new(seed, Stream::ParameterInit, name_key(&name)), 1.0 / (input as f32).sqrt());
+                    (0..num_elements as u64).map(|i| (2.0 * rng.uniform(i) - 1.0) * bound).collect()
+                } else {
+                    vec![0.0; num_elements]
+                };
+                tensors.insert(name, tensor(values, &dims)?);
             }
         }
         let magnitudes = if settings.use_dora {
@@ -152,13 +163,15 @@ impl Lora {
             use_rslora: flag("use_rslora"),
             use_dora: flag("use_dora"),
         };
-        let targets = settings.targets(&ModelShape::from(&base.config))?;
-        let method = Self::new(settings.clone(), targets, base, 0)?;
-        let names: Vec<String> = method.params.layout().iter().map(|(name, _)| format!("{PEFT_PREFIX}{name}")).collect();
+        let targets = Targets::new(&ModelShape::from(&base.config), &settings.targets)
+            .map_err(|reason| file.key_error("target_modules", format!("linear layers of the model ({reason})")))?;
+        // The file's tensors are held against the rank before anything of that rank is made.
+        let shapes: BTreeMap<_, _> = targets.0.iter().flat_map(|(&target, &size)| parameter_shapes(&settings, target, size)).collect();
+        let names: Vec<String> = shapes.keys().map(|name| format!("{PEFT_PREFIX}{name}")).collect();
         file.expect_tensors(names.iter().map(String::as_str), &format!("{PEFT_PREFIX}{LAYERS}"))?;
-        let tensors = method.params.layout().iter().map(|(name, entry)| {
-            let value = file.tensor(&format!("{PEFT_PREFIX}{name}"), &entry.shape)?;
-            Ok((name.to_owned(), value))
+        let tensors = shapes.into_iter().map(|(name, shape)| {
+            let value = file.tensor(&format!("{PEFT_PREFIX}{name}"), &shape)?;
+            Ok((name, value))
         });
         Self::from_tensors(&settings, base, &tensors.collect::<std::result::Result<_, ExportError>>()?)
     }

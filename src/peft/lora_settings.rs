@@ -125,7 +125,7 @@ impl super::Settings for Settings {
 pub struct Targets(pub(super) BTreeMap<(usize, LinearSite), (usize, usize)>);
 
 impl Targets {
-    fn new(shape: &ModelShape, selector: &Selector) -> std::result::Result<Self, String> {
+    pub(super) fn new(shape: &ModelShape, selector: &Selector) -> std::result::Result<Self, String> {
         let all = (0..shape.layers as usize).flat_map(|layer| LinearSite::ALL.map(|site| (site.path(layer), (layer, site))));
         let all: BTreeMap<String, (usize, LinearSite)> = all.collect();
         let chosen = selector.select(&all.keys().map(String::as_str).collect::<Vec<_>>())?;

@@ -1,7 +1,11 @@
 //! What once broke a promise: each input, and what is said of it now.
 
-use crate::archive;
+use glmddp::peft::FinetuningType;
+use glmddp::peft::keys::MethodKeys;
+
 use crate::formats::{opened, unpickled};
+use crate::harness::read_one;
+use crate::{archive, models};
 
 #[test]
 fn tensors_under_one_long_name_cost_the_name_once() {
@@ -14,4 +18,20 @@ fn archive_with_two_pickles_is_refused_by_both_names() {
     let two = archive::zip_of([("a/data.pkl", &pickle[..]), ("b/data.pkl", &pickle[..]), ("a/data/0", &[0; 64]), ("b/data/0", &[1; 64])]);
     let error = opened(two).unwrap_err();
     assert!(error.contains("`a/data.pkl` and `b/data.pkl`"), "{error}");
+}
+
+#[test]
+fn adapter_of_a_rank_that_its_file_has_not_is_refused_by_its_tensor() {
+    let lora = models::exported(MethodKeys { lora_rank: Some(2), ..models::keys(FinetuningType::Lora) });
+    for rank in [1_000_000_000, u64::MAX] {
+        let error = read_one(&models::adapter(Vec::new()), &models::with(&lora, "\"r\": 2", &format!("\"r\": {rank}"))).unwrap_err();
+        assert!(error.contains(&format!("expected [{rank}, 8]")), "{error}");
+    }
+}
+
+#[test]
+fn adapter_on_layers_that_the_model_has_not_is_refused_by_its_file() {
+    let lora = models::exported(MethodKeys { lora_rank: Some(2), ..models::keys(FinetuningType::Lora) });
+    let error = read_one(&models::adapter(Vec::new()), &models::with(&lora, "\"query_key_value\"", "\"q_proj\"")).unwrap_err();
+    assert!(error.contains("adapter_config.json: key `target_modules`") && error.contains("nothing is called `q_proj`"), "{error}");
 }
