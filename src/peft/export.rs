@@ -371,7 +371,8 @@ pub(super) fn read_tensor(file: &TensorFile, name: &str, dims: &[usize]) -> Resu
     if view.shape() != dims {
         return Err(wrong_shape(name, &format!("{dims:?}"), &format!("{:?}", view.shape()), Some(file.path())));
     }
-    Ok(view.to_tensor(DType::F32, &Device::Cpu)?)
+    view.to_tensor(DType::F32, &Device::Cpu)
+        .map_err(|error| FormatError::Tensor { path: file.path().to_owned(), name: name.to_owned(), reason: error.to_string() }.into())
 }
 
 pub(super) fn check_shape(name: &str, tensor: &Tensor, dims: &[usize], path: Option<&Path>) -> Result<(), ExportError> {

@@ -35,3 +35,13 @@ fn adapter_on_layers_that_the_model_has_not_is_refused_by_its_file() {
     let error = read_one(&models::adapter(Vec::new()), &models::with(&lora, "\"query_key_value\"", "\"q_proj\"")).unwrap_err();
     assert!(error.contains("adapter_config.json: key `target_modules`") && error.contains("nothing is called `q_proj`"), "{error}");
 }
+
+#[test]
+fn adapter_of_whole_numbers_is_refused_by_its_file() {
+    let mut prompt = models::exported(MethodKeys { num_virtual_tokens: Some(2), ..models::keys(FinetuningType::PromptTuning) });
+    let weights = prompt.get_mut("adapter_model.safetensors").unwrap();
+    let at = weights.windows(5).position(|w| w == b"\"F32\"").unwrap();
+    weights[at + 1..at + 4].copy_from_slice(b"I32");
+    let error = read_one(&models::adapter(Vec::new()), &prompt).unwrap_err();
+    assert!(error.contains("adapter_model.safetensors: dtype I32 cannot be read as F32"), "{error}");
+}
