@@ -1,7 +1,10 @@
 //! Which parts of the model a method is about, as PEFT's `target_modules` says it: a list of names, or one regular expression.
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Serialize};
+
+/// Memory of a compiled expression. One for a model's names takes some kilobytes; the library would allow 10 MB, which `(a{1000}){1000}` takes.
+const MAX_PATTERN_BYTES: usize = 1 << 18;
 
 /// A list of names separated by commas, or a regular expression that a whole dotted name has to match. What holds a character that no name has
 /// is an expression.
@@ -39,7 +42,7 @@ impl Selector {
 
     fn kind(&self) -> Result<Kind, String> {
         if is_pattern(&self.0) {
-            let whole = Regex::new(&format!("^(?:{})$", self.0)).map_err(|e| e.to_string())?;
+            let whole = RegexBuilder::new(&format!("^(?:{})$", self.0)).size_limit(MAX_PATTERN_BYTES).build().map_err(|e| e.to_string())?;
             return Ok(Kind::Pattern(Box::new(whole)));
         }
         Ok(Kind::Names(self.names().into_iter().flatten().map(str::to_owned).collect()))

@@ -5,6 +5,7 @@ use glmddp::peft::keys::MethodKeys;
 
 use crate::formats::{opened, unpickled};
 use crate::harness::read_one;
+use crate::texts::configured;
 use crate::{archive, models};
 
 #[test]
@@ -44,4 +45,10 @@ fn adapter_of_whole_numbers_is_refused_by_its_file() {
     weights[at + 1..at + 4].copy_from_slice(b"I32");
     let error = read_one(&models::adapter(Vec::new()), &prompt).unwrap_err();
     assert!(error.contains("adapter_model.safetensors: dtype I32 cannot be read as F32"), "{error}");
+}
+
+#[test]
+fn pattern_of_a_million_characters_is_refused() {
+    let error = configured("finetuning_type = 'lora'\nlora_target = '(a{1000}){1000}'").unwrap_err();
+    assert!(error.contains("`method.lora_target`") && error.contains("regular expression"), "{error}");
 }
