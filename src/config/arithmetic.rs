@@ -37,10 +37,11 @@ impl TokenFlops {
         self.trunk_forward + self.trunk_backward + self.trunk_recompute
     }
 
-    /// FLOPs of a row of `tokens` inputs, `targets` of them in the loss, behind `prefix` virtual tokens.
+    /// FLOPs of a row of `tokens` inputs, `targets` of them in the loss, behind `prefix` virtual tokens; 2^64 where there are more.
     pub fn row(&self, tokens: u64, targets: u64, prefix: u64) -> u64 {
         let keys = tokens * prefix + tokens * (tokens + 1) / 2;
-        tokens * self.trunk() + targets * self.head + keys * self.attention_per_key
+        let products = [(tokens, self.trunk()), (targets, self.head), (keys, self.attention_per_key)];
+        products.into_iter().fold(0, |sum: u64, (n, flops)| sum.saturating_add(n.saturating_mul(flops)))
     }
 }
 
@@ -151,8 +152,9 @@ pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, Me
         max_row_tokens,
         max_row_targets,
         token_flops,
-        max_step_flops: plan.batch.rows_per_step() as u64
-            * token_flops.row(costs.soft_tokens + max_row_tokens, max_row_targets, costs.prefix_tokens),
+        max_step_flops: token_flops
+            .row(costs.soft_tokens + max_row_tokens, max_row_targets, costs.prefix_tokens)
+            .saturating_mul(plan.batch.rows_per_step() as u64),
         rank_bytes: RankBytes {
             weights: F32_BYTES * weights,
             trained_parameters: F32_BYTES * trained,

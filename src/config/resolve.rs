@@ -11,6 +11,9 @@ use super::{ConfigError, Place, RunConfig, Sources};
 use crate::peft::FinetuningType;
 use crate::peft::keys::KeyError;
 
+/// Longest prompt or answer (tokens), and most rows of a micro-batch: far beyond use, and their products stay within 64 bits.
+const MAX_LENGTH: usize = 1 << 20;
+const MAX_ROWS_PER_SLOT: usize = 1 << 16;
 const ROWS_PER_STEP: usize = 16;
 const MAX_STEPS: u64 = 3000;
 const SAVE_STEPS: usize = 1000;
@@ -66,6 +69,10 @@ impl Resolver<'_> {
         if max_source_length < 3 {
             return Err(self.value("data.max_source_length", max_source_length, "3 or more: `[gMASK] sop` and a token of text"));
         }
+        let max_target_length = self.positive("data.max_target_length", data.max_target_length.unwrap_or(128))?.get();
+        for (key, length) in [("data.max_source_length", max_source_length), ("data.max_target_length", max_target_length)] {
+            self.at_most(key, length, MAX_LENGTH, "at most 1048576")?;
+        }
         let rows = |key, value: Option<usize>| value.map(|n| self.positive(key, n).map(NonZeroUsize::get)).transpose();
         Ok(DataPlan {
             train_file: required("train_file", data.train_file.as_ref())?,
@@ -74,7 +81,7 @@ impl Resolver<'_> {
             response_column: data.response_column.clone().unwrap_or_else(|| "summary".to_owned()),
             history_column: data.history_column.clone(),
             max_source_length,
-            max_target_length: self.positive("data.max_target_length", data.max_target_length.unwrap_or(128))?.get(),
+            max_target_length,
             truncation: data.truncation.unwrap_or(Truncation::KeepAnswerMark),
             on_bad_row: data.on_bad_row.unwrap_or(OnBadRow::Stop),
             max_train_samples: rows("data.max_train_samples", data.max_train_samples)?,
@@ -91,6 +98,9 @@ impl Resolver<'_> {
         let eval_rows = batch.per_device_eval_batch_size.unwrap_or(rows_per_slot.get());
         let eval_rows_per_slot = self.positive("batch.per_device_eval_batch_size", eval_rows)?;
         let micro = rows_per_slot.get();
+        for (key, rows) in [("batch.per_device_train_batch_size", micro), ("batch.per_device_eval_batch_size", eval_rows)] {
+            self.at_most(key, rows, MAX_ROWS_PER_SLOT, "at most 65536")?;
+        }
 
         let accumulation = batch
             .gradient_accumulation_steps
@@ -98,17 +108,22 @@ impl Resolver<'_> {
             .transpose()?
             .map(NonZeroUsize::get);
         let place = self.place("batch.global_batch_size");
-        let rows = match (batch.global_batch_size, accumulation) {
-            (None, Some(accumulation)) => micro * accumulation * world_size,
-            (Some(rows), Some(accumulation)) if rows != micro * accumulation * world_size => {
-                let reason = format!(
-                    "{micro} rows x {accumulation} accumulation x {world_size} ranks = {} rows a step, not {rows}",
-                    micro * accumulation * world_size
-                );
+        let accumulated = accumulation.map(|accumulation| {
+            let rows =
+                micro.checked_mul(accumulation).and_then(|rows| rows.checked_mul(world_size)).filter(|&rows| u32::try_from(rows).is_ok());
+            let expected = "so many slots that a step has less than 2^32 rows";
+            rows.map(|rows| (accumulation, rows)).ok_or_else(|| self.value("batch.gradient_accumulation_steps", accumulation, expected))
+        });
+        let rows = match (batch.global_batch_size, accumulated.transpose()?) {
+            (None, Some((_, accumulated))) => accumulated,
+            (Some(rows), Some((accumulation, accumulated))) if rows != accumulated => {
+                let reason =
+                    format!("{micro} rows x {accumulation} accumulation x {world_size} ranks = {accumulated} rows a step, not {rows}");
                 return Err(ConfigError::Contradiction { other: "batch.gradient_accumulation_steps", reason, place });
             }
             (rows, _) => self.positive("batch.global_batch_size", rows.unwrap_or(ROWS_PER_STEP))?.get(),
         };
+        self.at_most("batch.global_batch_size", rows, u32::MAX as usize, "less than 2^32 rows")?;
         if rows.is_multiple_of(micro) && rows / micro < world_size {
             return Err(ConfigError::TooManyRanks { rows, world_size, micro, place });
         }
@@ -246,6 +261,10 @@ impl Resolver<'_> {
 
     fn positive(&self, key: &str, value: usize) -> Result<NonZeroUsize, ConfigError> {
         NonZeroUsize::new(value).ok_or_else(|| self.value(key, value, "1 or more"))
+    }
+
+    fn at_most(&self, key: &str, value: usize, limit: usize, expected: &'static str) -> Result<(), ConfigError> {
+        if value <= limit { Ok(()) } else { Err(self.value(key, value, expected)) }
     }
 
     fn within(&self, key: &str, value: f64, holds: bool, expected: &'static str) -> Result<f64, ConfigError> {

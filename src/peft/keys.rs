@@ -107,9 +107,15 @@ impl KeyError {
     }
 }
 
+/// No width, rank or number of virtual tokens comes near; keeps the products of a plan's sizes within 64 bits.
+const MAX_SIZE: usize = 1 << 16;
+
 /// # Errors
-/// When a given value is 0.
+/// When a given value is 0 or beyond all use.
 pub fn positive(key: &'static str, value: usize) -> Result<NonZeroUsize, KeyError> {
+    if value > MAX_SIZE {
+        return Err(KeyError::new(key, value, "at most 65536"));
+    }
     NonZeroUsize::new(value).ok_or_else(|| KeyError::new(key, value, "1 or more"))
 }
 

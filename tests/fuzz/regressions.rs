@@ -52,3 +52,18 @@ fn pattern_of_a_million_characters_is_refused() {
     let error = configured("finetuning_type = 'lora'\nlora_target = '(a{1000}){1000}'").unwrap_err();
     assert!(error.contains("`method.lora_target`") && error.contains("regular expression"), "{error}");
 }
+
+#[test]
+fn sizes_whose_products_overflow_are_refused_by_their_keys() {
+    for (lines, key) in [
+        ("gradient_accumulation_steps = 4611686018427387905\nper_device_train_batch_size = 4", "batch.gradient_accumulation_steps"),
+        ("per_device_train_batch_size = 4294967296\nglobal_batch_size = 4294967296", "batch.per_device_train_batch_size"),
+        ("max_source_length = 9223372036854775807", "data.max_source_length"),
+        ("max_target_length = 9223372036854775807", "data.max_target_length"),
+        ("pre_seq_len = 9223372036854775807", "method.pre_seq_len"),
+        ("finetuning_type = 'lora'\nlora_rank = 9223372036854775807", "method.lora_rank"),
+    ] {
+        let error = configured(lines).unwrap_err();
+        assert!(error.starts_with(&format!("`{key}` is ")) && error.contains("run.toml:"), "{error}");
+    }
+}
