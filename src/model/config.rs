@@ -10,6 +10,7 @@ use candle_core::DType;
 use serde_json::{Map, Value};
 
 pub use super::error::ModelError;
+use super::shape::ModelShape;
 
 /// Base of the rotary angles in all of the family.
 const ROTARY_BASE: f64 = 10_000.0;
@@ -20,6 +21,8 @@ const BASE_RATIO_SINCE: (u64, u64) = (4, 30);
 /// No size of a real model comes near; keeps products of two sizes within 64 bits.
 const MAX_SIZE: u64 = 1 << 31;
 const MAX_LAYERS: u64 = 1 << 12;
+/// Greatest layers times the square of the widest side of a matrix; 2^37 in ChatGLM2-6B. Keeps sums of products of sizes within 64 bits.
+const MAX_WEIGHTS: u128 = 1 << 48;
 
 /// A model of the ChatGLM2 family.
 #[derive(Clone, Debug, PartialEq)]
@@ -210,6 +213,11 @@ impl Keys {
         }
         if !c.kv_channels.is_multiple_of(4) {
             return fail(format!("`kv_channels` {} is not a multiple of 4, but half of it turns in pairs", c.kv_channels));
+        }
+        let shape = ModelShape::from(c);
+        let widest = [shape.hidden, 2 * shape.ffn, shape.qkv_width(), shape.vocab].into_iter().max().map_or(0, u128::from);
+        if widest * widest * u128::from(shape.layers) > MAX_WEIGHTS {
+            return fail("its sizes are those of more weights than any model has".to_owned());
         }
         for (key, id) in [("eos_token_id", c.eos_token_id), ("pad_token_id", c.pad_token_id)] {
             if id as usize >= c.padded_vocab_size {

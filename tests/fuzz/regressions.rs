@@ -67,3 +67,11 @@ fn sizes_whose_products_overflow_are_refused_by_their_keys() {
         assert!(error.starts_with(&format!("`{key}` is ")) && error.contains("run.toml:"), "{error}");
     }
 }
+
+#[test]
+fn model_whose_sizes_multiply_beyond_64_bits_is_refused() {
+    for (key, size) in [("ffn_hidden_size", 1u64 << 30), ("kv_channels", 2_147_483_644), ("padded_vocab_size", 2_147_483_647)] {
+        let error = models::model_with(key, size).unwrap_err();
+        assert!(error.contains("config.json: its sizes are those of more weights than any model has"), "{error}");
+    }
+}
