@@ -3,6 +3,8 @@
 //! A key may stand flat or in its section. Every key is checked as it is met, so that a message can name the line.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,6 +14,9 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::error::{ConfigError, Place, Source, nearest};
 use super::{KeyTable, SECTIONS, Sources, foreign};
+
+/// The shipped files have some kilobytes. To find a key's line takes time by the length of the file, and that for each key.
+const MAX_BYTES: u64 = 1 << 16;
 
 /// The section whose tables are the methods of a comparison.
 const METHODS: &str = "methods";
@@ -51,10 +56,13 @@ pub(super) fn read(path: &Path) -> Result<FileValues, ConfigError> {
 
 /// Reads the file of a comparison: a run's, and `[methods.LABEL]` tables where it is TOML.
 pub(super) fn read_comparison(path: &Path) -> Result<(FileValues, Vec<MethodTable>), ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|e| ConfigError::Read {
-        path: path.to_owned(),
-        reason: if path.is_dir() { "it is a directory".into() } else { e.to_string() },
-    })?;
+    let failed = |reason: String| ConfigError::Read { path: path.to_owned(), reason };
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text));
+    read.map_err(|e| failed(if path.is_dir() { "it is a directory".into() } else { e.to_string() }))?;
+    if text.len() as u64 > MAX_BYTES {
+        return Err(failed(format!("it has more than {MAX_BYTES} bytes")));
+    }
     let is_json = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("json"));
     if is_json { Ok((check(path, "", json_entries(path, &text)?)?, Vec::new())) } else { parse_toml(path, &text) }
 }
