@@ -81,13 +81,14 @@ enum Value<'a> {
     Other,
 }
 
+/// A byte of a pickle can make one, so it is small.
 #[derive(Debug)]
 enum Node<'a> {
     Tuple(Vec<Value<'a>>),
     List(Vec<Value<'a>>),
     Dict(Vec<(Value<'a>, Value<'a>)>),
-    Storage(StorageRef<'a>),
-    Tensor(TensorRecord<'a>),
+    Storage(Box<StorageRef<'a>>),
+    Tensor(Box<TensorRecord<'a>>),
 }
 
 /// What a pickle left on top of its stack.
@@ -120,7 +121,7 @@ impl<'a> Unpickled<'a> {
 
     /// Every storage that the pickle speaks of.
     pub fn storages(&self) -> impl Iterator<Item = &StorageRef<'a>> {
-        self.arena.iter().filter_map(|node| if let Node::Storage(s) = node { Some(s) } else { None })
+        self.arena.iter().filter_map(|node| if let Node::Storage(s) = node { Some(&**s) } else { None })
     }
 
     /// The tensors of a dictionary; entries of other kinds are left out, and of entries with one name all but the last.
@@ -133,7 +134,7 @@ impl<'a> Unpickled<'a> {
             if let (Value::Text(name), Value::Node(i)) = (name, value)
                 && let Node::Tensor(tensor) = &self.arena[*i]
             {
-                tensors.insert(*name, tensor.clone());
+                tensors.insert(*name, (**tensor).clone());
             }
         }
         if tensors.is_empty() { Err(found("a dictionary without any at its top level")) } else { Ok(tensors) }
@@ -378,7 +379,7 @@ impl<'a> Machine<'a> {
             b'Q' => {
                 let id = self.pop()?;
                 let storage = self.storage(id)?;
-                self.push_node(Node::Storage(storage));
+                self.push_node(Node::Storage(Box::new(storage)));
             }
             b'R' => {
                 let args = self.pop()?;
@@ -455,7 +456,7 @@ impl<'a> Machine<'a> {
                     return Err(ParseError::new("its pickle makes a tensor of something else than a storage"));
                 };
                 let (shape, strides) = (self.sizes(shape)?, self.sizes(strides)?);
-                Node::Tensor(TensorRecord { storage: storage.clone(), offset: size(offset)?, shape, strides })
+                Node::Tensor(Box::new(TensorRecord { storage: (**storage).clone(), offset: size(offset)?, shape, strides }))
             }
             (Class::RebuildParameter, &[data, ..]) => return Ok(data),
             (Class::RebuildFromType, &[Value::Class(function @ Class::RebuildTensor), Value::Class(Class::ParameterType), args, ..]) => {
