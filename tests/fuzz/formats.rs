@@ -11,7 +11,7 @@ use crate::mutate::{Dice, Folder};
 use crate::tensors;
 
 /// A byte of a pickle makes one value, or one object in the arena; a JSON value of two bytes in a header makes one of 72, and vectors double.
-const BOUND: Bound = Bound { constant: 1 << 20, factor: 512 };
+const BOUND: Bound = Bound { constant: 1 << 19, factor: 256 };
 /// Tensors of a file whose content is read: each may be as large as the file.
 const MAX_READ: usize = 32;
 
@@ -69,7 +69,7 @@ const PICKLE_WORDS: &[&[u8]] = &[
     b"G\0\0\0\0\0\0\0\0",
     b"h\x00h\x00\x86q\x00",
 ];
-const HEADER_WORDS: &[&[u8]] = &[
+pub const HEADER_WORDS: &[&[u8]] = &[
     b"{",
     b"}",
     b"[",

@@ -129,7 +129,8 @@ impl Stage {
 /// Reads one folder with all promises asserted; the reader's answer.
 pub fn read_one(target: &Target, folder: &Folder) -> Result<(), String> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut stage = Stage::new(&format!("{}-one", target.name));
+    let test = std::thread::current().name().unwrap_or_default().replace("::", "-");
+    let mut stage = Stage::new(&format!("{}-{test}", target.name));
     stage.read(target, folder, &mut Seen::default()).unwrap()
 }
 

@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 mod archive;
+mod checkpoints;
 mod counting;
 mod formats;
 mod harness;

@@ -147,7 +147,7 @@ fn model(seeds: Vec<Folder>) -> Target<'static> {
         words: WORDS,
         assemble: as_it_is,
         // config.json may ask for 4,096 layers, and the names and shapes of their 40,000 parameters are made before weights are looked for.
-        bound: Bound { constant: 16 << 20, factor: 512 },
+        bound: Bound { constant: 8 << 20, factor: 256 },
         read: Box::new(read_model),
     }
 }
@@ -171,7 +171,7 @@ pub fn exported(keys: MethodKeys) -> Folder {
     let about = json!({ "method": method.name(), "base_fingerprint": "aa", "tokenizer_sha256": "bb", "template": "chatglm2" });
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), config_json().to_string()).unwrap();
-    let context = ExportContext { model_dir: dir.path(), config: &MODEL.config, about: &about };
+    let context = ExportContext { model_dir: dir.path(), config: &MODEL.config, about: &about, dtype: None };
     method.export(&context).unwrap().into_iter().collect()
 }
 
@@ -252,7 +252,7 @@ pub fn adapter(seeds: Vec<Folder>) -> Target<'static> {
         seeds,
         words: WORDS,
         assemble: as_it_is,
-        bound: Bound { constant: 4 << 20, factor: 512 },
+        bound: Bound { constant: 1 << 20, factor: 256 },
         read: Box::new(read_adapter),
     }
 }

@@ -1,5 +1,6 @@
 //! What once broke a promise: each input, and what is said of it now.
 
+use glmddp::config::{self, RunConfig};
 use glmddp::peft::FinetuningType;
 use glmddp::peft::keys::MethodKeys;
 
@@ -74,4 +75,13 @@ fn model_whose_sizes_multiply_beyond_64_bits_is_refused() {
         let error = models::model_with(key, size).unwrap_err();
         assert!(error.contains("config.json: its sizes are those of more weights than any model has"), "{error}");
     }
+}
+
+#[test]
+fn configuration_without_an_end_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+    let error = config::load(Some(&path), &RunConfig::default()).unwrap_err().to_string();
+    assert!(error.ends_with("run.toml: it has more than 65536 bytes"), "{error}");
 }

@@ -89,7 +89,7 @@ fn tokenizer_from_anyone_is_read_or_refused() {
         ],
         assemble: as_it_is,
         // Two bytes can make an empty piece of 40, and its vector doubles; a piece that is kept stands in two tables.
-        bound: Bound { constant: 1 << 20, factor: 128 },
+        bound: Bound { constant: 1 << 19, factor: 64 },
         read: Box::new(|dir| {
             let tokenizer = GlmTokenizer::from_file(&dir.join(NAME)).map_err(text)?;
             let words = "类型#裤 fox\u{0}\n the";
@@ -231,7 +231,7 @@ fn cached_rows_from_anyone_are_read_or_made_anew() {
             }
             folder
         },
-        bound: Bound { constant: 8 << 20, factor: 64 },
+        bound: Bound { constant: 2 << 20, factor: 32 },
         read: Box::new(move |dir| {
             let Ok(payload) = std::fs::read(dir.join(CACHED)) else { return Err(format!("{} holds no cache", dir.display())) };
             match load_cached(dir, Some(&payload))?.1 {
@@ -288,13 +288,13 @@ fn configuration_from_anyone_is_read_or_refused() {
         shipped("lora_adgen.toml"),
         shipped("compare.toml"),
         one("run.json", json),
-        one("run.json", "[".repeat(100_000)),
-        one("run.json", "{\"model\":".repeat(50_000)),
-        with(&format!("x = {}", "[".repeat(100_000))),
-        with(&format!("x = {}", "{a=".repeat(50_000))),
-        with(&format!("{}a = 1", "a.".repeat(50_000))),
-        with(&format!("[{}a]", "a.".repeat(50_000))),
-        with(&format!("[[{}a]]", "a.".repeat(50_000))),
+        one("run.json", "[".repeat(60_000)),
+        one("run.json", "{\"model\":".repeat(6000)),
+        with(&format!("x = {}", "[".repeat(60_000))),
+        with(&format!("x = {}", "{a=".repeat(20_000))),
+        with(&format!("{}a = 1", "a.".repeat(30_000))),
+        with(&format!("[{}a]", "a.".repeat(30_000))),
+        with(&format!("[[{}a]]", "a.".repeat(30_000))),
         with(&"k = 1\n".repeat(1000)),
         with(&format!("gradient_accumulation_steps = {huge}\nper_device_train_batch_size = {huge}")),
         with(&format!("max_source_length = {huge}\nmax_target_length = {huge}")),
@@ -353,7 +353,7 @@ fn configuration(seeds: Vec<Folder>) -> Target<'static> {
         ],
         assemble: as_it_is,
         // Keys are few; a nested value of two bytes becomes one of 72 bytes in two trees. A pattern may take what the expression library allows.
-        bound: Bound { constant: 4 << 20, factor: 512 },
+        bound: Bound { constant: 2 << 20, factor: 256 },
         read: Box::new(read_config),
     }
 }
@@ -380,7 +380,7 @@ fn log_from_anyone_is_read_or_refused() {
         seeds: seeds.into_iter().map(|bytes| one(NAME, bytes)).collect(),
         words: JSON_WORDS,
         assemble: as_it_is,
-        bound: Bound { constant: 1 << 20, factor: 256 },
+        bound: Bound { constant: 1 << 19, factor: 128 },
         read: Box::new(|dir| {
             logged_steps(dir).map_err(text)?;
             RunLog::open(dir).and_then(|mut log| log.truncate_after(2)).map(|_| ()).map_err(text)
@@ -404,7 +404,7 @@ fn report_of_a_comparison_from_anyone_is_read_or_refused() {
         seeds: seeds.into_iter().map(|bytes| one(NAME, bytes)).collect(),
         words: JSON_WORDS,
         assemble: as_it_is,
-        bound: Bound { constant: 1 << 20, factor: 64 },
+        bound: Bound { constant: 1 << 19, factor: 16 },
         read: Box::new(move |dir| {
             let path = dir.join(NAME);
             let text = std::fs::read(&path).unwrap_or_default();
