@@ -6,7 +6,7 @@
 #   scripts/fuzz.sh --seconds 600 pickle   ten minutes on the targets with `pickle` in their tests' names
 #   scripts/fuzz.sh --seed 7               other inputs (default: the day's date)
 #
-# An input that breaks a promise is kept below the build folder's tmp/fuzz, and the line names it.
+# An input that breaks a promise is kept below the build folder's tmp/fuzz-longer, and the line names it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh

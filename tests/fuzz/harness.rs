@@ -71,7 +71,9 @@ pub struct Stage {
 
 impl Stage {
     pub fn new(name: &str) -> Self {
-        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz").join(name);
+        // A longer run has folders of its own, so that the tests can run beside it.
+        let top = if std::env::var_os(SECONDS).is_some() { "fuzz-longer" } else { "fuzz" };
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(top).join(name);
         let _ = std::fs::remove_dir_all(&root);
         std::fs::create_dir_all(root.join("in")).unwrap();
         std::fs::create_dir_all(root.join("outside")).unwrap();
