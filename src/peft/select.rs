@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 
 /// Memory of a compiled expression. One for a model's names takes some kilobytes; the library would allow 10 MB, which `(a{1000}){1000}` takes.
 const MAX_PATTERN_BYTES: usize = 1 << 18;
+/// Longest expression: before it is compiled, each of its bytes takes some hundred.
+const MAX_PATTERN_LEN: usize = 1 << 12;
 
 /// A list of names separated by commas, or a regular expression that a whole dotted name has to match. What holds a character that no name has
 /// is an expression.
@@ -42,6 +44,9 @@ impl Selector {
 
     fn kind(&self) -> Result<Kind, String> {
         if is_pattern(&self.0) {
+            if self.0.len() > MAX_PATTERN_LEN {
+                return Err(format!("the expression has {} bytes, expected at most {MAX_PATTERN_LEN}", self.0.len()));
+            }
             let whole = RegexBuilder::new(&format!("^(?:{})$", self.0)).size_limit(MAX_PATTERN_BYTES).build().map_err(|e| e.to_string())?;
             return Ok(Kind::Pattern(Box::new(whole)));
         }

@@ -179,6 +179,13 @@ pub fn keys(kind: FinetuningType) -> MethodKeys {
     MethodKeys { finetuning_type: Some(kind), ..MethodKeys::default() }
 }
 
+/// `folder` with its configuration on one line.
+pub fn compact(mut folder: Folder) -> Folder {
+    let config = folder.get_mut("adapter_config.json").unwrap();
+    *config = serde_json::from_slice::<serde_json::Value>(config).unwrap().to_string().into_bytes();
+    folder
+}
+
 /// `folder` with `to` in the place of `from` in its configuration.
 pub fn with(folder: &Folder, from: &str, to: &str) -> Folder {
     let mut folder = folder.clone();

@@ -55,6 +55,20 @@ fn pattern_of_a_million_characters_is_refused() {
 }
 
 #[test]
+fn pattern_of_thirty_thousand_bytes_is_refused_before_it_is_parsed() {
+    let pattern = format!("({})", ".a".repeat(15_000));
+    let error = configured(&format!("finetuning_type = 'lora'\nlora_target = '{pattern}'")).unwrap_err();
+    assert!(error.starts_with("`method.lora_target`"), "{}", &error[..200]);
+    let lora =
+        models::exported(MethodKeys { lora_rank: Some(2), lora_target: Some(".*dense".into()), ..models::keys(FinetuningType::Lora) });
+    let json = serde_json::from_slice::<serde_json::Value>(&lora["adapter_config.json"]).unwrap();
+    let targets = json["target_modules"].to_string();
+    let folder = models::with(&models::compact(lora), &targets, &format!("\"{pattern}\""));
+    let error = read_one(&models::adapter(Vec::new()), &folder).unwrap_err();
+    assert!(error.ends_with("the expression has 30002 bytes, expected at most 4096)"), "{}", &error[error.len() - 200..]);
+}
+
+#[test]
 fn sizes_whose_products_overflow_are_refused_by_their_keys() {
     for (lines, key) in [
         ("gradient_accumulation_steps = 4611686018427387905\nper_device_train_batch_size = 4", "batch.gradient_accumulation_steps"),
