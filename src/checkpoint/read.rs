@@ -135,7 +135,11 @@ impl Checkpoint {
         let (_, sha256) = sum_of(disk, &self.path.join(MANIFEST))?;
         let expected = sha256_hex(self.manifest.sums(&sha256).as_bytes());
         let (_, found) = sum_of(disk, &self.path.join(SUMS))?;
-        if found == expected { Ok(()) } else { Err(self.damaged(SUMS.to_owned(), format!("the sums of {MANIFEST}, sha256 {expected}"), found)) }
+        if found == expected {
+            Ok(())
+        } else {
+            Err(self.damaged(SUMS.to_owned(), format!("the sums of {MANIFEST}, sha256 {expected}"), found))
+        }
     }
 
     fn check_file(&self, disk: &dyn Disk, name: &str, entry: &FileEntry) -> Result<(), CheckpointError> {

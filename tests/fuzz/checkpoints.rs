@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use candle_core::{Device, Tensor};
-use glmddp::checkpoint::{self, Flat, Header, Identity, Part, RealDisk, sha256_hex};
+use glmddp::checkpoint::{self, Flat, Header, Identity, Part, Probe, ProbeRow, RealDisk, sha256_hex};
 use glmddp::params::Layout;
 use serde_json::{Value, json};
 
@@ -38,7 +38,9 @@ static WHOLE: LazyLock<Folder> = LazyLock::new(|| {
         tokenizer_sha256: text("bb"),
         template: text("chatglm2"),
     };
-    let header = Header { step: 7, consumed_rows: 112, world_size: 2, eval_loss: None, identity, plan: json!({ "learning_rate": 0.02 }) };
+    let plan = json!({ "learning_rate": 0.02 });
+    let probe = Some(Probe { rows: vec![ProbeRow { ids: vec![3, 1, 2], targets: vec![1, 2] }], loss: 0.5, logits: vec![0.25, -1.0] });
+    let header = Header { step: 7, consumed_rows: 112, world_size: 2, eval_loss: None, identity, plan, probe };
     let part = |range: std::ops::Range<usize>| {
         let flat = Tensor::from_iter(range.clone().map(|at| at as f32), &Device::Cpu).unwrap();
         Part { flats: vec![Flat::copy("p", &flat).unwrap(), Flat::copy("m", &flat).unwrap()], range }
@@ -50,8 +52,11 @@ static WHOLE: LazyLock<Folder> = LazyLock::new(|| {
     names.map(|name| (name.to_owned(), std::fs::read(path.join(name)).unwrap())).into()
 });
 
+/// Those of the whole checkpoint, but for this manifest's.
 fn sums(manifest: &[u8]) -> Vec<u8> {
-    format!("{}  {MANIFEST}\n", sha256_hex(manifest)).into_bytes()
+    let whole = String::from_utf8_lossy(&WHOLE[SUMS]);
+    let others: String = whole.lines().filter(|line| !line.ends_with(MANIFEST)).map(|line| format!("{line}\n")).collect();
+    format!("{others}{}  {MANIFEST}\n", sha256_hex(manifest)).into_bytes()
 }
 
 /// The whole checkpoint with this manifest, whose hash holds but for one input in eight.
