@@ -52,11 +52,14 @@ static WHOLE: LazyLock<Folder> = LazyLock::new(|| {
     names.map(|name| (name.to_owned(), std::fs::read(path.join(name)).unwrap())).into()
 });
 
-/// Those of the whole checkpoint, but for this manifest's.
+/// Those that a manifest asks for: of shards, of files, and its own.
 fn sums(manifest: &[u8]) -> Vec<u8> {
-    let whole = String::from_utf8_lossy(&WHOLE[SUMS]);
-    let others: String = whole.lines().filter(|line| !line.ends_with(MANIFEST)).map(|line| format!("{line}\n")).collect();
-    format!("{others}{}  {MANIFEST}\n", sha256_hex(manifest)).into_bytes()
+    let json: Value = serde_json::from_slice(manifest).unwrap_or_default();
+    let line = |name: &str, entry: &Value| format!("{}  {name}\n", entry["sha256"].as_str().unwrap_or_default());
+    let shards = json["shards"].as_array().into_iter().flatten().map(|entry| line(entry["file"].as_str().unwrap_or_default(), entry));
+    let files = json["files"].as_object().into_iter().flatten().map(|(name, entry)| line(name, entry));
+    let all: String = shards.chain(files).collect();
+    format!("{all}{}  {MANIFEST}\n", sha256_hex(manifest)).into_bytes()
 }
 
 /// The whole checkpoint with this manifest, whose hash holds but for one input in eight.
