@@ -105,6 +105,7 @@ setsid $end_with_parent mpirun -n "$num_ranks" "$@" <&0 &
 job=$!
 
 num_interrupts=0
+# shellcheck disable=SC2317 # the trap calls it
 interrupt() {
     num_interrupts=$((num_interrupts + 1))
     if [ "$num_interrupts" -eq 1 ]; then kill -USR1 "$job"; else kill -TERM "$job"; fi
