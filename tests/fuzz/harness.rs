@@ -77,9 +77,6 @@ impl Stage {
         let _ = std::fs::remove_dir_all(&root);
         std::fs::create_dir_all(root.join("in")).unwrap();
         std::fs::create_dir_all(root.join("outside")).unwrap();
-        // Errors may hold a backtrace, for which the program's symbols are read once, and kept: not what an input costs.
-        let symbols = std::backtrace::Backtrace::capture().to_string();
-        drop(symbols);
         let watch = Watch::new(&root);
         Self { root, watch }
     }
