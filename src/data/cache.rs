@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::record::{Columns, OnBadRow};
 use super::tokenize::Limits;
+use crate::digest::{hex, sha256_hex};
 
 const MAGIC: &[u8; 8] = b"glmddpR1";
 /// Changes whenever the same rows would give other samples or other bytes.
@@ -32,7 +33,7 @@ impl CacheKey<'_> {
     pub fn path(&self, dir: &Path) -> PathBuf {
         // A tuple of strings, numbers and plain structs always has a JSON form.
         let text = serde_json::to_vec(&(FORMAT_VERSION, self)).unwrap_or_default();
-        dir.join(format!("rows-{}.bin", hex(&Sha256::digest(text))))
+        dir.join(format!("rows-{}.bin", sha256_hex(text)))
     }
 }
 
@@ -95,10 +96,6 @@ pub(super) fn sha256_of(mut file: File) -> io::Result<String> {
             Err(error) => return Err(error),
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

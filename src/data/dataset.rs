@@ -3,9 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
 use super::bad_rows::BadRows;
 use super::error::DataError;
 use super::{RowOrigin, Sample};
+use crate::digest::hex;
 
 /// A sample inside a [`Dataset`]; see [`Sample`] for the fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +124,17 @@ impl Dataset {
 
     pub fn origin(&self, i: usize) -> RowOrigin {
         RowOrigin { file: Arc::clone(&self.file), row: self.rows[i] as usize }
+    }
+
+    /// sha256 over each sample's length, ids and target marks, in order: what a run trains on, wherever its file lies.
+    pub fn sha256(&self) -> String {
+        let mut sha256 = Sha256::new();
+        for sample in self.iter() {
+            sha256.update((sample.ids.len() as u64).to_le_bytes());
+            sha256.update(sample.ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>());
+            sha256.update(sample.is_target.iter().map(|&is_target| u8::from(is_target)).collect::<Vec<u8>>());
+        }
+        hex(&sha256.finalize())
     }
 
     /// Tokens of all samples.

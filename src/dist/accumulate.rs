@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 
 use super::slots::{Node, SlotTree};
-use super::{DistError, ProcessGroup, Reduction, host};
+use super::{DistError, ProcessGroup, Reduction, gather_words, host};
 
 /// The sum of some neighbouring slots.
 #[derive(Debug)]
@@ -130,16 +130,14 @@ impl SlotAccumulator {
             self.range.end,
             next,
         ];
-        let bytes: Vec<u8> = mine.iter().flat_map(|&v| (v as u64).to_le_bytes()).collect();
+        let mine = mine.map(|v| v as u64);
         let mut ranges = Vec::with_capacity(group.world_size());
         let mut first: Option<[usize; 3]> = None;
-        for (rank, bytes) in group.all_gather_bytes(&bytes)?.iter().enumerate() {
-            let (words, _) = bytes.as_chunks::<8>();
-            let Ok([reduction, slots, elements, lo, hi, next]) =
-                <[usize; 6]>::try_from(words.iter().map(|w| u64::from_le_bytes(*w) as usize).collect::<Vec<_>>())
-            else {
-                return Err(DistError::Message { rank, what: "its slots", expected: "48".into(), found: bytes.len() });
+        for (rank, words) in gather_words(group, "its slots", &mine)?.into_iter().enumerate() {
+            let Ok(words) = <[u64; 6]>::try_from(words.as_slice()) else {
+                return Err(DistError::Message { rank, what: "its slots", expected: "48".into(), found: words.len() * 8 });
             };
+            let [reduction, slots, elements, lo, hi, next] = words.map(|word| word as usize);
             let common = [reduction, slots, elements];
             let expected = *first.get_or_insert(common);
             if common != expected {

@@ -27,6 +27,7 @@ mod solo;
 mod stall;
 mod threads;
 mod watch;
+mod words;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,7 @@ pub use slots::{Node, SlotScalars, SlotTree, gather_slots, gather_slots_and_note
 pub use solo::Solo;
 pub use threads::{Cores, Threads, install_thread_pool, plan_threads, threads_per_rank};
 pub use watch::Watched;
+pub use words::gather_words;
 
 /// The ranks of a job. Every rank calls the same sequence of collectives with the same shapes.
 ///

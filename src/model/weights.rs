@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
 use super::error::ModelError;
+use crate::digest::sha256_hex;
 use crate::formats::{Dtype, FormatError, TensorFile, TensorView};
 
 /// Where weights are looked for, in this order.
@@ -104,10 +104,10 @@ impl WeightSource {
             .par_iter()
             .map(|(name, shape)| {
                 let view = self.view(name, shape)?;
-                Ok(format!("{name} {shape:?} {:?} {}\n", view.dtype(), hex(&Sha256::digest(view.to_bytes()))))
+                Ok(format!("{name} {shape:?} {:?} {}\n", view.dtype(), sha256_hex(view.to_bytes())))
             })
             .collect::<Result<Vec<String>, ModelError>>()?;
-        Ok(hex(&Sha256::digest(lines.concat())))
+        Ok(sha256_hex(lines.concat()))
     }
 
     fn view(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, ModelError> {
@@ -154,8 +154,4 @@ fn read_index(path: &Path) -> Result<Index, ModelError> {
         Some(name) => Err(bad(format!("shard `{name}` is not a plain file name"))),
         None => Ok(index),
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

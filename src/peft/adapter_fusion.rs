@@ -15,7 +15,6 @@ use std::path::{Path, PathBuf};
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::adapter::{Adapter, AdapterKind};
 use super::adapter_files::{self, AdapterFolder, FusionFolder};
@@ -24,6 +23,7 @@ use super::export::{ExportError, Files};
 use super::fusion_layer::{self, FusionHooks};
 use super::keys::{KeyError, MethodKeys, within};
 use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
+use crate::digest::sha256_hex;
 use crate::formats::safetensors;
 use crate::kernels::host::tensor;
 use crate::model::hooks::Sublayer;
@@ -170,7 +170,7 @@ impl AdapterFusion {
         let params = ParamSet::new(&tensors.collect::<Result<_>>()?)?;
         let hashes = adapters.iter().map(|adapter| {
             let bytes = adapter.params().tensors().and_then(|tensors| safetensors::to_bytes(&tensors).map_err(candle_core::Error::wrap))?;
-            Ok((adapter.settings().adapter_name.clone(), json!(hex(&Sha256::digest(bytes)))))
+            Ok((adapter.settings().adapter_name.clone(), json!(sha256_hex(bytes))))
         });
         let hashes = Value::Object(hashes.collect::<Result<_>>()?);
         Ok(Self { adapters, hashes, regularization, num_layers: config.num_layers, params })
@@ -287,8 +287,4 @@ impl PeftMethod for AdapterFusion {
         files.push(adapter_files::about(context));
         Ok(files)
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
 use tokenizers::{PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl};
 
 use super::bpe::SpBpe;
 use super::error::TokenizerError;
 use super::pipeline::{Joiner, SpDecoder, SpNormalizer, escape};
 use super::sp_model::{PieceKind, SpModel, byte_of_piece};
+use crate::digest::sha256_hex;
 
 /// Words of the ids behind the last piece, in their order: ChatGLM2's five, then ChatGLM3's four roles.
 const SPECIAL_WORDS: [&str; 9] =
@@ -67,7 +67,7 @@ impl GlmTokenizer {
             .with_normalizer(Some(SpNormalizer))
             .map_err(|e| TokenizerError::NotSentencePiece { path: path.to_owned(), reason: e.to_string() })?;
         pipeline.with_decoder(Some(SpDecoder));
-        let sha256 = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = sha256_hex(bytes);
         Ok(Self { pipeline, path: path.to_owned(), sha256 })
     }
 

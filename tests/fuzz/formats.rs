@@ -123,13 +123,8 @@ fn read(dir: &Path) -> Result<(), String> {
     Ok(())
 }
 
-fn target(
-    name: &'static str,
-    seeds: Vec<Folder>,
-    words: &'static [&'static [u8]],
-    assemble: fn(Folder, &mut Dice) -> Folder,
-) -> Target<'static> {
-    Target { name, executions: 3000, seeds, words, assemble, bound: BOUND, read: Box::new(read) }
+fn target(name: &'static str, seeds: Vec<Folder>, words: &[&'static [u8]], assemble: fn(Folder, &mut Dice) -> Folder) -> Target<'static> {
+    Target { name, executions: 3000, seeds, words: words.to_vec(), assemble, bound: BOUND, read: Box::new(read) }
 }
 
 fn whole_safetensors() -> Vec<u8> {

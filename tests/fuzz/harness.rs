@@ -35,7 +35,7 @@ pub struct Target<'a> {
     /// The first is a valid one, and half of the inputs are made from it.
     pub seeds: Vec<Folder>,
     /// Tokens of the format.
-    pub words: &'a [&'a [u8]],
+    pub words: Vec<&'static [u8]>,
     /// Makes the folder that is written from the parts that are mutated: lengths and checksums that hold, so that what is behind them is met.
     pub assemble: fn(Folder, &mut Dice) -> Folder,
     pub bound: Bound,
@@ -187,6 +187,6 @@ fn input(target: &Target, seed: u64, i: u64) -> Folder {
     }
     let mut folder = target.seeds[if dice.one_in(2) { 0 } else { dice.below(num_seeds) }].clone();
     let other = &target.seeds[dice.below(num_seeds)];
-    mutate(&mut folder, &mut dice, target.words, other);
+    mutate(&mut folder, &mut dice, &target.words, other);
     (target.assemble)(folder, &mut dice)
 }

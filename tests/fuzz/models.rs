@@ -16,23 +16,10 @@ use glmddp::peft::{self, Base, ExportContext, FinetuningType, MethodPlan, Mode, 
 use serde_json::json;
 
 use crate::harness::{Bound, Target, as_it_is, fuzz, read_one};
-use crate::mutate::Folder;
+use crate::mutate::{Folder, JSON_WORDS};
 
 const WORDS: &[&[u8]] = &[
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b",",
-    b":",
-    b"null",
-    b"true",
-    b"false",
-    b"0",
-    b"-1",
     b"4294967296",
-    b"18446744073709551615",
-    b"1e300",
     b"\"..\"",
     b"\"../outside/model.safetensors\"",
     b"\"/etc/passwd\"",
@@ -144,7 +131,7 @@ fn model(seeds: Vec<Folder>) -> Target<'static> {
         name: "model",
         executions: 1500,
         seeds,
-        words: WORDS,
+        words: [JSON_WORDS, WORDS].concat(),
         assemble: as_it_is,
         // config.json may ask for 4,096 layers, and the names and shapes of their 40,000 parameters are made before weights are looked for.
         bound: Bound { constant: 8 << 20, factor: 256 },
@@ -257,7 +244,7 @@ pub fn adapter(seeds: Vec<Folder>) -> Target<'static> {
         name: "adapter",
         executions: 2500,
         seeds,
-        words: WORDS,
+        words: [JSON_WORDS, WORDS].concat(),
         assemble: as_it_is,
         bound: Bound { constant: 1 << 20, factor: 256 },
         read: Box::new(read_adapter),

@@ -84,6 +84,10 @@ impl Dice {
     }
 }
 
+/// What JSON is made of, and numbers that are traps.
+pub const JSON_WORDS: &[&[u8]] =
+    &[b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b"false", b"0", b"-1", b"18446744073709551615", b"1e300"];
+
 /// Changes one to four things about `folder`; `words` are tokens of the format, `other` an input to take pieces from.
 pub fn mutate(folder: &mut Folder, dice: &mut Dice, words: &[&[u8]], other: &Folder) {
     let names: Vec<String> = folder.keys().cloned().collect();

@@ -17,17 +17,9 @@ use glmddp::tokenizer::GlmTokenizer;
 use sha2::{Digest, Sha256};
 
 use crate::harness::{Bound, Target, as_it_is, fuzz, read_one};
-use crate::mutate::{Dice, Folder};
+use crate::mutate::{Dice, Folder, JSON_WORDS};
 
-const JSON_WORDS: &[&[u8]] = &[
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b",",
-    b":",
-    b"null",
-    b"true",
+const TEXT_WORDS: &[&[u8]] = &[
     b"\"\"",
     b"\"\\ud800\"",
     b"\\u0000",
@@ -70,7 +62,7 @@ fn tokenizer_from_anyone_is_read_or_refused() {
         name: "tokenizer",
         executions: 1500,
         seeds: seeds.into_iter().map(|bytes| one(NAME, bytes)).collect(),
-        words: &[
+        words: vec![
             b"\x0a\x00",
             b"\x0a\x02\x0a\x00",
             b"\x15\x00\x00\xc0\x7f",
@@ -176,12 +168,12 @@ fn rows_from_anyone_are_read_or_refused() {
         one("rows.jsonl", b"{\"content\":\"\xff\",\"summary\":\"c\"}\n"),
         one("rows.jsonl", "\n".repeat(10_000)),
     ];
-    let words = [JSON_WORDS, &[b"\"", b",,", b"\r\n", b"content,summary,history\n", b"\r"]].concat();
+    let words = [JSON_WORDS, TEXT_WORDS, &[b"\"", b",,", b"\r\n", b"content,summary,history\n", b"\r"]].concat();
     fuzz(&Target {
         name: "rows",
         executions: 2500,
         seeds,
-        words: &words,
+        words,
         assemble: as_it_is,
         // An element `0,` of an array becomes a value of 72 bytes, a line `0` of two bytes a raw row, a message and a bad row; vectors double.
         bound: Bound { constant: 4 << 20, factor: 256 },
@@ -222,7 +214,7 @@ fn cached_rows_from_anyone_are_read_or_made_anew() {
         name: "cached rows",
         executions: 100,
         seeds: vec![one(CACHED, &whole), one(CACHED, &whole[..45]), one(CACHED, [&whole[..40], &[0xff; 64]].concat())],
-        words: &[b"\xff\xff\xff\xff\xff\xff\xff\xff", b"{", b"\"total\":18446744073709551615"],
+        words: vec![b"\xff\xff\xff\xff\xff\xff\xff\xff", b"{", b"\"total\":18446744073709551615"],
         assemble: |mut folder: Folder, dice: &mut Dice| {
             // The checksum behind the magic made to hold, but for one input in four.
             if let Some(bytes) = folder.get_mut(CACHED).filter(|bytes| bytes.len() > 40 && !dice.one_in(4)) {
@@ -315,7 +307,7 @@ fn configuration(seeds: Vec<Folder>) -> Target<'static> {
         name: "configuration",
         executions: 1200,
         seeds,
-        words: &[
+        words: vec![
             b"[model]\n",
             b"[data]\n",
             b"[method]\n",
@@ -378,7 +370,7 @@ fn log_from_anyone_is_read_or_refused() {
         name: "training log",
         executions: 1000,
         seeds: seeds.into_iter().map(|bytes| one(NAME, bytes)).collect(),
-        words: JSON_WORDS,
+        words: [JSON_WORDS, TEXT_WORDS].concat(),
         assemble: as_it_is,
         bound: Bound { constant: 1 << 19, factor: 128 },
         read: Box::new(|dir| {
@@ -402,7 +394,7 @@ fn report_of_a_comparison_from_anyone_is_read_or_refused() {
         name: "report",
         executions: 1000,
         seeds: seeds.into_iter().map(|bytes| one(NAME, bytes)).collect(),
-        words: JSON_WORDS,
+        words: [JSON_WORDS, TEXT_WORDS].concat(),
         assemble: as_it_is,
         bound: Bound { constant: 1 << 19, factor: 16 },
         read: Box::new(move |dir| {
