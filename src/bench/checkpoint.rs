@@ -30,6 +30,8 @@ pub enum BenchState {
     Projection,
     /// 2 GB of parameters and moments together, in matrices of 4096 x 4096.
     TwoGigabytes,
+    /// 5 GB of the same.
+    FiveGigabytes,
 }
 
 impl BenchState {
@@ -44,22 +46,33 @@ impl BenchState {
                 ("trans.2.bias".to_owned(), vec![TABLE[1]]),
                 ("trans.2.weight".to_owned(), vec![TABLE[1], 4096]),
             ],
-            Self::TwoGigabytes => (0..10).map(|i| (format!("layers.{i}.weight"), vec![4096, 4096])).collect(),
+            Self::TwoGigabytes => matrices(10),
+            Self::FiveGigabytes => matrices(25),
         };
         Layout::new(shapes.into_iter().collect())
     }
+}
+
+fn matrices(num: usize) -> Vec<(String, Vec<usize>)> {
+    (0..num).map(|i| (format!("layers.{i}.weight"), vec![4096, 4096])).collect()
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct SaveTimes {
     pub state_bytes: u64,
     pub stored_bytes: u64,
-    /// For which training would stand still: copying the state.
+    /// For which training would stand still at the first save: copying the state into fresh memory.
+    pub first_snapshot_ms: f64,
+    /// The same at each later save, into the memory of the one before.
     pub snapshot_ms: f64,
     /// Hashing, compressing, writing, reading back, committing; beside training, on one thread.
     pub save_ms: f64,
     /// Reading, decompressing and checking all of it, on one thread.
     pub load_ms: f64,
+    /// `checkpoint verify`: the same without keeping it.
+    pub verify_ms: f64,
+    /// Reading and hashing the stored bytes alone, on one thread: no check of all bytes takes less.
+    pub hash_ms: f64,
 }
 
 impl SaveTimes {
@@ -80,12 +93,20 @@ pub fn save_and_load(disk: &dyn Disk, dir: &Path, state: BenchState) -> Result<S
     let layout = state.layout();
     let n = layout.num_elements();
     let (parameters, adamw) = trained(n)?;
-    let started = Instant::now();
-    let mut flats = vec![Flat::copy("parameter", &parameters)?];
-    for (kind, flat) in adamw.state(0..n)? {
-        flats.push(Flat::copy(kind, &flat)?);
+    let mut snapshot = Vec::new();
+    let mut snapshots_ms = [0.0; 2];
+    for ms in &mut snapshots_ms {
+        let started = Instant::now();
+        let mut buffers = snapshot.drain(..).map(|flat: Flat| flat.bytes);
+        let mut flats = vec![Flat::copy_in("parameter", &parameters, buffers.next().unwrap_or_default())?];
+        for (kind, flat) in adamw.state(0..n)? {
+            flats.push(Flat::copy_in(kind, &flat, buffers.next().unwrap_or_default())?);
+        }
+        drop(buffers);
+        snapshot = flats;
+        *ms = ms_since(started);
     }
-    let snapshot_ms = started.elapsed().as_secs_f64() * 1e3;
+    let [first_snapshot_ms, snapshot_ms] = snapshots_ms;
     drop((parameters, adamw));
     let identity = Identity {
         method: "bench".to_owned(),
@@ -96,18 +117,30 @@ pub fn save_and_load(disk: &dyn Disk, dir: &Path, state: BenchState) -> Result<S
     };
     let header =
         Header { step: STEPS, consumed_rows: 0, world_size: 1, eval_loss: None, identity, plan: serde_json::Value::Null, probe: None };
-    let part = Part { range: 0..n, flats };
+    let part = Part { range: 0..n, flats: snapshot };
     let state_bytes = part.num_bytes();
     let started = Instant::now();
     let path = checkpoint::save(disk, dir, &header, &layout, &[part], &[])?;
-    let save_ms = started.elapsed().as_secs_f64() * 1e3;
+    let save_ms = ms_since(started);
     let started = Instant::now();
     let saved = checkpoint::open(disk, &path)?;
     saved.flats(disk, &layout, &[("parameter", 0..n), ("exp_avg", 0..n), ("exp_avg_sq", 0..n)])?;
-    let load_ms = started.elapsed().as_secs_f64() * 1e3;
+    let load_ms = ms_since(started);
+    let started = Instant::now();
+    if let Some(damage) = saved.damages(disk, &|_| ()).pop() {
+        return Err(damage.into());
+    }
+    let verify_ms = ms_since(started);
+    let started = Instant::now();
+    saved.manifest.shards.iter().try_for_each(|shard| checkpoint::sum_of(disk, &path.join(&shard.file)).map(drop))?;
+    let hash_ms = ms_since(started);
     let stored_bytes = saved.manifest.shards.iter().map(|shard| shard.bytes).sum();
     disk.remove(&path).map_err(|source| CheckpointError::Io { action: "remove", path, source })?;
-    Ok(SaveTimes { state_bytes, stored_bytes, snapshot_ms, save_ms, load_ms })
+    Ok(SaveTimes { state_bytes, stored_bytes, first_snapshot_ms, snapshot_ms, save_ms, load_ms, verify_ms, hash_ms })
+}
+
+fn ms_since(started: Instant) -> f64 {
+    started.elapsed().as_secs_f64() * 1e3
 }
 
 /// Parameters and moments with the bits of training: normal values moved along normal gradients.

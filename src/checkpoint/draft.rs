@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use super::manifest::{FORMAT_VERSION, FileEntry, Header, Manifest, PieceEntry, TensorEntry};
 use super::publish::{SLACK_BYTES, parent_of, put, replace, start_folder, sync_folders};
 use super::shard::{self, Part, Written};
-use super::{CheckpointError, Disk, MANIFEST, PREFIX, SUMS, TEMPORARY, beside, is_inside, sha256_hex};
+use super::{CheckpointError, Disk, MANIFEST, PREFIX, SUMS, TEMPORARY, beside, is_inside};
+use crate::digest::sha256_hex;
 use crate::params::Layout;
 
 /// `.tmp-checkpoint-{step}`, which becomes `checkpoint-{step}`. One rank begins, then each rank writes its shard, and when all have, the one

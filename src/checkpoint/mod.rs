@@ -28,12 +28,11 @@ pub use manifest::{
 pub use output_dir::{Claim, Fate, Keep, Named, claim, clean_leftovers, fates, leftovers, named, retention};
 pub use publish::{publish, publish_file};
 pub use read::{Checkpoint, open};
-pub use shard::{Flat, Part, Written, WrittenPiece, ZSTD_LEVEL};
+pub use shard::{Flat, Part, Written, WrittenPiece, ZSTD_LEVEL, sum_of};
 
 use std::path::{Path, PathBuf};
 
 use manifest::is_inside;
-use sha2::{Digest, Sha256};
 
 const MANIFEST: &str = "manifest.json";
 const SUMS: &str = "SHA256SUMS";
@@ -44,15 +43,6 @@ const TEMPORARY: &str = ".tmp-";
 const REPLACED: &str = ".replaced-";
 /// Being deleted.
 const TRASH: &str = ".trash-";
-
-/// sha256 in lower-case hexadecimal.
-pub fn sha256_hex(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|b| format!("{b:02x}")).collect()
-}
 
 /// The step in a checkpoint's name.
 fn step_of(path: &Path) -> Option<u64> {

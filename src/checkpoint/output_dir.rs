@@ -20,8 +20,8 @@ pub enum Claim {
     Overwrite,
 }
 
-/// Traces of a run besides its checkpoints.
-const RUN_FILES: [&str; 3] = ["trainer_log.jsonl", "adapter_config.json", "pytorch_model.bin"];
+/// What a run writes besides its checkpoints.
+const RUN_FILES: [&str; 3] = ["trainer_log.jsonl", "adapter", "training_args.toml"];
 
 /// Creates the folder and takes it for a run; cleans up what an earlier run left half-done.
 ///
@@ -36,8 +36,9 @@ pub fn claim(disk: &dyn Disk, output_dir: &Path, claim: Claim) -> Result<(), Che
         Claim::Overwrite => checkpoints.iter().try_for_each(|(_, path)| discard(disk, path)),
         Claim::Start => {
             let entries = disk.list(output_dir).map_err(|e| CheckpointError::io("list", output_dir, 0, e))?;
-            let is_trace = |path: &PathBuf| step_of(path).is_some() || RUN_FILES.iter().any(|name| path.ends_with(name));
-            match entries.iter().find(|path| is_trace(path)).and_then(|path| path.file_name()) {
+            let checkpoint = checkpoints.first().map(|(_, path)| path);
+            let found = checkpoint.or_else(|| entries.iter().find(|path| RUN_FILES.iter().any(|name| path.ends_with(name))));
+            match found.and_then(|path| path.file_name()) {
                 Some(name) => {
                     Err(CheckpointError::OutputDirTaken { path: output_dir.to_owned(), found: name.to_string_lossy().into_owned() })
                 }
@@ -53,14 +54,11 @@ pub fn claim(disk: &dyn Disk, output_dir: &Path, claim: Claim) -> Result<(), Che
 /// # Errors
 /// When the disk fails.
 pub fn clean_leftovers(disk: &dyn Disk, output_dir: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
-    let entries = disk.list(output_dir).map_err(|e| CheckpointError::io("list", output_dir, 0, e))?;
     let mut removed = Vec::new();
-    for path in entries {
-        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        if let Some(original) = name.strip_prefix(REPLACED).filter(|original| disk.list(&path.with_file_name(original)).is_err()) {
-            let original = path.with_file_name(original);
+    for path in leftovers(disk, output_dir)? {
+        if let Some(original) = original_of(&path).filter(|original| disk.list(original).is_err()) {
             disk.rename(&path, &original).map_err(|e| CheckpointError::io("rename", &path, 0, e))?;
-        } else if [TEMPORARY, REPLACED, TRASH].iter().any(|prefix| name.starts_with(prefix)) {
+        } else {
             disk.remove(&path).map_err(|e| CheckpointError::io("remove", &path, 0, e))?;
             removed.push(path);
         }
@@ -158,6 +156,11 @@ pub fn leftovers(disk: &dyn Disk, output_dir: &Path) -> Result<Vec<PathBuf>, Che
         [TEMPORARY, REPLACED, TRASH].iter().any(|prefix| name.starts_with(prefix))
     };
     Ok(entries.into_iter().filter(is_left).collect())
+}
+
+/// Where the folder stood that was about to be replaced, if that is what `path` is.
+fn original_of(path: &Path) -> Option<PathBuf> {
+    Some(path.with_file_name(path.file_name()?.to_str()?.strip_prefix(REPLACED)?))
 }
 
 /// The checkpoints that a user names: the folder itself where it is one, else all in it, newest first.

@@ -14,7 +14,8 @@ pub(super) const SLACK_BYTES: u64 = 1 << 16;
 ///
 /// # Errors
 /// When the disk is full or fails: what was there before is untouched, and what was begun is removed as far as the disk allows.
-pub fn publish(disk: &dyn Disk, path: &Path, files: &[(&str, &[u8])]) -> Result<(), CheckpointError> {
+pub fn publish<N: AsRef<str>, B: AsRef<[u8]>>(disk: &dyn Disk, path: &Path, files: &[(N, B)]) -> Result<(), CheckpointError> {
+    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_ref(), bytes.as_ref())).collect();
     if let Some((bad, _)) = files.iter().find(|(name, _)| !is_inside(name)) {
         return Err(CheckpointError::BadPath { path: (*bad).to_owned() });
     }
@@ -125,8 +126,9 @@ pub(super) fn replace(disk: &dyn Disk, temporary: &Path, path: &Path) -> Result<
         return Err(wrap("rename")(error));
     }
     disk.sync_dir(parent_of(path)).map_err(wrap("make durable"))?;
-    if had_old {
-        discard(disk, &old)?;
+    if let Some(error) = had_old.then(|| discard(disk, &old).err()).flatten() {
+        // The new one is durable; what is left does no harm, and the next start removes it.
+        tracing::warn!("{} is complete, but what it replaced is left: {error}", path.display());
     }
     Ok(())
 }

@@ -13,7 +13,8 @@ use sha2::{Digest, Sha256};
 use super::manifest::{FORMAT_VERSION, FileEntry, Manifest, PieceEntry, TensorEntry, element_bytes};
 use super::shard::sum_of;
 use super::stream::Stream;
-use super::{CheckpointError, Disk, MANIFEST, SUMS, hex, sha256_hex};
+use super::{CheckpointError, Disk, MANIFEST, SUMS};
+use crate::digest::{hex, sha256_hex};
 use crate::formats::{Dtype, candle_dtype, safetensors};
 use crate::params::Layout;
 
@@ -133,7 +134,7 @@ impl Checkpoint {
     /// The sums of all other files, as the manifest has them.
     fn check_sums(&self, disk: &dyn Disk) -> Result<(), CheckpointError> {
         let (_, sha256) = sum_of(disk, &self.path.join(MANIFEST))?;
-        let expected = sha256_hex(self.manifest.sums(&sha256).as_bytes());
+        let expected = sha256_hex(self.manifest.sums(&sha256));
         let (_, found) = sum_of(disk, &self.path.join(SUMS))?;
         if found == expected {
             Ok(())
@@ -145,7 +146,11 @@ impl Checkpoint {
     fn check_file(&self, disk: &dyn Disk, name: &str, entry: &FileEntry) -> Result<(), CheckpointError> {
         self.check_length(disk, name, entry.bytes)?;
         let (_, found) = sum_of(disk, &self.path.join(name))?;
-        if found == entry.sha256 { Ok(()) } else { Err(self.damaged(name.to_owned(), format!("sha256 {}", entry.sha256), found)) }
+        self.expect_sha256(name.to_owned(), &entry.sha256, found)
+    }
+
+    pub(super) fn expect_sha256(&self, what: String, expected: &str, found: String) -> Result<(), CheckpointError> {
+        if found == expected { Ok(()) } else { Err(self.damaged(what, format!("sha256 {expected}"), found)) }
     }
 
     /// A file beside the shards, held against the manifest.
@@ -159,8 +164,8 @@ impl Checkpoint {
         self.check_length(disk, name, entry.bytes)?;
         let at = self.path.join(name);
         let bytes = disk.read(&at).map_err(|source| CheckpointError::Io { action: "read", path: at, source })?;
-        let found = sha256_hex(&bytes);
-        if found == entry.sha256 { Ok(bytes) } else { Err(self.damaged(name.to_owned(), format!("sha256 {}", entry.sha256), found)) }
+        self.expect_sha256(name.to_owned(), &entry.sha256, sha256_hex(&bytes))?;
+        Ok(bytes)
     }
 
     /// Every tensor, on the CPU.
@@ -286,10 +291,9 @@ impl Checkpoint {
                 }
                 first += len;
             }
-            let found = hex(&sha256.finalize());
-            if found != piece.piece.sha256 {
-                let what = format!("{}, {piece}", shard.file);
-                mismatch(self.damaged(what, format!("sha256 {}", piece.piece.sha256), found))?;
+            let what = format!("{}, {piece}", shard.file);
+            if let Err(damage) = self.expect_sha256(what, &piece.piece.sha256, hex(&sha256.finalize())) {
+                mismatch(damage)?;
                 is_whole = false;
             }
         }
@@ -328,7 +332,8 @@ impl Checkpoint {
         let at = self.path.join(name);
         let expected = || format!("{bytes} bytes");
         let folders = at.ancestors().skip(1).take_while(|above| *above != self.path);
-        if let Some(link) = folders.into_iter().find(|above| above.exists() && !disk.is_folder(above)) {
+        let is_missing = |at: &Path| disk.len(at).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+        if let Some(link) = folders.into_iter().find(|above| !disk.is_folder(above) && !is_missing(above)) {
             let found = format!("{} is no folder itself", link.display());
             return Err(self.damaged(name.to_owned(), expected(), found));
         }

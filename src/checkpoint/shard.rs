@@ -10,8 +10,9 @@ use sha2::{Digest, Sha256};
 use zstd::stream::write::Encoder;
 
 use super::manifest::{ShardEntry, element_bytes, stored_as};
-use super::{CheckpointError, Disk, hex};
-use crate::formats::{Dtype, FormatError, file_dtype, safetensors, tensor_bytes};
+use super::{CheckpointError, Disk};
+use crate::digest::hex;
+use crate::formats::{Dtype, FormatError, file_dtype, safetensors, tensor_bytes_in};
 use crate::params::Layout;
 
 /// Measured in benches/results/2026-11-25-checkpoint.md: of random mantissas higher levels find no more, and take longer.
@@ -43,11 +44,19 @@ impl Flat {
     /// # Errors
     /// When it has a dtype that files lack, or the device fails.
     pub fn copy(kind: &str, flat: &Tensor) -> Result<Self, CheckpointError> {
+        Self::copy_in(kind, flat, Vec::new())
+    }
+
+    /// As [`Self::copy`], in a buffer that was used before.
+    ///
+    /// # Errors
+    /// As [`Self::copy`].
+    pub fn copy_in(kind: &str, flat: &Tensor, buffer: Vec<u8>) -> Result<Self, CheckpointError> {
         let Some(dtype) = file_dtype(flat.dtype()) else {
             let reason = format!("dtype {:?} cannot be written", flat.dtype());
             return Err(FormatError::Write { name: kind.to_owned(), reason }.into());
         };
-        Ok(Self { kind: kind.to_owned(), dtype, bytes: tensor_bytes(flat)? })
+        Ok(Self { kind: kind.to_owned(), dtype, bytes: tensor_bytes_in(flat, buffer)? })
     }
 }
 
@@ -159,7 +168,10 @@ pub(super) fn write(
 }
 
 /// Length and sha256 of a file.
-pub(super) fn sum_of(disk: &dyn Disk, path: &Path) -> Result<(u64, String), CheckpointError> {
+///
+/// # Errors
+/// When it cannot be read.
+pub fn sum_of(disk: &dyn Disk, path: &Path) -> Result<(u64, String), CheckpointError> {
     let wrap = |source| CheckpointError::Io { action: "read", path: path.to_owned(), source };
     let mut sum = Hashing::new(io::sink());
     let mut file = io::BufReader::with_capacity(BLOCK, disk.open(path).map_err(wrap)?);

@@ -107,10 +107,6 @@ impl<'c, R: Read> Stream<'c, R> {
             let what = format!("{}, behind its zstd frame", self.shard.file);
             return Err(self.checkpoint.damaged(what, "nothing".to_owned(), format!("{more} bytes")));
         }
-        let found = rest.get_ref().sha256();
-        if found != self.shard.sha256 {
-            return Err(self.checkpoint.damaged(self.shard.file.clone(), format!("sha256 {}", self.shard.sha256), found));
-        }
-        Ok(())
+        self.checkpoint.expect_sha256(self.shard.file.clone(), &self.shard.sha256, rest.get_ref().sha256())
     }
 }

@@ -38,6 +38,8 @@ pub enum State {
     Projection,
     /// 2 GB with moments
     TwoGb,
+    /// 5 GB with moments; needs 11 GB of memory
+    FiveGb,
 }
 
 impl State {
@@ -46,6 +48,7 @@ impl State {
             Self::Prefix => "prefix",
             Self::Projection => "projection",
             Self::TwoGb => "two_gb",
+            Self::FiveGb => "five_gb",
         }
     }
 }
@@ -60,6 +63,7 @@ pub fn run(args: &CheckpointArgs) -> anyhow::Result<()> {
                     State::Prefix => BenchState::Prefix,
                     State::Projection => BenchState::Projection,
                     State::TwoGb => BenchState::TwoGigabytes,
+                    State::FiveGb => BenchState::FiveGigabytes,
                 };
                 rows.push((state.name(), save_and_load(&RealDisk, &args.dir, which)?));
             }
@@ -79,13 +83,17 @@ fn times_text(rows: &[(&str, SaveTimes)], json: bool) -> String {
     for (name, t) in rows {
         let _ = writeln!(
             text,
-            "{name:<10} {:>8.1} MB in {:>8.1} MB, ratio {:.3} | snapshot {:>7.1} ms | save {:>5.0} MB/s | load {:>5.0} MB/s",
+            "{name:<10} {:>8.1} MB in {:>8.1} MB, ratio {:.3} | snapshot {:>7.1} ms, first {:>7.1} | save {:>5.0} MB/s | load {:>5.0} MB/s | \
+             verify {:>5.0} MB/s, file hash alone {:>5.0}",
             t.state_bytes as f64 / 1e6,
             t.stored_bytes as f64 / 1e6,
             t.ratio(),
             t.snapshot_ms,
+            t.first_snapshot_ms,
             t.megabytes_s(t.save_ms),
-            t.megabytes_s(t.load_ms)
+            t.megabytes_s(t.load_ms),
+            t.megabytes_s(t.verify_ms),
+            t.megabytes_s(t.hash_ms)
         );
     }
     text

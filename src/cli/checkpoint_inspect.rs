@@ -234,6 +234,7 @@ fn one_text(found: &Inspected) -> String {
 fn short(value: &Value) -> String {
     match value {
         Value::Array(items) if items.len() > 8 => format!("({} names)", items.len()),
+        Value::String(hash) if hash.len() == 64 => format!("{}...", &hash.get(..8).unwrap_or(hash)),
         other => other.to_string(),
     }
 }

@@ -47,7 +47,6 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<()> {
     let about = json!({ "merged_adapter": about });
     let files = model_files(&ExportContext { model_dir, config: &tuned.model.config, dtype: None, about: &about }, &merged)
         .map_err(TrainError::from)?;
-    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
     publish(&RealDisk, output_dir, &files).map_err(TrainError::from)?;
     report::print(&format!(
         "{}: the model of {} with {} weights changed by {}\n",

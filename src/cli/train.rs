@@ -42,13 +42,17 @@ fn train(args: &TrainArgs, group: &dyn ProcessGroup, signals: &Signals, started:
     let summary = run::run(&plan, group, &RealDisk, &console, &limits)?;
     if group.rank() == 0 {
         keep_arguments(&plan)?;
+        let checkpoint = summary.checkpoint.as_ref().map_or("none was saved".to_owned(), |path| path.display().to_string());
+        if summary.failed_saves > 0 {
+            report::warn(&[format!("{} checkpoints could not be saved; the newest that was: {checkpoint}", summary.failed_saves)]);
+        }
         match &summary.ending {
-            Ending::Done { adapter } => close(&plan, &summary, adapter)?,
+            Ending::Done { adapter } => close(&plan, &summary, adapter, &checkpoint)?,
             &Ending::Stopped { by, total_steps } => {
-                let (step, checkpoint) = (summary.steps, summary.checkpoint.display());
-                let command = restart::command(GoesOn::FromLatest);
-                let text =
-                    format!("{}\ncheckpoint: {checkpoint}\nto go on: {command}\n", stopped(by, step, total_steps, group.world_size()));
+                let mut text = format!("{}\ncheckpoint: {checkpoint}\n", stopped(by, summary.steps, total_steps, group.world_size()));
+                if summary.checkpoint.is_some() {
+                    text += &format!("to go on: {}\n", restart::command(GoesOn::FromLatest));
+                }
                 report::print(&text)?;
             }
         }
@@ -68,24 +72,19 @@ fn keep_arguments(plan: &Plan) -> anyhow::Result<()> {
     std::fs::write(&path, plan.to_toml()?).with_context(|| format!("while writing {}", path.display()))
 }
 
-fn close(plan: &Plan, summary: &run::Summary, adapter: &Path) -> anyhow::Result<()> {
+fn close(plan: &Plan, summary: &run::Summary, adapter: &Path, checkpoint: &str) -> anyhow::Result<()> {
     let held_out = summary.evaluation.map_or(String::new(), |e| format!(", held-out loss {:.4}", e.loss));
     let what = if plan.method.settings().trains_base_weights() { "model" } else { "adapter" };
     let holds = if what == "model" { "a whole model, for --model_name_or_path".to_owned() } else { entries(adapter)?.join(", ") };
-    if summary.failed_saves > 0 {
-        let newest = summary.checkpoint.display();
-        report::warn(&[format!("{} checkpoints could not be saved; the newest that was is {newest}", summary.failed_saves)]);
-    }
     let text = format!(
         "done: {} steps, loss {:.4} -> {:.4}{held_out}\n\
          {what}: {} ({holds})\n\
-         checkpoint: {}\n\
+         checkpoint: {checkpoint}\n\
          to go on: the same command with --resume_from_checkpoint latest and a larger --max_steps than {}\n",
         summary.steps,
         summary.first_loss,
         summary.last_loss,
         adapter.display(),
-        summary.checkpoint.display(),
         summary.steps,
     );
     report::print(&text)?;

@@ -43,13 +43,21 @@ pub fn file_dtype(dtype: DType) -> Option<Dtype> {
 
 /// A tensor's elements in row-major order, little-endian, in its own dtype.
 pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
-    fn bytes<T: WithDType, const N: usize>(t: &Tensor, f: impl Fn(T) -> [u8; N] + Sync) -> Result<Vec<u8>> {
+    tensor_bytes_in(tensor, Vec::new())
+}
+
+/// As [`tensor_bytes`], in a buffer that was used before: one of the right length spares its allocation.
+pub fn tensor_bytes_in(tensor: &Tensor, buffer: Vec<u8>) -> Result<Vec<u8>> {
+    fn bytes<T: WithDType, const N: usize>(t: &Tensor, mut out: Vec<u8>, f: impl Fn(T) -> [u8; N] + Sync) -> Result<Vec<u8>> {
         let (storage, layout) = t.storage_and_layout();
         let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
             bail!("a tensor of layout {layout:?} is not on the CPU in one piece");
         };
         let values = &storage.as_slice::<T>()?[start..end];
-        let mut out = vec![0; values.len() * N];
+        if out.capacity() < values.len() * N {
+            out = vec![0; values.len() * N];
+        }
+        out.resize(values.len() * N, 0);
         out.par_chunks_mut(CHUNK * N).zip(values.par_chunks(CHUNK)).for_each(|(out, values)| {
             out.as_chunks_mut::<N>().0.iter_mut().zip(values).for_each(|(out, value)| *out = f(*value));
         });
@@ -59,14 +67,14 @@ pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?.contiguous()?;
     match flat.dtype() {
         DType::U8 => flat.to_vec1(),
-        DType::U32 => bytes(&flat, u32::to_le_bytes),
-        DType::I16 => bytes(&flat, i16::to_le_bytes),
-        DType::I32 => bytes(&flat, i32::to_le_bytes),
-        DType::I64 => bytes(&flat, i64::to_le_bytes),
-        DType::BF16 => bytes(&flat, bf16::to_le_bytes),
-        DType::F16 => bytes(&flat, f16::to_le_bytes),
-        DType::F32 => bytes(&flat, f32::to_le_bytes),
-        DType::F64 => bytes(&flat, f64::to_le_bytes),
+        DType::U32 => bytes(&flat, buffer, u32::to_le_bytes),
+        DType::I16 => bytes(&flat, buffer, i16::to_le_bytes),
+        DType::I32 => bytes(&flat, buffer, i32::to_le_bytes),
+        DType::I64 => bytes(&flat, buffer, i64::to_le_bytes),
+        DType::BF16 => bytes(&flat, buffer, bf16::to_le_bytes),
+        DType::F16 => bytes(&flat, buffer, f16::to_le_bytes),
+        DType::F32 => bytes(&flat, buffer, f32::to_le_bytes),
+        DType::F64 => bytes(&flat, buffer, f64::to_le_bytes),
         other => bail!("dtype {other:?} cannot be written"),
     }
 }

@@ -14,7 +14,7 @@ pub mod torch_pickle;
 mod view;
 
 pub use ::safetensors::Dtype;
-pub use convert::{candle_dtype, file_dtype, tensor_bytes};
+pub use convert::{candle_dtype, file_dtype, tensor_bytes, tensor_bytes_in};
 pub use file::TensorFile;
 pub use view::{Placed, TensorView};
 

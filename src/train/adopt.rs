@@ -80,6 +80,5 @@ pub fn export(disk: &dyn Disk, checkpoint: &Checkpoint, model_dir: Option<&Path>
 /// # Errors
 /// When the disk fails.
 pub fn write_export(disk: &dyn Disk, output_dir: &Path, files: &[(String, Vec<u8>)]) -> Result<(), TrainError> {
-    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
-    Ok(checkpoint::publish(disk, output_dir, &files)?)
+    Ok(checkpoint::publish(disk, output_dir, files)?)
 }

@@ -10,11 +10,13 @@ use rayon::prelude::*;
 use twox_hash::XxHash3_64;
 
 use super::TrainError;
-use crate::dist::{DistError, ProcessGroup};
+use crate::dist::{DistError, ProcessGroup, gather_words};
 use crate::kernels::host::F32View;
 
 /// Elements that are hashed as one piece, so that the threads share a large tensor.
 const PIECE: usize = 1 << 18;
+/// What the ranks tell each other.
+const HASHES: &str = "hashes of its state";
 
 /// Names and hashes of what all ranks must have alike, in the order in which a difference is looked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,11 +63,11 @@ fn hash_tensor(tensor: &Tensor) -> candle_core::Result<u64> {
 /// majority. Or when a collective fails.
 pub fn audit(group: &dyn ProcessGroup, step: u64, mine: &Fingerprints) -> Result<(), TrainError> {
     let words = mine.words();
-    let whole = gather_words(group, &[hash_words(&words)])?;
+    let whole = gather_words(group, HASHES, &[hash_words(&words)])?;
     if whole.iter().all(|hash| *hash == whole[0]) {
         return Ok(());
     }
-    let all = gather_words(group, &words)?;
+    let all = gather_words(group, HASHES, &words)?;
     let differs = |part: usize| all.iter().any(|words| words.get(part) != all[0].get(part));
     let parts: Vec<usize> = (0..mine.0.len()).filter(|&part| differs(part)).collect();
     let Some(&first) = parts.first() else {
@@ -99,20 +101,6 @@ fn verdict(hashes: &[u64]) -> String {
 fn named(ranks: &[usize]) -> String {
     let list = ranks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     if ranks.len() == 1 { format!("rank {list}") } else { format!("ranks {list}") }
-}
-
-fn gather_words(group: &dyn ProcessGroup, mine: &[u64]) -> Result<Vec<Vec<u64>>, DistError> {
-    let bytes: Vec<u8> = mine.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let all = group.all_gather_bytes(&bytes)?;
-    let words = all.into_iter().enumerate().map(|(rank, bytes)| {
-        if bytes.len() != mine.len() * 8 {
-            let expected = format!("{} bytes", mine.len() * 8);
-            return Err(DistError::Message { rank, what: "hashes of its state", expected, found: bytes.len() });
-        }
-        let (words, _) = bytes.as_chunks::<8>();
-        Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
-    });
-    words.collect()
 }
 
 #[cfg(test)]

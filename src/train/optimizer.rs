@@ -11,7 +11,7 @@ use std::ops::Range;
 use candle_core::{Device, Tensor};
 
 use super::TrainError;
-use crate::dist::{self, CommThread, DistError, OverlapPlan, ProcessGroup, Shards, SlotAccumulator, Solo, Wire};
+use crate::dist::{self, CommThread, OverlapPlan, ProcessGroup, Shards, SlotAccumulator, Solo, Wire};
 use crate::kernels::bf16;
 use crate::optim::{self, AdamW, AdamWConfig, NonFinite};
 use crate::params::Layout;
@@ -192,17 +192,7 @@ impl<'g> Optimizer<'g> {
 
     /// The ranks' words, one rank behind the other.
     fn gather_words(&self, mine: &[u64]) -> Result<Vec<u64>, TrainError> {
-        let bytes: Vec<u8> = mine.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let mut all = Vec::new();
-        for (rank, bytes) in self.peers.all_gather_bytes(&bytes)?.iter().enumerate() {
-            let (words, rest) = bytes.as_chunks::<8>();
-            if !rest.is_empty() {
-                let expected = "a multiple of 8".to_owned();
-                return Err(DistError::Message { rank, what: "its part of a norm or check", expected, found: bytes.len() }.into());
-            }
-            all.extend(words.iter().map(|word| u64::from_le_bytes(*word)));
-        }
-        Ok(all)
+        Ok(dist::gather_words(self.peers, "its part of a norm or check", mine)?.concat())
     }
 }
 

@@ -41,7 +41,8 @@ pub struct Summary {
     pub first_loss: f64,
     pub last_loss: f64,
     pub evaluation: Option<Evaluation>,
-    pub checkpoint: PathBuf,
+    /// The newest that is durable; none where no save succeeded.
+    pub checkpoint: Option<PathBuf>,
     /// Saves that failed where the plan says to go on.
     pub failed_saves: u64,
     pub ending: Ending,
@@ -152,10 +153,11 @@ impl<'a> Job<'a> {
             tokenizer_sha256,
             template: TEMPLATE.to_owned(),
         };
-        // What decides the order of the rows: a run goes on only where it stopped.
+        // What decides the rows and their order: a run goes on only where it stopped.
         identity.sizes.insert("seed".to_owned(), plan.run.seed.into());
         identity.sizes.insert("train_rows".to_owned(), train.num_samples().into());
         identity.sizes.insert("train_tokens".to_owned(), train.num_tokens().into());
+        identity.sizes.insert("train_sha256".to_owned(), train.sha256().into());
         // Masters are in a checkpoint or not.
         if plan.model.torch_dtype != WeightDtype::Float32 {
             identity.sizes.insert("torch_dtype".to_owned(), serde_json::to_value(plan.model.torch_dtype).unwrap_or_default());
@@ -202,8 +204,10 @@ impl<'a> Job<'a> {
             if let Err(error) = &outcome
                 && (error.is_everyones() || group.world_size() == 1)
             {
-                // What stops the run is no reason to lose what was being saved before.
-                saver.drain()?;
+                // What stops the run is no reason to lose what was being saved before; nor is a save that fails too a reason to hide it.
+                if let Err(of_the_save) = saver.drain() {
+                    tracing::error!("what was being saved when the run stopped is lost: {of_the_save}");
+                }
             }
             outcome
         })
@@ -310,7 +314,11 @@ impl<'a> Job<'a> {
             listener.took(took, waits_for_save.then(|| started_saving.elapsed()));
             if request.save {
                 together(group, || listener.honoured().map_err(|(path, source)| TrainError::Io { path, source }))?;
-                tracing::info!("step {done}: saved, as {TRIGGER_FILE} asked");
+                if saver.durable_step() == Some(done) {
+                    tracing::info!("step {done}: saved, as {TRIGGER_FILE} asked");
+                } else {
+                    tracing::warn!("step {done}: {TRIGGER_FILE} asked to save, which failed; it is removed, make it anew to try again");
+                }
             }
             if stopped.is_some() {
                 break;
@@ -330,7 +338,7 @@ impl<'a> Job<'a> {
             first_loss: first_loss.unwrap_or(f64::NAN),
             last_loss,
             evaluation: evaluation.map(|(_, evaluation)| evaluation),
-            checkpoint: saver.durable().map(PathBuf::from).or(self.resumed_from).unwrap_or_default(),
+            checkpoint: saver.durable().map(PathBuf::from).or(self.resumed_from),
             failed_saves: saver.num_failed(),
             ending,
         };

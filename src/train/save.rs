@@ -43,8 +43,10 @@ pub struct Saver<'scope, 'env> {
     scope: &'scope Scope<'scope, 'env>,
     context: SaveContext<'env>,
     in_flight: Option<InFlight<'scope>>,
-    /// The newest that is durable.
-    durable: Option<PathBuf>,
+    /// Buffers of the last snapshot, for the next.
+    spare: Vec<Vec<u8>>,
+    /// The newest that is durable, and its step.
+    durable: Option<(u64, PathBuf)>,
     num_failed: u64,
     /// Time for which a save waited for the one before, since it was last asked for.
     waited: Duration,
@@ -59,10 +61,16 @@ struct InFlight<'scope> {
 }
 
 enum Stage<'scope> {
-    Writing(Task<'scope, (Written, BTreeMap<String, FileEntry>)>),
+    Writing(Task<'scope, OfThisRank>),
     /// A task on the first rank, which has all shards' sizes.
-    Committing(Option<Task<'scope, ()>>, Vec<Written>),
+    Committing(Option<Task<'scope, Tidied>>, Vec<Written>),
 }
+
+/// What a rank has written, and its snapshot.
+type OfThisRank = (Written, BTreeMap<String, FileEntry>, Part);
+
+/// What came of deleting older checkpoints; the new one is durable in any case.
+type Tidied = Result<Vec<PathBuf>, CheckpointError>;
 
 type Task<'scope, T> = ScopedJoinHandle<'scope, Result<T, CheckpointError>>;
 
@@ -82,12 +90,17 @@ fn join<T>(task: Task<'_, T>) -> Result<T, TrainError> {
 impl<'scope, 'env> Saver<'scope, 'env> {
     /// Threads end before `scope` does.
     pub fn new(scope: &'scope Scope<'scope, 'env>, context: SaveContext<'env>) -> Self {
-        Self { scope, context, in_flight: None, durable: None, num_failed: 0, waited: Duration::ZERO }
+        Self { scope, context, in_flight: None, spare: Vec::new(), durable: None, num_failed: 0, waited: Duration::ZERO }
     }
 
     /// The newest checkpoint that this saver has made durable.
     pub fn durable(&self) -> Option<&Path> {
-        self.durable.as_deref()
+        self.durable.as_ref().map(|(_, path)| path.as_path())
+    }
+
+    /// The step of [`Self::durable`].
+    pub fn durable_step(&self) -> Option<u64> {
+        self.durable.as_ref().map(|(step, _)| *step)
     }
 
     /// Saves that failed and were passed over.
@@ -172,7 +185,7 @@ impl<'scope, 'env> Saver<'scope, 'env> {
         };
         let draft = Draft::new(disk, &plan.run.output_dir, progress.step);
         let snapshot = together(group, || {
-            let part = snapshot(group, method, optimizer)?;
+            let part = snapshot(group, method, optimizer, std::mem::take(&mut self.spare))?;
             let probe = if group.rank() == 0 { self.context.probe(model, method)? } else { None };
             // What a method that trains the base exports is a whole model: the state has all of it that can change.
             let exports = group.rank() == 0 && method.trained_base_weights()?.is_empty();
@@ -196,7 +209,7 @@ impl<'scope, 'env> Saver<'scope, 'env> {
         let (rank, world_size, layout) = (group.rank(), group.world_size(), Arc::new(method.params().layout().clone()));
         let write = {
             let (draft, layout) = (draft.clone(), Arc::clone(&layout));
-            move || Ok((draft.write_shard(rank, world_size, &layout, &part)?, draft.write_files(&files)?))
+            move || Ok((draft.write_shard(rank, world_size, &layout, &part)?, draft.write_files(&files)?, part))
         };
         let stage = Stage::Writing(self.scope.spawn(write));
         self.in_flight = Some(InFlight { draft, header, layout, begun, stage });
@@ -214,13 +227,13 @@ impl<'scope, 'env> Saver<'scope, 'env> {
                     let (disk, output_dir, keep) = (self.context.disk, self.context.plan.run.output_dir.clone(), self.keep());
                     self.scope.spawn(move || {
                         draft.commit(&header, &layout, &shards, &files)?;
-                        keep.map_or(Ok(Vec::new()), |keep| checkpoint::retention(disk, &output_dir, header.step, keep)).map(drop)
+                        Ok(keep.map_or(Ok(Vec::new()), |keep| checkpoint::retention(disk, &output_dir, header.step, keep)))
                     })
                 });
                 let stage = Stage::Committing(task, shards);
                 self.in_flight = Some(InFlight { draft: draft.clone(), header, layout, begun, stage });
             }),
-            Stage::Committing(task, shards) => together(group, || task.map_or(Ok(()), join)).map(|()| {
+            Stage::Committing(task, shards) => together(group, || task.map(join).transpose()).map(|tidied| {
                 if self.is_first() {
                     let (stored, content) = shards.iter().fold((0, 0), |(a, b), w| (a + w.shard.bytes, b + w.shard.content_bytes));
                     let (seconds, mb) = (begun.elapsed().as_secs_f64(), |bytes: u64| bytes as f64 / 1e6);
@@ -231,7 +244,10 @@ impl<'scope, 'env> Saver<'scope, 'env> {
                         mb(stored)
                     );
                 }
-                self.durable = Some(draft.path().to_owned());
+                if let Some(Err(error)) = tidied {
+                    tracing::warn!("an older checkpoint could not be deleted, and the next save tries again: {error}");
+                }
+                self.durable = Some((step, draft.path().to_owned()));
             }),
         };
         if result.is_err() && self.is_first() {
@@ -241,14 +257,12 @@ impl<'scope, 'env> Saver<'scope, 'env> {
     }
 
     /// Every rank's shard, on every rank, and this rank's other files.
-    fn gather(
-        &self,
-        task: Task<'scope, (Written, BTreeMap<String, FileEntry>)>,
-    ) -> Result<(Vec<Written>, BTreeMap<String, FileEntry>), TrainError> {
+    fn gather(&mut self, task: Task<'scope, OfThisRank>) -> Result<(Vec<Written>, BTreeMap<String, FileEntry>), TrainError> {
         let group = self.context.group;
         let unreadable = |e: serde_json::Error| CheckpointError::Incomplete { path: PathBuf::from("checkpoint"), reason: e.to_string() };
         let (files, mine) = together(group, || {
-            let (written, files) = join(task)?;
+            let (written, files, part) = join(task)?;
+            self.spare = part.flats.into_iter().map(|flat| flat.bytes).collect();
             Ok((files, serde_json::to_vec(&written).map_err(unreadable)?))
         })?;
         let all = group.all_gather_bytes(&mine)?;
@@ -269,7 +283,7 @@ impl<'scope, 'env> Saver<'scope, 'env> {
             Err(error) if self.context.plan.run.on_save_error == OnSaveError::Warn && is_of_the_save(&error) => {
                 self.num_failed += 1;
                 if self.is_first() {
-                    let newest = self.durable.as_ref().map_or("none of this run".to_owned(), |path| path.display().to_string());
+                    let newest = self.durable().map_or("none of this run".to_owned(), |path| path.display().to_string());
                     tracing::warn!(
                         "checkpoint-{step} was NOT saved ({} failed so far; the newest durable one is {newest}): {error}",
                         self.num_failed
@@ -288,13 +302,15 @@ fn is_of_the_save(error: &TrainError) -> bool {
 }
 
 /// Copies the part of the state that this rank saves.
-fn snapshot(group: &dyn ProcessGroup, method: &dyn PeftMethod, optimizer: &Optimizer) -> Result<Part, TrainError> {
+fn snapshot(group: &dyn ProcessGroup, method: &dyn PeftMethod, optimizer: &Optimizer, buffers: Vec<Vec<u8>>) -> Result<Part, TrainError> {
+    let mut buffers = buffers.into_iter();
+    let mut next = || buffers.next().unwrap_or_default();
     let flat = method.params().flat();
     // Of an optimizer that is sharded these are the shards.
     let range = Shards::new(flat.elem_count(), group.world_size(), optim::CHUNK).range(group.rank());
-    let mut flats = vec![Flat::copy(PARAMETER, &flat.narrow(0, range.start, range.len())?)?];
+    let mut flats = vec![Flat::copy_in(PARAMETER, &flat.narrow(0, range.start, range.len())?, next())?];
     for (kind, state) in optimizer.state(range.clone())? {
-        flats.push(Flat::copy(kind, &state)?);
+        flats.push(Flat::copy_in(kind, &state, next())?);
     }
     Ok(Part { range, flats })
 }
@@ -307,7 +323,6 @@ impl SaveContext<'_> {
     pub fn export(&self, model: &ChatGlm2, method: &dyn PeftMethod) -> Result<PathBuf, TrainError> {
         let path = self.plan.run.output_dir.join("adapter");
         let files = self.adapter_files(method, self.probe(model, method)?.as_ref())?;
-        let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
         checkpoint::publish(self.disk, &path, &files)?;
         Ok(path)
     }

@@ -124,7 +124,7 @@ fn verify_goes_on_behind_a_damaged_tensor() {
         manifest["tensors"][&name]["pieces"][0]["sha256"] = "0".repeat(64).into();
     }
     let new = serde_json::to_vec(&manifest).unwrap();
-    let sum = |bytes: &[u8]| glmddp::checkpoint::sha256_hex(bytes);
+    let sum = |bytes: &[u8]| glmddp::digest::sha256_hex(bytes);
     let sums = std::fs::read_to_string(checkpoint.join("SHA256SUMS")).unwrap().replace(&sum(&old), &sum(&new));
     std::fs::write(checkpoint.join("SHA256SUMS"), sums).unwrap();
     std::fs::write(path, new).unwrap();

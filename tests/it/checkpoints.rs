@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use glmddp::checkpoint::{Disk, DiskFile, RealDisk, newest_first, open};
+use glmddp::checkpoint::{Attempt, Call, Disk, DiskFile, Fault, FaultyDisk, RealDisk, newest_first, open};
 use glmddp::config::plan::{Duration, OnSaveError, SchedulerType};
 use glmddp::config::{Plan, RunConfig, Sources};
 use glmddp::dist::{Solo, local};
@@ -162,11 +162,31 @@ fn save_that_fails_on_one_rank_is_passed_over_and_counted_where_the_plan_says_so
     for summary in setup.run(&plan, &disks) {
         let summary = summary.expect("the run goes on");
         assert_eq!((summary.steps, summary.failed_saves), (STEPS, 1));
-        assert!(summary.checkpoint.ends_with("checkpoint-2"));
+        assert!(summary.checkpoint.is_some_and(|path| path.ends_with("checkpoint-2")));
     }
     assert_eq!(setup.newest("warn"), Some(STEPS));
     assert_eq!(setup.run(&setup.plan("whole", 2), &[&RealDisk, &RealDisk]).len(), 2);
     assert_eq!(setup.adapter("warn"), setup.adapter("whole"));
+}
+
+#[test]
+fn deletion_that_fails_makes_no_failed_save() {
+    let setup = Setup::new();
+    let run = |output: &str, disk: &FaultyDisk| {
+        let mut plan = setup.plan(output, 1);
+        plan.run.save_total_limit = NonZeroUsize::new(1);
+        setup.run(&plan, &[disk]).remove(0).expect("the run is not stopped")
+    };
+    let good = FaultyDisk::new(usize::MAX, Fault::Stop);
+    run("good", &good);
+    assert_eq!(RealDisk.list(&setup.output("good")).unwrap().iter().filter(|path| path.ends_with("checkpoint-1")).count(), 0);
+    let is_deletion = |attempt: &Attempt| matches!(&attempt.call, Call::Rename(_, to) if to.ends_with(".trash-checkpoint-1"));
+    let at = good.attempts().iter().position(is_deletion).expect("the first checkpoint is deleted");
+    let summary = run("out", &FaultyDisk::new(at, Fault::Fail(libc::EIO)));
+    assert_eq!((summary.steps, summary.failed_saves), (STEPS, 0));
+    assert!(summary.checkpoint.is_some_and(|path| path.ends_with(format!("checkpoint-{STEPS}"))));
+    assert_eq!(setup.newest("out"), Some(STEPS));
+    assert_eq!(setup.adapter("out"), setup.adapter("good"));
 }
 
 /// The first rank's write of checkpoint 2 waits until step 3 is in the log: were saving not beside the steps, it would wait in vain.

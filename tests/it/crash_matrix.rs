@@ -10,9 +10,10 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use glmddp::checkpoint::{self, Attempt, Call, Claim, Disk, Fault, FaultyDisk, RealDisk, newest_first, open, sha256_hex};
+use glmddp::checkpoint::{self, Attempt, Call, Claim, Disk, Fault, FaultyDisk, RealDisk, newest_first, open};
 use glmddp::config::Plan;
 use glmddp::config::plan::Resume;
+use glmddp::digest::sha256_hex;
 use glmddp::dist::{ProcessGroup, local};
 use glmddp::telemetry::Console;
 use glmddp::train::requests::Limits;

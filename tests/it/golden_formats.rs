@@ -101,7 +101,7 @@ fn hash_of_weights(case: &Path) -> String {
     let mut files: Vec<PathBuf> = std::fs::read_dir(case.join("hf")).unwrap().map(|e| e.unwrap().path()).collect();
     files.retain(|file| file.extension().is_some_and(|e| e == "safetensors"));
     files.sort();
-    glmddp::checkpoint::sha256_hex(&files.iter().flat_map(|file| std::fs::read(file).unwrap()).collect::<Vec<_>>())
+    glmddp::digest::sha256_hex(files.iter().flat_map(|file| std::fs::read(file).unwrap()).collect::<Vec<_>>())
 }
 
 /// Folders of a case whose name starts so, with the rest of their names.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use glmddp::checkpoint::sha256_hex;
+use glmddp::digest::sha256_hex;
 use glmddp::peft::METHOD_NAMES;
 use serde_json::Value;
 
@@ -140,7 +140,7 @@ fn add_sums(root: &Path, path: &Path, sums: &mut BTreeMap<PathBuf, String>) {
     if path.is_dir() {
         std::fs::read_dir(path).unwrap().for_each(|entry| add_sums(root, &entry.unwrap().path(), sums));
     } else {
-        sums.insert(path.strip_prefix(root).unwrap().to_owned(), sha256_hex(&std::fs::read(path).expect("a file was written")));
+        sums.insert(path.strip_prefix(root).unwrap().to_owned(), sha256_hex(std::fs::read(path).expect("a file was written")));
     }
 }
 

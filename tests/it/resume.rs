@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use glmddp::checkpoint::sha256_hex;
+use glmddp::digest::sha256_hex;
 use serde_json::Value;
 
 use crate::cli_support::{Ran, glmddp_in};
@@ -124,4 +124,17 @@ fn adapter_that_gives_another_loss_is_refused() {
     let Ran { code, stderr, .. } = evaluate();
     assert_eq!(code, 2);
     assert!(stderr.contains("loss of the probe was 9.5 and is "), "{stderr}");
+}
+
+#[test]
+fn other_rows_of_the_same_number_are_refused() {
+    let dir = run();
+    let path = dir.path().join("data/train.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut rows: Vec<&str> = text.lines().collect();
+    rows.swap(3, 7);
+    std::fs::write(&path, format!("{}\n", rows.join("\n"))).unwrap();
+    let Ran { code, stderr, .. } = train(dir.path(), &["--resume_from_checkpoint=latest", "--max_steps=5", "--quiet"]);
+    assert_eq!(code, 2);
+    insta::assert_snapshot!("resume_with_other_rows", regex::Regex::new("[0-9a-f]{64}").unwrap().replace_all(&stderr, "HASH"));
 }

@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use glmddp::checkpoint::{RealDisk, sha256_hex};
+use glmddp::checkpoint::RealDisk;
+use glmddp::digest::sha256_hex;
 
 /// Folders with golden values: `GLMDDP_GOLDEN_DIR` alone if it is set, else the committed copy and `../shared/golden` where it is there.
 pub fn golden_roots() -> Vec<PathBuf> {
@@ -39,5 +40,5 @@ pub fn state_sums(checkpoint: &Path) -> Vec<(String, String)> {
     opened.check_files(&RealDisk).expect("a whole checkpoint");
     let tensors = opened.tensors(&RealDisk).expect("a whole checkpoint");
     assert!(!tensors.is_empty());
-    tensors.into_iter().map(|(name, tensor)| (name, sha256_hex(&glmddp::formats::tensor_bytes(&tensor).expect("a tensor")))).collect()
+    tensors.into_iter().map(|(name, tensor)| (name, sha256_hex(glmddp::formats::tensor_bytes(&tensor).expect("a tensor")))).collect()
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use glmddp::checkpoint::sha256_hex;
+use glmddp::digest::sha256_hex;
 
 use crate::cli_support::glmddp_in;
 use crate::support;
