@@ -5,6 +5,7 @@
 //! durable file by file and renamed: a folder called `checkpoint-{step}` was complete when it got its name. All changes go through [`Disk`],
 //! so a test can stop at each of them.
 
+mod ahead;
 mod diff;
 mod disk;
 mod draft;

@@ -2,7 +2,7 @@
 //! followed, and no size is taken from a file that the file's own length does not justify.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Read};
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -266,30 +266,37 @@ impl Checkpoint {
         disk: &dyn Disk,
         index: usize,
         is_wanted: impl Fn(&Piece<'_>) -> bool,
-        mut take: impl FnMut(Piece<'_>, usize, &[u8]),
+        mut take: impl FnMut(Piece<'_>, usize, &[u8]) + Send,
         mut mismatch: impl FnMut(CheckpointError) -> Result<(), CheckpointError>,
     ) -> Result<(), CheckpointError> {
         let shard = &self.manifest.shards[index];
         self.check_length(disk, &shard.file, shard.bytes)?;
         let at = self.path.join(&shard.file);
         let file = disk.open(&at).map_err(|source| CheckpointError::Io { action: "read", path: at, source })?;
-        let mut stream = Stream::open(self, shard, file.take(shard.bytes))?;
+        let mut stream = Stream::open(self, shard, file)?;
         let pieces = self.pieces_in_order(index, &stream.header()?)?;
         let needed = pieces.iter().rposition(&is_wanted).map_or(0, |last| last + 1);
-        let (mut block, mut is_whole) = (Vec::new(), true);
+        let (mut block, mut next, mut is_whole) = (Vec::new(), Vec::new(), true);
         for piece in &pieces[..needed] {
             let (wanted, size) = (is_wanted(piece), element_bytes(piece.entry.dtype).unwrap_or(1));
             let (mut sha256, mut first) = (Sha256::new(), 0);
             let num_elements = piece.piece.end - piece.piece.start;
+            let mut fill = |block: &mut Vec<u8>, first: usize| {
+                block.resize((num_elements - first).min(BLOCK / size) * size, 0);
+                stream.fill(block, &|| piece.to_string())
+            };
+            fill(&mut block, 0)?;
             while first < num_elements {
-                let len = (num_elements - first).min(BLOCK / size);
-                block.resize(len * size, 0);
-                stream.fill(&mut block, &|| piece.to_string())?;
-                sha256.update(&block);
-                if wanted {
-                    take(*piece, first, &block);
-                }
-                first += len;
+                let behind = first + block.len() / size;
+                let look = || {
+                    sha256.update(&block);
+                    if wanted {
+                        take(*piece, first, &block);
+                    }
+                };
+                // One block is hashed while the next is decompressed.
+                rayon::join(look, || fill(&mut next, behind)).1?;
+                (first, block, next) = (behind, next, block);
             }
             let what = format!("{}, {piece}", shard.file);
             if let Err(damage) = self.expect_sha256(what, &piece.piece.sha256, hex(&sha256.finalize())) {

@@ -1,13 +1,13 @@
 //! The content of a shard while it is decompressed: within the bounds of the manifest, and to the end of the file.
 
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead, Read};
 
 use zstd::stream::read::Decoder;
 
 use super::CheckpointError;
+use super::ahead::Ahead;
 use super::manifest::{ShardEntry, element_bytes};
-use super::read::{BLOCK, Checkpoint};
-use super::shard::Hashing;
+use super::read::Checkpoint;
 use crate::formats::safetensors;
 
 /// log2 of the most memory (bytes) that a frame may ask its reader to keep.
@@ -15,24 +15,21 @@ const MAX_WINDOW_LOG: u32 = 23;
 /// The first bytes of a zstd frame, with its content size.
 const FRAME_HEADER: usize = 18;
 
-/// A file whose start was looked at.
-type Whole<R> = io::Chain<io::Cursor<Vec<u8>>, R>;
-
 /// The content of a shard while it is decompressed.
-pub(super) struct Stream<'c, R: Read> {
+pub(super) struct Stream<'c> {
     checkpoint: &'c Checkpoint,
     shard: &'c ShardEntry,
-    decoder: Decoder<'static, BufReader<Hashing<Whole<R>>>>,
+    decoder: Decoder<'static, Ahead>,
     /// Bytes of the content that were read.
     at: u64,
 }
 
-impl<'c, R: Read> Stream<'c, R> {
-    pub(super) fn open(checkpoint: &'c Checkpoint, shard: &'c ShardEntry, mut file: R) -> Result<Self, CheckpointError> {
+impl<'c> Stream<'c> {
+    pub(super) fn open(checkpoint: &'c Checkpoint, shard: &'c ShardEntry, file: Box<dyn Read + Send>) -> Result<Self, CheckpointError> {
         let fail = |source| CheckpointError::Io { action: "read", path: checkpoint.path.join(&shard.file), source };
-        let mut start = Vec::with_capacity(FRAME_HEADER);
-        file.by_ref().take(FRAME_HEADER as u64).read_to_end(&mut start).map_err(fail)?;
-        let content = zstd::zstd_safe::get_frame_content_size(&start);
+        let mut input = Ahead::new(Box::new(file.take(shard.bytes)), shard.bytes);
+        let start = input.fill_buf().map_err(fail)?;
+        let content = zstd::zstd_safe::get_frame_content_size(&start[..start.len().min(FRAME_HEADER)]);
         if !matches!(content, Ok(Some(bytes)) if bytes == shard.content_bytes) {
             let found = match content {
                 Ok(Some(bytes)) => format!("a zstd frame of {bytes}"),
@@ -41,7 +38,6 @@ impl<'c, R: Read> Stream<'c, R> {
             };
             return Err(checkpoint.damaged(shard.file.clone(), format!("a zstd frame of {} bytes", shard.content_bytes), found));
         }
-        let input = BufReader::with_capacity(BLOCK, Hashing::new(io::Cursor::new(start).chain(file)));
         let mut decoder = Decoder::with_buffer(input).map_err(fail)?.single_frame();
         decoder.window_log_max(MAX_WINDOW_LOG).map_err(fail)?;
         Ok(Self { checkpoint, shard, decoder, at: 0 })
@@ -107,6 +103,6 @@ impl<'c, R: Read> Stream<'c, R> {
             let what = format!("{}, behind its zstd frame", self.shard.file);
             return Err(self.checkpoint.damaged(what, "nothing".to_owned(), format!("{more} bytes")));
         }
-        self.checkpoint.expect_sha256(self.shard.file.clone(), &self.shard.sha256, rest.get_ref().sha256())
+        self.checkpoint.expect_sha256(self.shard.file.clone(), &self.shard.sha256, rest.sha256())
     }
 }
