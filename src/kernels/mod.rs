@@ -13,6 +13,7 @@ pub mod elementwise;
 mod gemm;
 pub mod host;
 pub mod kl;
+pub mod launch;
 pub mod lstm;
 pub mod matmul;
 pub mod rms_norm;

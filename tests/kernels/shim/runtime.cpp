@@ -1,0 +1,600 @@
+// Runs a kernel's blocks one after the other, a block's threads as fibers, and checks what they do: bounds of global and shared memory,
+// alignment, reads of what nobody wrote, races within a block between barriers and races of blocks, barriers and warp operations that not all
+// threads come to, asynchronous copies that nobody waits for. The first fault ends the launch with a message.
+//
+// Memory is watched in granules of two bytes. __syncthreads orders a block, __syncwarp a warp; shuffles and mma order nothing, as in CUDA.
+// Not modelled: caches, bank conflicts, the order in which a tensor core adds, concurrent blocks (they must not depend on each other).
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#include "shim.h"
+
+namespace {
+
+constexpr int MAX_THREADS = 1024, WARP = 32, MAX_REGIONS = 64, MAX_COPIES = 256;
+constexpr size_t STACK = 64 << 10, GUARD = 4096, GRANULE = 2;
+constexpr uint16_t MANY = 0xffff;
+
+// What is known of a granule.
+struct Cell {
+    uint32_t written, written_in_warp, read, read_in_warp;
+    uint16_t writer, reader;
+    uint8_t reader_warp;
+    bool is_valid;
+};
+
+struct Region {
+    uintptr_t start;
+    size_t bytes;
+    unsigned char* memory;
+    Cell* cells;
+    bool is_shared;
+    char name[48];
+};
+
+enum State { RUNNABLE, AT_BARRIER, IN_WARP, FINISHED };
+
+struct Copy {
+    unsigned char* to;
+    const unsigned char* from;
+    bool is_there;
+    int group;
+};
+
+struct Fiber {
+    void* sp;
+#if !defined(__x86_64__)
+    ucontext_t context;
+#endif
+    State state;
+    Copy copies[MAX_COPIES];
+    int num_copies, group;
+};
+
+enum Operation { SYNC, SHUFFLE, BALLOT, MMA, MATRICES };
+
+struct Warp {
+    int arrived;
+    Operation operation;
+    uint32_t epoch;
+    uint64_t value[WARP];
+    int from[WARP];
+    float* c[WARP];
+    const uint32_t *a[WARP], *b[WARP];
+    uint32_t* r[WARP];
+    const unsigned char* row[WARP];
+    bool flag;
+};
+
+Region regions[MAX_REGIONS];
+int num_regions;
+Region shared_region;
+Fiber fibers[MAX_THREADS];
+Warp warps[MAX_THREADS / WARP];
+unsigned char* stacks;
+void* scheduler_sp;
+#if !defined(__x86_64__)
+ucontext_t scheduler_context;
+#endif
+
+int current, num_threads;
+bool failed;
+char message[1024];
+uint32_t epoch = 1, launch_epoch, block_epoch;
+shim_index block, grid;
+const char* kernel_name;
+void (*kernel_function)(const void*);
+const unsigned char* kernel_args;
+size_t kernel_args_bytes;
+uint64_t counts[4];
+
+// ---- switching -----------------------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+extern "C" void shim_switch(void** save, void* load);
+asm(R"(
+.text
+.globl shim_switch
+.type shim_switch, @function
+shim_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size shim_switch, .-shim_switch
+)");
+#endif
+
+unsigned char* stack_of(int thread) { return stacks + size_t(thread) * STACK; }
+
+void to_scheduler() {
+#if defined(__x86_64__)
+    shim_switch(&fibers[current].sp, scheduler_sp);
+#else
+    swapcontext(&fibers[current].context, &scheduler_context);
+#endif
+}
+
+void run(int thread) {
+    current = thread;
+#if defined(__x86_64__)
+    shim_switch(&scheduler_sp, fibers[thread].sp);
+#else
+    swapcontext(&scheduler_context, &fibers[thread].context);
+#endif
+}
+
+__attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
+    if (!failed) {
+        failed = true;
+        int n = snprintf(message, sizeof message, "%s, block (%d, %d, %d), thread %d: ", kernel_name, block.x, block.y, block.z, current);
+        va_list args;
+        va_start(args, format);
+        vsnprintf(message + n, sizeof message - n, format, args);
+        va_end(args);
+    }
+    to_scheduler();
+    abort();  // never resumed
+}
+
+void start() {
+    kernel_function(kernel_args);
+    Fiber& fiber = fibers[current];
+    if (fiber.num_copies > 0) fail("ends with %d asynchronous copies that it did not wait for", fiber.num_copies);
+    fiber.state = FINISHED;
+    to_scheduler();
+    abort();
+}
+
+void prepare(int thread) {
+    Fiber& fiber = fibers[thread];
+    fiber.state = RUNNABLE;
+    fiber.num_copies = fiber.group = 0;
+#if defined(__x86_64__)
+    void** top = reinterpret_cast<void**>(stack_of(thread) + STACK);
+    *--top = nullptr;  // the alignment that a call would leave
+    *--top = reinterpret_cast<void*>(&start);
+    top -= 6;
+    memset(top, 0, 6 * sizeof(void*));
+    fiber.sp = top;
+#else
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stack_of(thread);
+    fiber.context.uc_stack.ss_size = STACK;
+    makecontext(&fiber.context, start, 0);
+#endif
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------------------------
+
+Region* region_of(uintptr_t at) {
+    if (at - shared_region.start < shared_region.bytes) return &shared_region;
+    for (int i = 0; i < num_regions; i++)
+        if (at - regions[i].start < regions[i].bytes) return &regions[i];
+    return nullptr;
+}
+
+void out_of_bounds(uintptr_t at, size_t bytes, const char* what) {
+    const Region* nearest = nullptr;
+    intptr_t offset = 0;
+    auto look = [&](const Region& region) {
+        if (region.start && at + GUARD >= region.start && at < region.start + region.bytes + GUARD) {
+            nearest = &region;
+            offset = intptr_t(at - region.start);
+        }
+    };
+    look(shared_region);
+    for (int i = 0; i < num_regions; i++) look(regions[i]);
+    if (nearest) {
+        fail("%s of %zu bytes at byte %ld of %s, which has %zu", what, bytes, long(offset), nearest->name, nearest->bytes);
+    } else {
+        fail("%s of %zu bytes at %p, which is in no buffer", what, bytes, reinterpret_cast<void*>(at));
+    }
+}
+
+// `other` did something in this epoch of the block: is what this thread does now ordered behind it?
+bool is_ordered(uint16_t other, uint8_t other_warp, uint32_t in_warp) {
+    if (other == current) return true;
+    return other_warp == current / WARP && in_warp < warps[current / WARP].epoch;
+}
+
+void touch(const Region& region, uintptr_t at, size_t bytes, bool is_write) {
+    const char* what = is_write ? "write" : "read";
+    uint8_t warp = uint8_t(current / WARP);
+    for (size_t g = (at - region.start) / GRANULE; g <= (at + bytes - 1 - region.start) / GRANULE; g++) {
+        Cell& cell = region.cells[g];
+        auto where = [&](const char* problem, int other) {
+            fail("%s at byte %zu of %s: %s %d", what, g * GRANULE, region.name, problem, other);
+        };
+        if (!is_write && !cell.is_valid) fail("read at byte %zu of %s, which nobody wrote", g * GRANULE, region.name);
+        if (cell.written == epoch && !is_ordered(cell.writer, uint8_t(cell.writer / WARP), cell.written_in_warp))
+            where("a race with the write of thread", cell.writer);
+        if (cell.written >= launch_epoch && cell.written < block_epoch && !region.is_shared) where("another block wrote it, its thread", cell.writer);
+        if (is_write) {
+            if (cell.read == epoch && !is_ordered(cell.reader, cell.reader_warp, cell.read_in_warp))
+                where("a race with a read, of thread (65535: several)", cell.reader);
+            if (cell.read >= launch_epoch && cell.read < block_epoch && !region.is_shared) where("another block read it, its thread", cell.reader);
+            cell.is_valid = true;
+            cell.written = epoch;
+            cell.written_in_warp = warps[warp].epoch;
+            cell.writer = uint16_t(current);
+        } else if (cell.read != epoch) {
+            cell.read = epoch;
+            cell.reader = uint16_t(current);
+            cell.reader_warp = warp;
+            cell.read_in_warp = warps[warp].epoch;
+        } else if (cell.reader != current) {
+            if (cell.reader_warp != warp) cell.reader_warp = 0xff;
+            cell.reader = MANY;
+            cell.read_in_warp = warps[warp].epoch;
+        } else {
+            cell.read_in_warp = warps[warp].epoch;
+        }
+    }
+    counts[(region.is_shared ? 2 : 0) + is_write] += bytes;
+}
+
+void access(const void* pointer, size_t bytes, bool is_write) {
+    uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
+    if (at - reinterpret_cast<uintptr_t>(stack_of(current)) < STACK) return;
+    if (!is_write && at - reinterpret_cast<uintptr_t>(kernel_args) < kernel_args_bytes) return;
+    const Region* region = region_of(at);
+    if (!region || at + bytes > region->start + region->bytes) return out_of_bounds(at, bytes, is_write ? "write" : "read");
+    if (at % bytes) fail("%s of %zu bytes at byte %zu of %s is not aligned", is_write ? "write" : "read", bytes, size_t(at - region->start), region->name);
+    touch(*region, at, bytes, is_write);
+}
+
+void expect_shared(const void* pointer, const char* what) {
+    uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
+    if (at % 16) fail("%s at an address that is not a multiple of 16", what);
+    if (at - shared_region.start + 16 > shared_region.bytes) out_of_bounds(at, 16, what);
+}
+
+// ---- warps ---------------------------------------------------------------------------------------------------------------------------
+
+float half_value(uint32_t bits, bool is_bf16) {
+    if (!is_bf16) return shim_f16_to_f32(uint16_t(bits));
+    return __uint_as_float(bits << 16);
+}
+
+void multiply(Warp& warp) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < WARP; lane++) {
+        int group = lane / 4, place = lane % 4;
+        for (int i = 0; i < 4; i++)
+            for (int half = 0; half < 2; half++)
+                a[group + 8 * (i % 2)][2 * place + 8 * (i / 2) + half] = half_value(warp.a[lane][i] >> 16 * half & 0xffff, warp.flag);
+        for (int i = 0; i < 2; i++)
+            for (int half = 0; half < 2; half++) b[2 * place + 8 * i + half][group] = half_value(warp.b[lane][i] >> 16 * half & 0xffff, warp.flag);
+    }
+    for (int lane = 0; lane < WARP; lane++) {
+        int group = lane / 4, place = lane % 4;
+        for (int i = 0; i < 4; i++) {
+            int row = group + 8 * (i / 2), column = 2 * place + i % 2;
+            float sum = warp.c[lane][i];
+            for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
+            warp.c[lane][i] = sum;
+        }
+    }
+}
+
+void spread(Warp& warp) {
+    for (int lane = 0; lane < WARP; lane++) {
+        int group = lane / 4, place = lane % 4;
+        for (int m = 0; m < 4; m++) {
+            auto element = [&](int row, int column) -> uint32_t {
+                uint16_t bits;
+                memcpy(&bits, warp.row[8 * m + row] + 2 * column, 2);
+                return bits;
+            };
+            uint32_t lo = warp.flag ? element(2 * place, group) : element(group, 2 * place);
+            uint32_t hi = warp.flag ? element(2 * place + 1, group) : element(group, 2 * place + 1);
+            warp.r[lane][m] = lo | hi << 16;
+        }
+    }
+}
+
+// All lanes of the warp come here with the same operation; the last does it for all.
+void in_warp(Operation operation, unsigned lanes) {
+    Warp& warp = warps[current / WARP];
+    if (lanes != 0xffffffffu) fail("a warp operation of some lanes (%08x) only", lanes);
+    if (warp.arrived > 0 && warp.operation != operation) fail("lanes of a warp are at different operations (%d and %d)", warp.operation, operation);
+    warp.operation = operation;
+    if (++warp.arrived < WARP) {
+        fibers[current].state = IN_WARP;
+        to_scheduler();
+        return;
+    }
+    warp.arrived = 0;
+    switch (operation) {
+        case SYNC:
+            warp.epoch++;
+            break;
+        case SHUFFLE: {
+            uint64_t values[WARP];
+            memcpy(values, warp.value, sizeof values);
+            for (int lane = 0; lane < WARP; lane++) warp.value[lane] = values[warp.from[lane] & (WARP - 1)];
+            break;
+        }
+        case BALLOT: {
+            uint64_t bits = 0;
+            for (int lane = 0; lane < WARP; lane++) bits |= uint64_t(warp.value[lane] != 0) << lane;
+            for (int lane = 0; lane < WARP; lane++) warp.value[lane] = bits;
+            break;
+        }
+        case MMA:
+            multiply(warp);
+            break;
+        case MATRICES:
+            spread(warp);
+            break;
+    }
+    for (int lane = 0; lane < WARP; lane++) fibers[current / WARP * WARP + lane].state = RUNNABLE;
+}
+
+// ---- blocks --------------------------------------------------------------------------------------------------------------------------
+
+void clear(Region& region) { memset(region.cells, 0, (region.bytes / GRANULE + 1) * sizeof(Cell)); }
+
+// Runs one block; `order` shuffles its threads.
+void run_block(int order) {
+    block_epoch = ++epoch;
+    clear(shared_region);
+    memset(shared_region.memory, 0xcd, shared_region.bytes);
+    for (int i = 0; i < num_threads; i++) prepare(i);
+    for (Warp& warp : warps) warp.arrived = 0, warp.epoch = 1;
+    int finished = 0;
+    while (finished < num_threads) {
+        bool moved = false;
+        for (int i = 0; i < num_threads && !failed; i++) {
+            int thread = order == 0 ? i : order == 1 ? num_threads - 1 - i : (i * 389 + order) % num_threads;
+            if (fibers[thread].state != RUNNABLE) continue;
+            run(thread);
+            moved = true;
+        }
+        if (failed) return;
+        int waiting = finished = 0;
+        for (int i = 0; i < num_threads; i++) {
+            waiting += fibers[i].state == AT_BARRIER;
+            finished += fibers[i].state == FINISHED;
+        }
+        if (waiting == num_threads) {
+            epoch++;
+            for (int i = 0; i < num_threads; i++) fibers[i].state = RUNNABLE;
+            for (Warp& warp : warps) warp.epoch = 1;
+        } else if (!moved && finished < num_threads) {
+            failed = true;
+            snprintf(message, sizeof message, "%s, block (%d, %d, %d): %d of %d threads wait at a barrier and %d have ended: not all come to it",
+                     kernel_name, block.x, block.y, block.z, waiting, num_threads, finished);
+            return;
+        }
+    }
+}
+
+}  // namespace
+
+// ---- what kernels call ---------------------------------------------------------------------------------------------------------------
+
+extern "C" {
+
+shim_index shim_thread_index() { return {current, 0, 0}; }
+shim_index shim_block_index() { return block; }
+shim_index shim_block_size() { return {num_threads, 1, 1}; }
+shim_index shim_grid_size() { return grid; }
+unsigned char* shim_shared_memory() { return shared_region.memory; }
+
+void shim_sync_block() {
+    fibers[current].state = AT_BARRIER;
+    to_scheduler();
+}
+void shim_sync_warp(unsigned lanes) { in_warp(SYNC, lanes); }
+uint64_t shim_shuffle(unsigned lanes, uint64_t value, int from) {
+    Warp& warp = warps[current / WARP];
+    warp.value[current % WARP] = value;
+    warp.from[current % WARP] = from;
+    in_warp(SHUFFLE, lanes);
+    return warp.value[current % WARP];
+}
+unsigned shim_ballot(unsigned lanes, bool value) {
+    Warp& warp = warps[current / WARP];
+    warp.value[current % WARP] = value;
+    in_warp(BALLOT, lanes);
+    return unsigned(warp.value[current % WARP]);
+}
+void shim_mma(float* c, const uint32_t* a, const uint32_t* b, bool is_bf16) {
+    Warp& warp = warps[current / WARP];
+    int lane = current % WARP;
+    warp.c[lane] = c, warp.a[lane] = a, warp.b[lane] = b, warp.flag = is_bf16;
+    in_warp(MMA, 0xffffffffu);
+}
+void shim_load_matrices(uint32_t* r, const void* row, bool transposed) {
+    expect_shared(row, "a row of a matrix");
+    access(row, 16, false);
+    Warp& warp = warps[current / WARP];
+    int lane = current % WARP;
+    warp.r[lane] = r, warp.row[lane] = static_cast<const unsigned char*>(row), warp.flag = transposed;
+    in_warp(MATRICES, 0xffffffffu);
+}
+
+void shim_load(void* to, const void* from, int bytes) {
+    access(from, size_t(bytes), false);
+    memcpy(to, from, size_t(bytes));
+}
+void shim_store(void* to, const void* from, int bytes) {
+    access(to, size_t(bytes), true);
+    memcpy(to, from, size_t(bytes));
+}
+// The data comes at the wait, and until then what is there may not be read.
+void shim_copy_async(void* shared, const void* global, bool is_there) {
+    Fiber& fiber = fibers[current];
+    expect_shared(shared, "an asynchronous copy");
+    if (is_there) access(global, 16, false);
+    access(shared, 16, true);
+    counts[3] -= 16;
+    const Region& region = shared_region;
+    for (int i = 0; i < 8; i++) region.cells[(reinterpret_cast<uintptr_t>(shared) - region.start) / GRANULE + i].is_valid = false;
+    if (fiber.num_copies == MAX_COPIES) fail("more than %d asynchronous copies", MAX_COPIES);
+    fiber.copies[fiber.num_copies++] = {static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), is_there, fiber.group};
+}
+void shim_copy_async_commit() { fibers[current].group++; }
+void shim_copy_async_wait(int open) {
+    Fiber& fiber = fibers[current];
+    int kept = 0;
+    for (int i = 0; i < fiber.num_copies; i++) {
+        const Copy& copy = fiber.copies[i];
+        if (copy.group >= fiber.group - open) {
+            fiber.copies[kept++] = copy;
+            continue;
+        }
+        access(copy.to, 16, true);
+        if (copy.is_there) {
+            memcpy(copy.to, copy.from, 16);
+        } else {
+            memset(copy.to, 0, 16);
+        }
+    }
+    fiber.num_copies = kept;
+}
+uint32_t shim_atomic_min(uint32_t* at, uint32_t value) {
+    uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    const Region* region = region_of(address);
+    if (!region || address + 4 > region->start + region->bytes) out_of_bounds(address, 4, "an atomic");
+    for (int i = 0; i < 2; i++)
+        if (!region->cells[(address - region->start) / GRANULE + i].is_valid) fail("an atomic on %s, which nobody wrote", region->name);
+    uint32_t old = *at;
+    if (value < old) *at = value;
+    return old;
+}
+
+float shim_f16_to_f32(uint16_t h) {
+    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
+    if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | mantissa << 13);
+    if (exponent == 0) {
+        float x = float(mantissa) * 0x1p-24f;
+        return sign ? -x : x;
+    }
+    return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+uint16_t shim_f32_to_f16(float x) {
+    uint32_t bits = __float_as_uint(x);
+    uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    float size = fabsf(x);
+    if (size != size) return uint16_t(sign | 0x7e00);
+    if (size >= 65520.0f) return uint16_t(sign | 0x7c00);
+    if (size < 0x1p-14f) return uint16_t(sign | uint16_t(rintf(size * 0x1p24f)));
+    uint32_t rest = bits & 0x7fffffff;
+    return uint16_t(sign | ((rest + 0xfff + (rest >> 13 & 1) - (112u << 23)) >> 13));
+}
+uint16_t shim_f32_to_bf16(float x) {
+    uint32_t bits = __float_as_uint(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// ---- what -fsanitize=thread calls ----------------------------------------------------------------------------------------------------
+
+#define ACCESS(bytes)                                                      \
+    void __tsan_read##bytes(void* at) { access(at, bytes, false); }        \
+    void __tsan_write##bytes(void* at) { access(at, bytes, true); }        \
+    void __tsan_unaligned_read##bytes(void* at) { access(at, bytes, false); } \
+    void __tsan_unaligned_write##bytes(void* at) { access(at, bytes, true); } \
+    void __tsan_read_write##bytes(void* at) {                              \
+        access(at, bytes, false);                                          \
+        access(at, bytes, true);                                           \
+    }
+ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+
+// ---- what the tests call -------------------------------------------------------------------------------------------------------------
+
+// A buffer of `bytes`, nothing of it written; null where there are too many.
+void* shim_alloc(const char* name, size_t bytes) {
+    if (num_regions == MAX_REGIONS) return nullptr;
+    Region& region = regions[num_regions++];
+    unsigned char* all = static_cast<unsigned char*>(aligned_alloc(256, (bytes + 2 * GUARD + 255) / 256 * 256));
+    region.memory = all + GUARD;
+    region.start = reinterpret_cast<uintptr_t>(region.memory);
+    region.bytes = bytes;
+    region.is_shared = false;
+    region.cells = static_cast<Cell*>(calloc(bytes / GRANULE + 1, sizeof(Cell)));
+    memset(all, 0xcd, bytes + 2 * GUARD);
+    snprintf(region.name, sizeof region.name, "`%s`", name);
+    return region.memory;
+}
+void shim_upload(void* to, const void* from, size_t bytes) {
+    Region* region = region_of(reinterpret_cast<uintptr_t>(to));
+    memcpy(to, from, bytes);
+    for (size_t g = 0; g < (bytes + GRANULE - 1) / GRANULE; g++) region->cells[g].is_valid = true;
+}
+// Bytes that nobody wrote, in granules.
+size_t shim_download(void* to, const void* from, size_t bytes) {
+    Region* region = region_of(reinterpret_cast<uintptr_t>(from));
+    memcpy(to, from, bytes);
+    size_t missing = 0;
+    for (size_t g = 0; g < (bytes + GRANULE - 1) / GRANULE; g++) missing += region->cells[g].is_valid ? 0 : GRANULE;
+    return missing;
+}
+void shim_free_all() {
+    for (int i = 0; i < num_regions; i++) {
+        free(regions[i].memory - GUARD);
+        free(regions[i].cells);
+    }
+    num_regions = 0;
+}
+// Bytes that kernels read and wrote in global memory, read and wrote in shared memory, since the last call.
+void shim_take_counts(uint64_t* to) {
+    memcpy(to, counts, sizeof counts);
+    memset(counts, 0, sizeof counts);
+}
+
+// Null, or what went wrong.
+const char* shim_launch(const char* name, void (*function)(const void*), const int* grid_size, int threads, size_t shared_bytes, const void* args,
+                        size_t args_bytes, int order) {
+    if (!stacks)
+        stacks = static_cast<unsigned char*>(
+            mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    failed = false;
+    kernel_name = name, kernel_function = function, kernel_args = static_cast<const unsigned char*>(args), kernel_args_bytes = args_bytes;
+    num_threads = threads;
+    grid = {grid_size[0], grid_size[1], grid_size[2]};
+    unsigned char* all = static_cast<unsigned char*>(aligned_alloc(256, (shared_bytes + 2 * GUARD + 255) / 256 * 256));
+    shared_region.memory = all + GUARD;
+    shared_region.start = reinterpret_cast<uintptr_t>(shared_region.memory);
+    shared_region.bytes = shared_bytes;
+    shared_region.is_shared = true;
+    snprintf(shared_region.name, sizeof shared_region.name, "shared memory");
+    shared_region.cells = static_cast<Cell*>(calloc(shared_bytes / GRANULE + 1, sizeof(Cell)));
+    launch_epoch = ++epoch;
+    long num_blocks = long(grid.x) * grid.y * grid.z;
+    for (long i = 0; i < num_blocks && !failed; i++) {
+        long at = order == 1 ? num_blocks - 1 - i : i;
+        block = {int(at % grid.x), int(at / grid.x % grid.y), int(at / grid.x / grid.y)};
+        run_block(order);
+    }
+    free(all);
+    free(shared_region.cells);
+    shared_region.start = 0, shared_region.bytes = 0;
+    return failed ? message : nullptr;
+}
+}
