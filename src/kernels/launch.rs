@@ -82,7 +82,7 @@ pub fn upload<T: NoUninit>(executor: &dyn Executor, name: &str, values: &[T]) ->
 /// # Errors
 /// As [`Executor::read`].
 pub fn download<T: Pod>(executor: &dyn Executor, buffer: Buffer) -> Result<Vec<T>, LaunchError> {
-    Ok(bytemuck::pod_collect_to_vec(&executor.read(buffer)?))
+    Ok(bytemuck::allocation::pod_collect_to_vec(&executor.read(buffer)?))
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -8,6 +8,7 @@
 pub mod activation;
 pub mod attention;
 pub mod bf16;
+pub mod check;
 pub mod cross_entropy;
 pub mod elementwise;
 mod gemm;

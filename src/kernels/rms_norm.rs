@@ -101,3 +101,67 @@ fn sizes(x_TH: &Tensor, w_H: &Tensor) -> Result<(usize, usize)> {
     }
     Ok((t, h))
 }
+
+/// The kernels of `rms_norm.cu`.
+pub mod device {
+    use bytemuck::NoUninit;
+
+    use crate::kernels::launch::{Executor, KernelDtype, Launch, LaunchError, WARP, launch};
+
+    const THREADS: u32 = 256;
+    /// Loads of 16 bytes that a thread keeps.
+    const LOADS: usize = 8;
+
+    /// Addresses, contiguous: x and y `[T, H]`, w `[H]`, rstd `[T]` f32. Backward, y is dx.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Rows {
+        pub x: u64,
+        pub w: u64,
+        pub y: u64,
+        pub rstd: u64,
+        pub rows: usize,
+        pub columns: usize,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct Args {
+        x: u64,
+        w: u64,
+        y: u64,
+        rstd: u64,
+        dy: u64,
+        columns: i64,
+        eps: f32,
+        padding: i32,
+    }
+
+    /// As [`super::fwd`].
+    ///
+    /// # Errors
+    /// When the width is no multiple of 16 bytes or wider than a block can keep, or the launch fails.
+    pub fn fwd(executor: &dyn Executor, dtype: KernelDtype, rows: &Rows, eps: f64) -> Result<(), LaunchError> {
+        start(executor, "fwd", dtype, rows, 0, eps as f32)
+    }
+
+    /// As [`super::bwd_add_`]; `dy` `[T, H]`.
+    ///
+    /// # Errors
+    /// As [`fwd`].
+    pub fn bwd_add(executor: &dyn Executor, dtype: KernelDtype, rows: &Rows, dy: u64) -> Result<(), LaunchError> {
+        start(executor, "bwd", dtype, rows, dy, 0.0)
+    }
+
+    fn start(executor: &dyn Executor, pass: &str, dtype: KernelDtype, rows: &Rows, dy: u64, eps: f32) -> Result<(), LaunchError> {
+        let &Rows { x, w, y, rstd, rows, columns } = rows;
+        let name = format!("rms_norm_{pass}_{}", dtype.suffix());
+        let (wide, most) = (16 / dtype.num_bytes(), THREADS as usize * LOADS * 16 / dtype.num_bytes());
+        if columns == 0 || !columns.is_multiple_of(wide) || columns > most {
+            let reason = format!("rows of {columns} values, expected a multiple of {wide} up to {most}");
+            return Err(LaunchError::Kernel { kernel: name, reason });
+        }
+        let shared_bytes = THREADS / WARP * 4;
+        let args = Args { x, w, y, rstd, dy, columns: columns as i64, eps, padding: 0 };
+        launch(executor, &name, Launch::row(rows, THREADS, shared_bytes), &args)
+    }
+}

@@ -1,0 +1,1 @@
+//! Planted errors: each must be found by a case.
