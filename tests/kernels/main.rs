@@ -1,5 +1,6 @@
 //! Kernels on the host: the sources that nvcc compiles for a GPU, compiled by clang with the shim, against the CPU's code.
 
+mod faults;
 mod mutations;
 mod shim;
 

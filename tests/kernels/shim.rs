@@ -47,7 +47,7 @@ type Alloc = unsafe extern "C" fn(*const c_char, usize) -> *mut c_void;
 type Upload = unsafe extern "C" fn(*mut c_void, *const c_void, usize);
 type Download = unsafe extern "C" fn(*mut c_void, *const c_void, usize) -> usize;
 type Kernel = unsafe extern "C" fn(*const c_void);
-type Start = unsafe extern "C" fn(*const c_char, Kernel, *const c_int, c_int, usize, *const c_void, usize, c_int) -> *const c_char;
+type Start = unsafe extern "C" fn(Kernel, *const c_int, c_int, usize, *const c_void, usize, c_int) -> *const c_char;
 
 pub struct Shim {
     library: Library,
@@ -204,12 +204,10 @@ impl Executor for OnHost<'_> {
             return Err(fail(format!("a grid of {:?}", launch.grid)));
         }
         let grid = launch.grid.map(|n| n as c_int);
-        let c_name = CString::new(name).expect("a name without a null");
         // SAFETY: the kernel is one of KERNEL, which takes its arguments' address; their size was compared. The shim checks what it accesses.
         let message = unsafe {
             let kernel: Symbol<'_, Kernel> = self.shim.symbol(name);
             self.shim.symbol::<Start>("shim_launch")(
-                c_name.as_ptr(),
                 *kernel,
                 grid.as_ptr(),
                 launch.threads as c_int,

@@ -38,7 +38,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 impl Case {
-    fn new(file: &'static str, name: String, run: impl Fn(&mut Check) -> Result<(), CheckError> + Send + Sync + 'static) -> Self {
+    pub fn new(file: &'static str, name: String, run: impl Fn(&mut Check) -> Result<(), CheckError> + Send + Sync + 'static) -> Self {
         Self { file, name, run: Box::new(run) }
     }
 

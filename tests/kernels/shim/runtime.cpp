@@ -90,7 +90,6 @@ bool failed;
 char message[1024];
 uint32_t epoch = 1, launch_epoch, block_epoch;
 shim_index block, grid;
-const char* kernel_name;
 void (*kernel_function)(const void*);
 const unsigned char* kernel_args;
 size_t kernel_args_bytes;
@@ -146,7 +145,7 @@ void run(int thread) {
 __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
     if (!failed) {
         failed = true;
-        int n = snprintf(message, sizeof message, "%s, block (%d, %d, %d), thread %d: ", kernel_name, block.x, block.y, block.z, current);
+        int n = snprintf(message, sizeof message, "block (%d, %d, %d), thread %d: ", block.x, block.y, block.z, current);
         va_list args;
         va_start(args, format);
         vsnprintf(message + n, sizeof message - n, format, args);
@@ -223,16 +222,17 @@ void touch(const Region& region, uintptr_t at, size_t bytes, bool is_write) {
     for (size_t g = (at - region.start) / GRANULE; g <= (at + bytes - 1 - region.start) / GRANULE; g++) {
         Cell& cell = region.cells[g];
         auto where = [&](const char* problem, int other) {
-            fail("%s at byte %zu of %s: %s %d", what, g * GRANULE, region.name, problem, other);
+            if (other == MANY) fail("%s at byte %zu of %s: %s several threads", what, g * GRANULE, region.name, problem);
+            fail("%s at byte %zu of %s: %s thread %d", what, g * GRANULE, region.name, problem, other);
         };
         if (!is_write && !cell.is_valid) fail("read at byte %zu of %s, which nobody wrote", g * GRANULE, region.name);
         if (cell.written == epoch && !is_ordered(cell.writer, uint8_t(cell.writer / WARP), cell.written_in_warp))
-            where("a race with the write of thread", cell.writer);
-        if (cell.written >= launch_epoch && cell.written < block_epoch && !region.is_shared) where("another block wrote it, its thread", cell.writer);
+            where("a race with the write of", cell.writer);
+        if (cell.written >= launch_epoch && cell.written < block_epoch && !region.is_shared) where("a race with another block's write, of its", cell.writer);
         if (is_write) {
             if (cell.read == epoch && !is_ordered(cell.reader, cell.reader_warp, cell.read_in_warp))
-                where("a race with a read, of thread (65535: several)", cell.reader);
-            if (cell.read >= launch_epoch && cell.read < block_epoch && !region.is_shared) where("another block read it, its thread", cell.reader);
+                where("a race with the read of", cell.reader);
+            if (cell.read >= launch_epoch && cell.read < block_epoch && !region.is_shared) where("a race with another block's read, of its", cell.reader);
             cell.is_valid = true;
             cell.written = epoch;
             cell.written_in_warp = warps[warp].epoch;
@@ -383,8 +383,8 @@ void run_block(int order) {
             for (Warp& warp : warps) warp.epoch = 1;
         } else if (!moved && finished < num_threads) {
             failed = true;
-            snprintf(message, sizeof message, "%s, block (%d, %d, %d): %d of %d threads wait at a barrier and %d have ended: not all come to it",
-                     kernel_name, block.x, block.y, block.z, waiting, num_threads, finished);
+            snprintf(message, sizeof message, "block (%d, %d, %d): %d of %d threads wait at a barrier and %d have ended: not all come to it",
+                     block.x, block.y, block.z, waiting, num_threads, finished);
             return;
         }
     }
@@ -569,13 +569,13 @@ void shim_take_counts(uint64_t* to) {
 }
 
 // Null, or what went wrong.
-const char* shim_launch(const char* name, void (*function)(const void*), const int* grid_size, int threads, size_t shared_bytes, const void* args,
+const char* shim_launch(void (*function)(const void*), const int* grid_size, int threads, size_t shared_bytes, const void* args,
                         size_t args_bytes, int order) {
     if (!stacks)
         stacks = static_cast<unsigned char*>(
             mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     failed = false;
-    kernel_name = name, kernel_function = function, kernel_args = static_cast<const unsigned char*>(args), kernel_args_bytes = args_bytes;
+    kernel_function = function, kernel_args = static_cast<const unsigned char*>(args), kernel_args_bytes = args_bytes;
     num_threads = threads;
     grid = {grid_size[0], grid_size[1], grid_size[2]};
     unsigned char* all = static_cast<unsigned char*>(aligned_alloc(256, (shared_bytes + 2 * GUARD + 255) / 256 * 256));
