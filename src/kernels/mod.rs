@@ -12,6 +12,7 @@ pub mod check;
 pub mod cross_entropy;
 pub mod elementwise;
 mod gemm;
+pub mod gpu;
 pub mod host;
 pub mod kl;
 pub mod launch;

@@ -1,10 +1,12 @@
 //! Every kernel against the CPU's code, which is the specification: the same cases wherever kernels run.
 
 mod finite_differences;
+pub mod products;
 mod rms_norm;
 
 use sha2::{Digest, Sha256};
 
+use super::gpu::Gpu;
 use super::launch::{Buffer, Executor, KernelDtype, LaunchError};
 use crate::digest::hex;
 use crate::rng::{KeyedRng, Stream};
@@ -48,7 +50,18 @@ impl Case {
     /// # Errors
     /// When a kernel fails, or gives something else than the specification.
     pub fn run(&self, executor: &dyn Executor) -> Result<String, CheckError> {
-        let mut check = Check { executor, outputs: Sha256::new() };
+        self.run_in(Check { executor, gpu: None, outputs: Sha256::new() })
+    }
+
+    /// As [`Self::run`], with what only a GPU has.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_on(&self, gpu: &dyn Gpu) -> Result<String, CheckError> {
+        self.run_in(Check { executor: gpu, gpu: Some(gpu), outputs: Sha256::new() })
+    }
+
+    fn run_in(&self, mut check: Check) -> Result<String, CheckError> {
         (self.run)(&mut check)?;
         Ok(hex(&check.outputs.finalize()))
     }
@@ -90,10 +103,17 @@ impl Tolerance {
 /// A case that runs: its memory, and what it has read.
 pub struct Check<'e> {
     pub executor: &'e dyn Executor,
+    gpu: Option<&'e dyn Gpu>,
     outputs: Sha256,
 }
 
-impl Check<'_> {
+impl<'e> Check<'e> {
+    /// # Errors
+    /// When kernels run elsewhere.
+    pub fn gpu(&self) -> Result<&'e dyn Gpu, CheckError> {
+        self.gpu.ok_or_else(|| CheckError::Other { what: "the case".to_owned(), expected: "a GPU".to_owned(), found: self.executor.describe() })
+    }
+
     /// Memory with `values` in `dtype`.
     pub fn input(&self, name: &str, dtype: KernelDtype, values: &[f32]) -> Result<u64, LaunchError> {
         self.bytes(name, &dtype.to_bytes(values))

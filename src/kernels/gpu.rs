@@ -1,0 +1,61 @@
+//! What only a GPU has beside kernels: cuBLASLt's matrix products, copies, and its clock.
+
+use super::launch::{Buffer, Executor, KernelDtype, LaunchError};
+
+/// How the operands of a [`Product`] lie, all row-major.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operands {
+    /// a `[M, K]`, b `[N, K]`: a linear layer's forward, as [`super::matmul::nt`].
+    Nt,
+    /// a `[M, K]`, b `[K, N]`: its gradient towards x, as [`super::matmul::nn`].
+    Nn,
+    /// a `[K, M]`, b `[K, N]`: its gradient towards the weight, as [`super::matmul::tn`].
+    Tn,
+}
+
+/// d `[M, N]` = a b + bias + residual, summed in f32 and rounded once. Addresses are of contiguous memory.
+///
+/// The epilogues save passes: a bias or a residual that is added here is neither read nor written by a kernel of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct Product {
+    pub operands: Operands,
+    /// M, N, K.
+    pub sizes: [usize; 3],
+    pub a: u64,
+    pub b: u64,
+    pub d: u64,
+    /// Of a, b, the bias and the residual.
+    pub dtype: KernelDtype,
+    /// Of d: that of the operands, or F32.
+    pub out_dtype: KernelDtype,
+    /// `[N]`, added to each row.
+    pub bias: Option<u64>,
+    /// `[M, N]` of d's type, added; may be d itself.
+    pub residual: Option<u64>,
+}
+
+impl Product {
+    pub fn flops(&self) -> u64 {
+        2 * self.sizes.iter().map(|&size| size as u64).product::<u64>()
+    }
+}
+
+pub trait Gpu: Executor {
+    /// Queues a product behind the kernels that were started.
+    ///
+    /// # Errors
+    /// When cuBLASLt has no way to do it, or fails.
+    fn product(&self, product: &Product) -> Result<(), LaunchError>;
+
+    /// Queues a copy.
+    ///
+    /// # Errors
+    /// When the lengths differ or the device fails.
+    fn copy(&self, from: Buffer, to: Buffer) -> Result<(), LaunchError>;
+
+    /// Milliseconds between the start and the end of what `work` queues, by the GPU's clock.
+    ///
+    /// # Errors
+    /// When `work` or the device fails.
+    fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), LaunchError>) -> Result<f64, LaunchError>;
+}
