@@ -9,6 +9,7 @@ pub mod activation;
 pub mod attention;
 pub mod bf16;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod elementwise;
 mod gemm;
 pub mod host;
