@@ -5,8 +5,8 @@
 #   scripts/setup.sh              run by itself: checks and installs
 #   source scripts/setup.sh       the same, and leaves cargo on PATH and CARGO_TARGET_DIR set for what follows
 #
-# GLMDDP_CACHE_DIR    where builds go when CARGO_TARGET_DIR is not set (default: $XDG_CACHE_HOME/glmddp or ~/.cache/glmddp), so that a
-#                     second clone finds its dependencies compiled; where it cannot be written, builds go to ./target
+# GLMDDP_CACHE_DIR    what a second clone can use again: downloads, and builds when CARGO_TARGET_DIR is not set (default:
+#                     $XDG_CACHE_HOME/glmddp or ~/.cache/glmddp); where it cannot be written, builds go to ./target and the rest to ./.cache
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -73,19 +73,18 @@ install_cargo() {
     at_least "$wanted" "$found" || die "cargo is $found, and glmddp needs $wanted or newer" "rustup update stable"
 }
 
-choose_target_dir() {
-    if [ -z "${CARGO_TARGET_DIR:-}" ]; then
-        local cache=${GLMDDP_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/glmddp}
-        if mkdir -p "$cache/target" 2>/dev/null && [ -w "$cache/target" ]; then
-            CARGO_TARGET_DIR=$cache/target
-        else
-            CARGO_TARGET_DIR=$root/target
-        fi
+# Sets $cache and CARGO_TARGET_DIR.
+choose_folders() {
+    cache=${GLMDDP_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/glmddp}
+    local builds=$cache/target
+    if ! mkdir -p "$builds" 2>/dev/null || [ ! -w "$builds" ]; then
+        cache=$root/.cache
+        builds=$root/target
     fi
-    export CARGO_TARGET_DIR
+    export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$builds}
 }
 
 install_system_packages
 install_cargo
-choose_target_dir
+choose_folders
 say "tool chain: $(cargo --version), $(mpirun --version 2>/dev/null | head -n 1); builds go to $CARGO_TARGET_DIR"

@@ -5,6 +5,8 @@
 
 use bytemuck::{NoUninit, Pod};
 
+use super::cuda::CudaError;
+
 /// Threads that move together.
 pub const WARP: u32 = 32;
 
@@ -91,6 +93,8 @@ pub enum LaunchError {
     Kernel { kernel: String, reason: String },
     #[error("buffer `{name}` of {bytes} bytes: {reason}")]
     Memory { name: String, bytes: usize, reason: String },
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 }
 
 /// The type of what kernels read and write; sums are in f32 in any case.

@@ -10,6 +10,7 @@ pub mod attention;
 pub mod bf16;
 pub mod check;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod elementwise;
 mod gemm;
 pub mod gpu;

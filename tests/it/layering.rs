@@ -67,6 +67,8 @@ const SEES_ALL: &[&str] = &["cli", "main", "lib"];
 const UNSAFE: &[(&str, &str)] = &[
     ("src/cli/allocator.rs", "mallopt and malloc_trim are C functions"),
     ("src/formats/map.rs", "memory-mapped files"),
+    ("src/kernels/cuda/device.rs", "the loader and NVIDIA's driver are C libraries"),
+    ("src/kernels/cuda/executor.rs", "kernels are started by NVIDIA's driver"),
     ("src/kernels/gemm.rs", "tiles of registers"),
     ("src/kernels/matmul.rs", "results in uninitialised memory"),
 ];

@@ -1,0 +1,20 @@
+//! What `device.rs` has, in a build without CUDA.
+
+use super::{Build, CudaError, Driver, Library};
+
+/// Nothing.
+pub fn build() -> Option<Build> {
+    None
+}
+
+/// # Errors
+/// Always: nobody is asked.
+pub fn driver() -> Result<Driver, CudaError> {
+    Err(CudaError::NotBuilt)
+}
+
+/// # Errors
+/// Always: nothing is loaded.
+pub fn load(_: &Library) -> Result<(), CudaError> {
+    Err(CudaError::NotBuilt)
+}

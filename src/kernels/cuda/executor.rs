@@ -1,0 +1,150 @@
+//! Kernels on a GPU, in the order of their launches.
+#![allow(unsafe_code, reason = "kernels are started by the driver, a C library")]
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result};
+use cudarc::nvrtc::Ptx;
+
+use super::super::launch::{Buffer, Executor, Launch, LaunchError};
+use super::device::{failed, name_and_text};
+use super::{Build, CudaError, Device, build, driver, images};
+
+/// Bytes of dynamic shared memory that a kernel gets without asking.
+const SHARED_BYTES: u32 = 48 << 10;
+
+/// One GPU, one stream.
+pub struct CudaExecutor {
+    device: Device,
+    build: Build,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    /// By source.
+    modules: RefCell<BTreeMap<&'static str, Arc<CudaModule>>>,
+    /// By name, each with the dynamic shared memory that it may have.
+    kernels: RefCell<BTreeMap<String, (CudaFunction, u32)>>,
+    /// By address.
+    buffers: RefCell<BTreeMap<u64, CudaSlice<u8>>>,
+    /// For messages: a failure is seen at a later call.
+    last: RefCell<String>,
+}
+
+impl CudaExecutor {
+    /// GPU `ordinal`, of those that this process sees.
+    ///
+    /// # Errors
+    /// When there is none that the kernels run on: driver, device or architecture.
+    pub fn open(ordinal: usize) -> Result<Self, CudaError> {
+        let build = build().ok_or(CudaError::NotBuilt)?;
+        let device = driver()?.device(ordinal, build.toolkit)?.clone();
+        let context = CudaContext::new(ordinal).map_err(|e| failed("cuDevicePrimaryCtxRetain", e))?;
+        let stream = context.per_thread_stream();
+        let (modules, kernels, buffers, last) = Default::default();
+        Ok(Self { device, build, context, stream, modules, kernels, buffers, last })
+    }
+
+    /// The kernel, its module loaded if it is the first of it.
+    fn kernel(&self, name: &str) -> Result<CudaFunction, CudaError> {
+        if let Some((kernel, _)) = self.kernels.borrow().get(name) {
+            return Ok(kernel.clone());
+        }
+        let image = images::of(name).ok_or_else(|| CudaError::kernel_not_found(name, &images::kernels()))?;
+        let mut modules = self.modules.borrow_mut();
+        let module = match modules.get(image.source) {
+            Some(module) => module.clone(),
+            None => {
+                let module = self.context.load_module(Ptx::from_binary(image.bytes.to_vec())).map_err(|e| {
+                    let (code, text) = name_and_text(e);
+                    CudaError::image_refused(name, &code, &text, &self.device, &self.build)
+                })?;
+                modules.insert(image.source, module.clone());
+                module
+            }
+        };
+        let kernel = module.load_function(name).map_err(|e| failed("cuModuleGetFunction", e))?;
+        self.kernels.borrow_mut().insert(name.to_owned(), (kernel.clone(), SHARED_BYTES));
+        Ok(kernel)
+    }
+
+    /// Lets `name` have so much dynamic shared memory.
+    fn allow_shared(&self, name: &str, bytes: u32) -> Result<(), DriverError> {
+        if let Some((kernel, allowed)) = self.kernels.borrow_mut().get_mut(name)
+            && *allowed < bytes
+        {
+            kernel.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as i32)?;
+            *allowed = bytes;
+        }
+        Ok(())
+    }
+
+    /// An error of memory; it may be that of a kernel that was started before.
+    fn memory_error(&self, buffer: Buffer, call: &'static str, error: DriverError) -> LaunchError {
+        let last = self.last.borrow();
+        let since = if last.is_empty() { String::new() } else { format!(" (the last kernel started was `{last}`)") };
+        let name = format!("at {:#x}", buffer.address);
+        LaunchError::Memory { name, bytes: buffer.bytes, reason: format!("{}{since}", failed(call, error)) }
+    }
+}
+
+fn wrong_buffer(buffer: Buffer, reason: String) -> LaunchError {
+    LaunchError::Memory { name: format!("at {:#x}", buffer.address), bytes: buffer.bytes, reason }
+}
+
+impl Executor for CudaExecutor {
+    fn describe(&self) -> String {
+        format!("{}, kernels built with CUDA {}", self.device, self.build.toolkit)
+    }
+
+    fn alloc(&self, name: &str, bytes: usize) -> Result<Buffer, LaunchError> {
+        let memory = |reason| LaunchError::Memory { name: name.to_owned(), bytes, reason };
+        // SAFETY: bytes of any value are bytes; that they are written before they are read is the caller's business, and the shim's to check.
+        let slice = unsafe { self.stream.alloc::<u8>(bytes) }.map_err(|e| memory(failed("cuMemAllocAsync", e).to_string()))?;
+        let address = slice.device_ptr(&self.stream).0;
+        self.buffers.borrow_mut().insert(address, slice);
+        Ok(Buffer { address, bytes })
+    }
+
+    fn write(&self, to: Buffer, bytes: &[u8]) -> Result<(), LaunchError> {
+        let mut buffers = self.buffers.borrow_mut();
+        let slice = buffers.get_mut(&to.address).ok_or_else(|| wrong_buffer(to, "is not of this GPU".into()))?;
+        if bytes.len() != slice.len() {
+            return Err(wrong_buffer(to, format!("{} bytes are written into {}", bytes.len(), slice.len())));
+        }
+        self.stream.memcpy_htod(bytes, slice).map_err(|e| self.memory_error(to, "cuMemcpyHtoDAsync", e))?;
+        // sync: `bytes` is the caller's again.
+        self.stream.synchronize().map_err(|e| self.memory_error(to, "cuStreamSynchronize", e))
+    }
+
+    fn read(&self, from: Buffer) -> Result<Vec<u8>, LaunchError> {
+        let buffers = self.buffers.borrow();
+        let slice = buffers.get(&from.address).ok_or_else(|| wrong_buffer(from, "is not of this GPU".into()))?;
+        let bytes = self.stream.clone_dtoh(slice).map_err(|e| self.memory_error(from, "cuMemcpyDtoHAsync", e))?;
+        // sync: the bytes are read here.
+        self.stream.synchronize().map_err(|e| self.memory_error(from, "cuStreamSynchronize", e))?;
+        Ok(bytes)
+    }
+
+    fn launch(&self, name: &str, launch: Launch, args: &[u8]) -> Result<(), LaunchError> {
+        let kernel_error = |reason: String| LaunchError::Kernel { kernel: name.to_owned(), reason };
+        let kernel = self.kernel(name)?;
+        self.allow_shared(name, launch.shared_bytes)
+            .map_err(|e| kernel_error(format!("{} bytes of shared memory: {}", launch.shared_bytes, failed("cuFuncSetAttribute", e))))?;
+        self.context.bind_to_thread().map_err(|e| kernel_error(failed("cuCtxSetCurrent", e).to_string()))?;
+        // The driver copies as many bytes as the kernel's struct has, which may want an alignment that `args` lacks.
+        let mut words = vec![0u128; args.len().div_ceil(size_of::<u128>())];
+        bytemuck::cast_slice_mut(&mut words)[..args.len()].copy_from_slice(args);
+        let grid = (launch.grid[0], launch.grid[1], launch.grid[2]);
+        let mut params = [words.as_mut_ptr().cast::<c_void>()];
+        let (function, stream) = (kernel.cu_function(), self.stream.cu_stream());
+        // SAFETY: the one parameter is the kernel's struct, which its mirror in Rust has the layout of; addresses in it are those of buffers
+        // that live as long as this executor.
+        unsafe { result::launch_kernel(function, grid, (launch.threads, 1, 1), launch.shared_bytes, stream, &mut params) }
+            .map_err(|e| kernel_error(format!("{launch:?}: {}", failed("cuLaunchKernel", e))))?;
+        name.clone_into(&mut self.last.borrow_mut());
+        Ok(())
+    }
+}
