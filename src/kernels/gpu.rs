@@ -53,6 +53,9 @@ pub trait Gpu: Executor {
     /// When the lengths differ or the device fails.
     fn copy(&self, from: Buffer, to: Buffer) -> Result<(), LaunchError>;
 
+    /// Frees all memory that was allocated; its addresses are of no more use.
+    fn free_all(&self);
+
     /// Milliseconds between the start and the end of what `work` queues, by the GPU's clock.
     ///
     /// # Errors

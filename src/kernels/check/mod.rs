@@ -111,7 +111,11 @@ impl<'e> Check<'e> {
     /// # Errors
     /// When kernels run elsewhere.
     pub fn gpu(&self) -> Result<&'e dyn Gpu, CheckError> {
-        self.gpu.ok_or_else(|| CheckError::Other { what: "the case".to_owned(), expected: "a GPU".to_owned(), found: self.executor.describe() })
+        self.gpu.ok_or_else(|| CheckError::Other {
+            what: "the case".to_owned(),
+            expected: "a GPU".to_owned(),
+            found: self.executor.describe(),
+        })
     }
 
     /// Memory with `values` in `dtype`.

@@ -5,7 +5,8 @@ use std::ffi::{CStr, CString};
 
 use cudarc::driver::{DriverError, result, sys};
 
-use super::{Build, CudaError, DRIVER, Device, Driver, Library, Version, images};
+use super::{Build, CudaError, CudaExecutor, DRIVER, Device, Driver, Library, Version, images};
+use crate::kernels::gpu::Gpu;
 
 /// What build.rs compiled.
 pub fn build() -> Option<Build> {
@@ -16,6 +17,14 @@ pub fn build() -> Option<Build> {
         ptx: version(images::PTX),
         num_kernels: images::kernels().len(),
     })
+}
+
+/// GPU `ordinal`, of those that this process sees.
+///
+/// # Errors
+/// When there is none that the kernels run on.
+pub fn open(ordinal: usize) -> Result<Box<dyn Gpu>, CudaError> {
+    Ok(Box::new(CudaExecutor::open(ordinal)?))
 }
 
 /// The driver and the GPUs that it lets this process see.

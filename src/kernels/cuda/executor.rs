@@ -12,6 +12,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::super::launch::{Buffer, Executor, Launch, LaunchError};
 use super::device::{failed, name_and_text};
+use super::products::Blas;
 use super::{Build, CudaError, Device, build, driver, images};
 
 /// Bytes of dynamic shared memory that a kernel gets without asking.
@@ -22,15 +23,17 @@ pub struct CudaExecutor {
     device: Device,
     build: Build,
     context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+    pub(super) stream: Arc<CudaStream>,
     /// By source.
     modules: RefCell<BTreeMap<&'static str, Arc<CudaModule>>>,
     /// By name, each with the dynamic shared memory that it may have.
     kernels: RefCell<BTreeMap<String, (CudaFunction, u32)>>,
     /// By address.
-    buffers: RefCell<BTreeMap<u64, CudaSlice<u8>>>,
+    pub(super) buffers: RefCell<BTreeMap<u64, CudaSlice<u8>>>,
     /// For messages: a failure is seen at a later call.
-    last: RefCell<String>,
+    pub(super) last: RefCell<String>,
+    /// Made by the first product.
+    pub(super) blas: RefCell<Option<Blas>>,
 }
 
 impl CudaExecutor {
@@ -43,8 +46,8 @@ impl CudaExecutor {
         let device = driver()?.device(ordinal, build.toolkit)?.clone();
         let context = CudaContext::new(ordinal).map_err(|e| failed("cuDevicePrimaryCtxRetain", e))?;
         let stream = context.per_thread_stream();
-        let (modules, kernels, buffers, last) = Default::default();
-        Ok(Self { device, build, context, stream, modules, kernels, buffers, last })
+        let (modules, kernels, buffers, last, blas) = Default::default();
+        Ok(Self { device, build, context, stream, modules, kernels, buffers, last, blas })
     }
 
     /// The kernel, its module loaded if it is the first of it.
@@ -82,7 +85,7 @@ impl CudaExecutor {
     }
 
     /// An error of memory; it may be that of a kernel that was started before.
-    fn memory_error(&self, buffer: Buffer, call: &'static str, error: DriverError) -> LaunchError {
+    pub(super) fn memory_error(&self, buffer: Buffer, call: &'static str, error: DriverError) -> LaunchError {
         let last = self.last.borrow();
         let since = if last.is_empty() { String::new() } else { format!(" (the last kernel started was `{last}`)") };
         let name = format!("at {:#x}", buffer.address);

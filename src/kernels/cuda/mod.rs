@@ -10,8 +10,10 @@ mod executor;
 #[cfg(feature = "cuda")]
 mod images;
 mod library;
+#[cfg(feature = "cuda")]
+mod products;
 
-pub use device::{build, driver, load};
+pub use device::{build, driver, load, open};
 pub use error::CudaError;
 #[cfg(feature = "cuda")]
 pub use executor::CudaExecutor;

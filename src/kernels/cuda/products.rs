@@ -1,0 +1,208 @@
+//! cuBLASLt's products, copies and the clock of a [`CudaExecutor`].
+#![allow(unsafe_code, reason = "cuBLASLt is a C library")]
+
+use std::ffi::c_void;
+
+use cudarc::cublaslt::result::CublasError;
+use cudarc::cublaslt::{result, sys};
+use cudarc::driver::sys::CUevent_flags;
+use cudarc::driver::{CudaSlice, DevicePtr};
+
+use super::super::gpu::{Gpu, Operands, Product};
+use super::super::launch::{Buffer, KernelDtype, LaunchError};
+use super::device::failed;
+use super::{CUBLAS_LT, CudaError, CudaExecutor, load};
+
+/// What NVIDIA recommends for Hopper; less serves the others.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// A handle of cuBLASLt with its workspace.
+pub(super) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: CudaSlice<u8>,
+}
+
+impl Blas {
+    pub(super) fn new(executor: &CudaExecutor) -> Result<Self, LaunchError> {
+        load(&CUBLAS_LT)?;
+        let handle = result::create_handle().map_err(|e| product_failed("cublasLtCreate", e))?;
+        // SAFETY: a workspace's content is cuBLASLt's own.
+        let workspace = unsafe { executor.stream.alloc::<u8>(WORKSPACE_BYTES) }.map_err(|e| LaunchError::Memory {
+            name: "workspace of cuBLASLt".to_owned(),
+            bytes: WORKSPACE_BYTES,
+            reason: failed("cuMemAllocAsync", e).to_string(),
+        })?;
+        Ok(Self { handle, workspace })
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        // SAFETY: it was made by `new` and is used by nobody else. An error at the end has nobody to tell.
+        _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+fn product_failed(call: &str, error: CublasError) -> LaunchError {
+    LaunchError::Kernel { kernel: "matrix product".to_owned(), reason: format!("{call}: {:?}", error.0) }
+}
+
+fn data_type(dtype: KernelDtype) -> sys::cudaDataType {
+    match dtype {
+        KernelDtype::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        KernelDtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+        KernelDtype::F16 => sys::cudaDataType_t::CUDA_R_16F,
+    }
+}
+
+/// A column-major matrix.
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Layout {
+    fn new(dtype: KernelDtype, rows: usize, columns: usize) -> Result<Self, LaunchError> {
+        let layout = result::create_matrix_layout(data_type(dtype), rows as u64, columns as u64, rows as i64);
+        Ok(Self(layout.map_err(|e| product_failed("cublasLtMatrixLayoutCreate", e))?))
+    }
+}
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and used by nobody else.
+        _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+struct Description(sys::cublasLtMatmulDesc_t);
+
+impl Description {
+    fn new() -> Result<Self, LaunchError> {
+        // Sums of f32 products in f32, not in TF32.
+        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let description = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F);
+        Ok(Self(description.map_err(|e| product_failed("cublasLtMatmulDescCreate", e))?))
+    }
+
+    fn set<T>(&self, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<(), LaunchError> {
+        // SAFETY: cuBLASLt copies the value; each attribute below is given its own type.
+        unsafe { result::set_matmul_desc_attribute(self.0, attribute, std::ptr::from_ref(value).cast(), size_of::<T>()) }
+            .map_err(|e| product_failed("cublasLtMatmulDescSetAttribute", e))
+    }
+}
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and used by nobody else.
+        _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn new() -> Result<Self, LaunchError> {
+        let preference = Self(result::create_matmul_pref().map_err(|e| product_failed("cublasLtMatmulPreferenceCreate", e))?);
+        let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let bytes = WORKSPACE_BYTES;
+        // SAFETY: cuBLASLt copies the value, a size.
+        unsafe { result::set_matmul_pref_attribute(preference.0, attribute, (&raw const bytes).cast(), size_of::<usize>()) }
+            .map_err(|e| product_failed("cublasLtMatmulPreferenceSetAttribute", e))?;
+        Ok(preference)
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and used by nobody else.
+        _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
+
+impl Gpu for CudaExecutor {
+    fn product(&self, product: &Product) -> Result<(), LaunchError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let Product { operands, sizes: [m, n, k], a, b, d, dtype, out_dtype, bias, residual } = *product;
+        if dtype != out_dtype && out_dtype != KernelDtype::F32 {
+            let (op, supported) = ("a matrix product's result".to_owned(), vec![dtype, KernelDtype::F32]);
+            return Err(CudaError::Dtype { op, dtype: out_dtype, supported }.into());
+        }
+        let mut blas = self.blas.borrow_mut();
+        let blas = match &mut *blas {
+            Some(blas) => blas,
+            empty => empty.insert(Blas::new(self)?),
+        };
+        // Row-major d = a b is column-major d' = b' a'.
+        let (transposes_b, transposes_a) = match operands {
+            Operands::Nt => (true, false),
+            Operands::Nn => (false, false),
+            Operands::Tn => (false, true),
+        };
+        let layout_b = if transposes_b { Layout::new(dtype, k, n)? } else { Layout::new(dtype, n, k)? };
+        let layout_a = if transposes_a { Layout::new(dtype, m, k)? } else { Layout::new(dtype, k, m)? };
+        let layout_d = Layout::new(out_dtype, n, m)?;
+        let description = Description::new()?;
+        let operation = |transposes| if transposes { sys::cublasOperation_t::CUBLAS_OP_T } else { sys::cublasOperation_t::CUBLAS_OP_N };
+        description.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &operation(transposes_b))?;
+        description.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &operation(transposes_a))?;
+        if let Some(bias) = bias {
+            description.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
+            description.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+            description.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &data_type(dtype))?;
+        }
+        let preference = Preference::new()?;
+        // SAFETY: all handles live; the layouts are those of the product.
+        let heuristic = unsafe {
+            result::get_matmul_algo_heuristic(blas.handle, description.0, layout_b.0, layout_a.0, layout_d.0, layout_d.0, preference.0)
+        }
+        .map_err(|e| product_failed("cublasLtMatmulAlgoGetHeuristic", e))?;
+        let (alpha, beta) = (1f32, if residual.is_some() { 1f32 } else { 0f32 });
+        let pointer = |address: u64| address as *const c_void;
+        let workspace = blas.workspace.device_ptr(&self.stream).0 as *mut c_void;
+        self.last.replace(format!("matrix product {operands:?} {:?}", product.sizes));
+        // SAFETY: the addresses are of buffers of these sizes, which live as long as this executor, by the caller's word; the rest lives here.
+        unsafe {
+            result::matmul(
+                blas.handle,
+                description.0,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                pointer(b),
+                layout_b.0,
+                pointer(a),
+                layout_a.0,
+                pointer(residual.unwrap_or(d)),
+                layout_d.0,
+                d as *mut c_void,
+                layout_d.0,
+                &raw const heuristic.algo,
+                workspace,
+                WORKSPACE_BYTES,
+                self.stream.cu_stream().cast(),
+            )
+        }
+        .map_err(|e| product_failed("cublasLtMatmul", e))
+    }
+
+    fn copy(&self, from: Buffer, to: Buffer) -> Result<(), LaunchError> {
+        if from.bytes != to.bytes {
+            let reason = format!("{} bytes are copied into it", from.bytes);
+            return Err(LaunchError::Memory { name: format!("at {:#x}", to.address), bytes: to.bytes, reason });
+        }
+        // SAFETY: both are buffers of this executor, as long as they say.
+        unsafe { cudarc::driver::result::memcpy_dtod_async(to.address, from.address, from.bytes, self.stream.cu_stream()) }
+            .map_err(|e| self.memory_error(to, "cuMemcpyDtoDAsync", e))
+    }
+
+    fn free_all(&self) {
+        self.buffers.borrow_mut().clear();
+    }
+
+    fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), LaunchError>) -> Result<f64, LaunchError> {
+        let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let clock = |e| LaunchError::Kernel { kernel: self.last.borrow().clone(), reason: failed("an event", e).to_string() };
+        let start = event().map_err(clock)?;
+        work()?;
+        let end = event().map_err(clock)?;
+        // sync: the time is read here.
+        Ok(f64::from(start.elapsed_ms(&end).map_err(clock)?))
+    }
+}
