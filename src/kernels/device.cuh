@@ -33,7 +33,6 @@ struct f16 {
 };
 
 DEVICE float to_f32(float x) { return x; }
-DEVICE float to_f32(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 
 // Rounded to nearest even.
 template <typename T>
@@ -44,6 +43,7 @@ DEVICE float from_f32<float>(float x) {
 }
 
 #ifdef GLMDDP_SHIM
+DEVICE float to_f32(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 DEVICE float to_f32(f16 x) { return shim_f16_to_f32(x.bits); }
 template <>
 DEVICE bf16 from_f32<bf16>(float x) {
@@ -59,6 +59,11 @@ DEVICE uint32_t pack(float lo, float hi) {
     return uint32_t(from_f32<T>(lo).bits) | uint32_t(from_f32<T>(hi).bits) << 16;
 }
 #else
+DEVICE float to_f32(bf16 x) {
+    float y;
+    asm("mov.b32 %0, {0, %1};" : "=f"(y) : "h"(x.bits));
+    return y;
+}
 DEVICE float to_f32(f16 x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
