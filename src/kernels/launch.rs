@@ -83,6 +83,17 @@ pub fn require_aligned(kernel: &str, addresses: &[u64]) -> Result<(), LaunchErro
     require(odd.is_none(), kernel, || format!("a buffer at {:#x}, expected a multiple of 16 bytes", odd.copied().unwrap_or_default()))
 }
 
+/// Blocks for a row of `columns` values of which each of their `threads` takes 16 bytes.
+///
+/// # Errors
+/// When the width is no multiple of 16 bytes.
+pub fn tiles(kernel: &str, dtype: KernelDtype, columns: usize, threads: u32) -> Result<usize, LaunchError> {
+    let wide = dtype.wide();
+    let fits = columns > 0 && columns.is_multiple_of(wide) && i32::try_from(columns).is_ok();
+    require(fits, kernel, || format!("rows of {columns} values, expected a multiple of {wide}"))?;
+    Ok((columns / wide).div_ceil(threads as usize))
+}
+
 /// Bytes of global memory that a kernel's threads ask for; what several of them read counts each time, wherever it is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes {
@@ -142,6 +153,11 @@ impl KernelDtype {
 
     pub fn num_bytes(self) -> usize {
         if self == Self::F32 { 4 } else { 2 }
+    }
+
+    /// Elements of 16 bytes.
+    pub fn wide(self) -> usize {
+        16 / self.num_bytes()
     }
 
     /// Half the distance of 1 to the next larger number.
