@@ -78,3 +78,60 @@ pub fn top2(logits_NV: &Tensor) -> Result<Vec<(u32, f32)>> {
         })
         .collect())
 }
+
+/// The kernels of `cross_entropy.cu`.
+pub mod device {
+    use bytemuck::NoUninit;
+
+    use super::Logits;
+    use crate::kernels::launch::{Bytes, Executor, KernelDtype, Launch, LaunchError, WARP, launch, require_aligned, tiles};
+
+    const THREADS: u32 = 512;
+    /// The target of a row that is not in the loss, as those of a prompt.
+    pub const IGNORED: i32 = -1;
+
+    /// Addresses: logits `[N, V]`, contiguous; targets `[N]` i32, below V or [`IGNORED`]; losses `[N]` f32; the fault's 8 bytes, which get the
+    /// lowest row with another target.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Rows {
+        pub logits: u64,
+        pub targets: u64,
+        pub losses: u64,
+        pub fault: u64,
+        pub rows: usize,
+        /// V.
+        pub columns: usize,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct Args {
+        logits: u64,
+        targets: u64,
+        losses: u64,
+        fault: u64,
+        columns: i32,
+        scale: f32,
+    }
+
+    /// As [`super::nll_`], the gradient times `scale`; of ignored rows loss and gradient are 0. [`Logits::Discard`] leaves the logits as they are.
+    ///
+    /// # Errors
+    /// When the vocabulary or an address is no multiple of 16 bytes, or the launch fails.
+    pub fn nll_(executor: &dyn Executor, dtype: KernelDtype, rows: &Rows, logits: Logits, scale: f32) -> Result<(), LaunchError> {
+        let pass = if logits == Logits::ToGradient { "grad" } else { "loss" };
+        let name = format!("cross_entropy_{pass}_{}", dtype.suffix());
+        let &Rows { logits, targets, losses, fault, rows, columns } = rows;
+        tiles(&name, dtype, columns, THREADS)?;
+        require_aligned(&name, &[logits])?;
+        let args = Args { logits, targets, losses, fault, columns: columns as i32, scale };
+        launch(executor, &name, Launch::row(rows, THREADS, THREADS / WARP * 4), &args)
+    }
+
+    /// Of [`nll_`] where no row is ignored.
+    pub fn bytes(dtype: KernelDtype, rows: usize, columns: usize, logits: Logits) -> Bytes {
+        let (s, row) = (dtype.num_bytes(), columns * dtype.num_bytes());
+        let (read, written) = if logits == Logits::ToGradient { (2 * row, row) } else { (row, 0) };
+        Bytes { read: (rows * (read + s + THREADS as usize * 4)) as u64, written: (rows * (written + 4)) as u64 }
+    }
+}

@@ -102,6 +102,8 @@ DEVICE uint32_t pack<f16>(float lo, float hi) {
 #ifdef GLMDDP_SHIM
 DEVICE float fast_exp2(float x) { return exp2f(x); }
 DEVICE float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
+DEVICE float fast_log2(float x) { return log2f(x); }
+DEVICE float fast_reciprocal(float x) { return 1.0f / x; }
 #else
 // 2 ulp; -inf gives 0.
 DEVICE float fast_exp2(float x) {
@@ -110,6 +112,18 @@ DEVICE float fast_exp2(float x) {
     return y;
 }
 DEVICE float fast_rsqrt(float x) { return rsqrtf(x); }
+// Within 2^-22, relative outside of (0.5, 2).
+DEVICE float fast_log2(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// 1 ulp; of infinity 0.
+DEVICE float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 #endif
 DEVICE float fast_exp(float x) { return fast_exp2(x * LOG2_E); }
 
@@ -117,6 +131,34 @@ DEVICE int div_up(int a, int b) { return (a + b - 1) / b; }
 DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 DEVICE int max_of(int a, int b) { return a > b ? a : b; }
 DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
+
+// Each rounded once, to nearest even, and never fused with another: the bits of the host's code.
+#ifdef GLMDDP_SHIM
+DEVICE float mul_exact(float a, float b) { return a * b; }
+DEVICE float add_exact(float a, float b) { return a + b; }
+DEVICE float div_exact(float a, float b) { return a / b; }
+DEVICE double div_exact(double a, double b) { return a / b; }
+DEVICE float sqrt_exact(float x) { return sqrtf(x); }
+DEVICE double sqrt_exact(double x) { return sqrt(x); }
+DEVICE float fma_exact(float a, float b, float c) { return fmaf(a, b, c); }
+#else
+DEVICE float mul_exact(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float add_exact(float a, float b) { return __fadd_rn(a, b); }
+DEVICE float div_exact(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE double div_exact(double a, double b) { return __ddiv_rn(a, b); }
+DEVICE float sqrt_exact(float x) { return __fsqrt_rn(x); }
+DEVICE double sqrt_exact(double x) { return __dsqrt_rn(x); }
+DEVICE float fma_exact(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+#endif
+
+// ---- faults --------------------------------------------------------------------------------------------------------------------------
+// What a kernel cannot go on with is told by the lowest position of it, in 8 bytes that the host set to NO_FAULT. Nobody waits for them.
+
+constexpr unsigned long long NO_FAULT = ~0ull;
+
+DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+// A minimum of integers, so the order of threads does not show.
+DEVICE void report(unsigned long long* fault, int64_t at) { atomicMin(fault, static_cast<unsigned long long>(at)); }
 
 // ---- memory --------------------------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,9 @@
 //! Additions and scalings, in place where the name ends in `_`.
 //!
 //! Sums over rows run in the rows' order, whatever the number of threads.
+//!
+//! On a device there is no `add_bias_`: biases are added by the epilogue of the GEMM before them, which saves a pass over memory. Sums over rows
+//! are in `column_sums`.
 
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
@@ -98,30 +101,108 @@ pub fn column_dots(a_TN: &Tensor, b_TN: &Tensor) -> Result<Vec<f32>> {
     Ok(sums)
 }
 
-/// table `[V, H]`: row `ids[t]` += row t of x `[T, H]`, in the order of t.
-///
-/// # Errors
-/// When the sizes differ or an id is not below V.
-pub fn scatter_add_rows_(table_VH: &Tensor, ids: &[u32], x_TH: &Tensor) -> Result<()> {
-    let ((v, h), (t, width)) = (table_VH.dims2()?, x_TH.dims2()?);
-    if h != width || ids.len() != t {
-        bail!("scatter_add_rows: table [{v}, {h}], {} ids, rows [{t}, {width}]", ids.len());
-    }
-    if let Some(&bad) = ids.iter().find(|&&id| id as usize >= v) {
-        bail!("scatter_add_rows: id {bad} is not below {v}");
-    }
-    let x = F32View::new(x_TH)?;
-    with_f32_mut(table_VH, "scatter_add_rows", |table| {
-        for (&id, row) in ids.iter().zip(x.chunks_exact(h)) {
-            table[id as usize * h..][..h].iter_mut().zip(row).for_each(|(a, b)| *a += b);
-        }
-    })
-}
-
 /// x *= factor.
 ///
 /// # Errors
 /// When the tensor is not on a supported device.
 pub fn scale_(x: &Tensor, factor: f32) -> Result<()> {
     with_f32_mut(x, "scale", |x| x.par_chunks_mut(CHUNK).for_each(|x| x.iter_mut().for_each(|v| *v *= factor)))
+}
+
+/// The kernels of `elementwise.cu`.
+pub mod device {
+    use bytemuck::NoUninit;
+
+    use crate::kernels::launch::{Bytes, Executor, KernelDtype, Launch, LaunchError, launch, require_aligned, tiles};
+
+    const THREADS: u32 = 256;
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct AddArgs {
+        sum: u64,
+        x: u64,
+        n: i64,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct ScaleArgs {
+        x: u64,
+        n: i64,
+        factor: f32,
+        padding: i32,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct ScaleColumnsArgs {
+        x: u64,
+        factors: u64,
+        y: u64,
+        columns: i32,
+        tiles: i32,
+    }
+
+    /// As [`super::add_`]: `sum` `[n]` f32, x `[n]` of `dtype`, any n.
+    ///
+    /// # Errors
+    /// When an address is no multiple of 16 bytes, or the launch fails.
+    pub fn add_(executor: &dyn Executor, dtype: KernelDtype, sum: u64, x: u64, n: usize) -> Result<(), LaunchError> {
+        let name = format!("add_{}", dtype.suffix());
+        require_aligned(&name, &[sum, x])?;
+        flat(executor, &name, n.div_ceil(dtype.wide()), &AddArgs { sum, x, n: n as i64 })
+    }
+
+    /// Of [`add_`].
+    pub fn add_bytes(dtype: KernelDtype, n: usize) -> Bytes {
+        Bytes { read: (n * (4 + dtype.num_bytes())) as u64, written: 4 * n as u64 }
+    }
+
+    /// As [`super::scale_`]: x `[n]` f32, any n.
+    ///
+    /// # Errors
+    /// As [`add_`].
+    pub fn scale_(executor: &dyn Executor, x: u64, n: usize, factor: f32) -> Result<(), LaunchError> {
+        let name = "scale_f32";
+        require_aligned(name, &[x])?;
+        flat(executor, name, n.div_ceil(4), &ScaleArgs { x, n: n as i64, factor, padding: 0 })
+    }
+
+    /// Of [`scale_`].
+    pub fn scale_bytes(n: usize) -> Bytes {
+        Bytes { read: 4 * n as u64, written: 4 * n as u64 }
+    }
+
+    /// As [`super::scale_columns`]: x and y `[rows, columns]` of `dtype`, which may be the same, factors `[columns]` f32.
+    ///
+    /// # Errors
+    /// When the width or an address is no multiple of 16 bytes, or the launch fails.
+    pub fn scale_columns(
+        executor: &dyn Executor,
+        dtype: KernelDtype,
+        [x, factors, y]: [u64; 3],
+        rows: usize,
+        columns: usize,
+    ) -> Result<(), LaunchError> {
+        let name = format!("scale_columns_{}", dtype.suffix());
+        let tiles = tiles(&name, dtype, columns, THREADS)?;
+        require_aligned(&name, &[x, factors, y])?;
+        let args = ScaleColumnsArgs { x, factors, y, columns: columns as i32, tiles: tiles as i32 };
+        launch(executor, &name, Launch::row(rows * tiles, THREADS, 0), &args)
+    }
+
+    /// Of [`scale_columns`].
+    pub fn scale_columns_bytes(dtype: KernelDtype, rows: usize, columns: usize) -> Bytes {
+        let (n, s) = (rows * columns, dtype.num_bytes());
+        Bytes { read: (n * (s + 4)) as u64, written: (n * s) as u64 }
+    }
+
+    /// A thread for each of `num_threads` parts of a buffer; of an empty one there is nothing to do.
+    fn flat<A: NoUninit>(executor: &dyn Executor, name: &str, num_threads: usize, args: &A) -> Result<(), LaunchError> {
+        if num_threads == 0 {
+            return Ok(());
+        }
+        launch(executor, name, Launch::row(num_threads.div_ceil(THREADS as usize), THREADS, 0), args)
+    }
 }

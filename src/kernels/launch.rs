@@ -68,6 +68,44 @@ pub fn launch<A: NoUninit>(executor: &dyn Executor, name: &str, launch: Launch, 
     executor.launch(name, launch, bytemuck::bytes_of(args))
 }
 
+/// An error with `reason` unless the kernel can be started so.
+///
+/// # Errors
+/// When `is_so` is false.
+pub fn require(is_so: bool, kernel: &str, reason: impl FnOnce() -> String) -> Result<(), LaunchError> {
+    if is_so { Ok(()) } else { Err(LaunchError::Kernel { kernel: kernel.to_owned(), reason: reason() }) }
+}
+
+/// An error unless all of `addresses` are multiples of 16, as loads of 16 bytes want them.
+///
+/// # Errors
+/// When one is not.
+pub fn require_aligned(kernel: &str, addresses: &[u64]) -> Result<(), LaunchError> {
+    let odd = addresses.iter().find(|address| !address.is_multiple_of(16));
+    require(odd.is_none(), kernel, || format!("a buffer at {:#x}, expected a multiple of 16 bytes", odd.copied().unwrap_or_default()))
+}
+
+/// Blocks for a row of `columns` values of which each of their `threads` takes 16 bytes.
+///
+/// # Errors
+/// When the width is no multiple of 16 bytes.
+pub fn tiles(kernel: &str, dtype: KernelDtype, columns: usize, threads: u32) -> Result<usize, LaunchError> {
+    let wide = dtype.wide();
+    let fits = columns > 0 && columns.is_multiple_of(wide) && i32::try_from(columns).is_ok();
+    require(fits, kernel, || format!("rows of {columns} values, expected a multiple of {wide}"))?;
+    Ok((columns / wide).div_ceil(threads as usize))
+}
+
+/// Bytes of global memory that a kernel's threads ask for; what several of them read counts each time, wherever it is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes {
+    pub read: u64,
+    pub written: u64,
+}
+
+/// What a fault's 8 bytes hold before a kernel may report one: the lowest position of something that it cannot go on with.
+pub const NO_FAULT: u64 = u64::MAX;
+
 /// Memory with `values` in it.
 ///
 /// # Errors
@@ -119,6 +157,11 @@ impl KernelDtype {
 
     pub fn num_bytes(self) -> usize {
         if self == Self::F32 { 4 } else { 2 }
+    }
+
+    /// Elements of 16 bytes.
+    pub fn wide(self) -> usize {
+        16 / self.num_bytes()
     }
 
     /// Half the distance of 1 to the next larger number.

@@ -6,12 +6,15 @@
 #![allow(non_snake_case, reason = "tensor names carry shape suffixes")]
 
 pub mod activation;
+pub mod adamw;
 pub mod attention;
 pub mod bf16;
 pub mod check;
+pub mod column_sums;
 pub mod cross_entropy;
 pub mod cuda;
 pub mod elementwise;
+pub mod embedding;
 mod gemm;
 pub mod gpu;
 pub mod host;
@@ -19,6 +22,7 @@ pub mod kl;
 pub mod launch;
 pub mod lstm;
 pub mod matmul;
+pub mod non_finite;
 pub mod rms_norm;
 pub mod rotary;
 pub mod simd;

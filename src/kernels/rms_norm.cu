@@ -1,8 +1,9 @@
 // RMSNorm; rms_norm.rs has the specification. A block a row, the row in registers: each value is read once.
 //
-// Bytes a row of H values of s bytes: forward 2 s H + 4 (x, y, rstd) and w once for all rows; backward 4 s H + 4 (dy, x, dx in and out).
-// Operations a value: 4 forward, 7 backward; 1 to 2 a byte at most, so memory bounds it.
-#include "device.cuh"
+// Bytes a row of H values of s bytes: forward 2 s H + 4 (x; y, rstd) and w once for all rows; backward 4 s H + 4 (dy, x, dx in and out) and w;
+// weight gradient 2 s H + 4 (dy, x, rstd), and 8 H of partial sums for each 128 rows. Every row asks for w (backward twice), which L2 has.
+// Operations a value: 4 forward, 7 backward, 3 for the weight; 1 to 2 a byte at most, so memory bounds it.
+#include "columns.cuh"
 
 constexpr int THREADS = 256;
 // Loads of 16 bytes that a thread keeps: rows of up to THREADS * WIDE * LOADS values.
@@ -93,3 +94,28 @@ KERNEL(rms_norm_fwd_f16, RmsNormArgs, THREADS, 4) { rms_norm_forward<f16>(args);
 KERNEL(rms_norm_bwd_f32, RmsNormArgs, THREADS, 2) { rms_norm_backward<float>(args); }
 KERNEL(rms_norm_bwd_bf16, RmsNormArgs, THREADS, 2) { rms_norm_backward<bf16>(args); }
 KERNEL(rms_norm_bwd_f16, RmsNormArgs, THREADS, 2) { rms_norm_backward<f16>(args); }
+
+// The weight's gradient: sums over rows of dy x rstd, block by block; column_sums_add adds these.
+struct RmsNormWeightArgs {
+    const void* x;      // [T, H]
+    const void* dy;     // [T, H]
+    const float* rstd;  // [T]
+    float* partials;    // [row blocks, H]
+    int64_t rows;       // T
+    int columns;        // H, a multiple of 16 bytes
+    int tiles;          // of columns
+};
+
+template <typename T>
+DEVICE void rms_norm_weight(const RmsNormWeightArgs& args) {
+    const T *xs = static_cast<const T*>(args.x), *dys = static_cast<const T*>(args.dy);
+    column_partials<T>(args.partials, args.rows, args.columns, args.tiles, [&](float(&sums)[WIDE<T>], int64_t row, int column) {
+        const auto x = load<WIDE<T>>(xs + row * args.columns + column), dy = load<WIDE<T>>(dys + row * args.columns + column);
+        const float rstd = args.rstd[row];
+        for (int j = 0; j < WIDE<T>; j++) sums[j] += to_f32(dy.v[j]) * (to_f32(x.v[j]) * rstd);
+    });
+}
+
+KERNEL(rms_norm_weight_f32, RmsNormWeightArgs, COLUMN_THREADS, 4) { rms_norm_weight<float>(args); }
+KERNEL(rms_norm_weight_bf16, RmsNormWeightArgs, COLUMN_THREADS, 4) { rms_norm_weight<bf16>(args); }
+KERNEL(rms_norm_weight_f16, RmsNormWeightArgs, COLUMN_THREADS, 4) { rms_norm_weight<f16>(args); }

@@ -106,7 +106,8 @@ fn sizes(x_TH: &Tensor, w_H: &Tensor) -> Result<(usize, usize)> {
 pub mod device {
     use bytemuck::NoUninit;
 
-    use crate::kernels::launch::{Executor, KernelDtype, Launch, LaunchError, WARP, launch};
+    use crate::kernels::column_sums::{self, Sums, add_partials_, partials_launch};
+    use crate::kernels::launch::{Bytes, Executor, KernelDtype, Launch, LaunchError, WARP, launch, require_aligned};
 
     const THREADS: u32 = 256;
     /// Loads of 16 bytes that a thread keeps.
@@ -163,5 +164,49 @@ pub mod device {
         let shared_bytes = THREADS / WARP * 4;
         let args = Args { x, w, y, rstd, dy, columns: columns as i64, eps, padding: 0 };
         launch(executor, &name, Launch::row(rows, THREADS, shared_bytes), &args)
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct WeightArgs {
+        x: u64,
+        dy: u64,
+        rstd: u64,
+        partials: u64,
+        rows: i64,
+        columns: i32,
+        tiles: i32,
+    }
+
+    /// As [`super::bwd_weight_add_`]: `dw` is where the sums go; dy, x `[T, H]`, rstd `[T]` f32.
+    ///
+    /// # Errors
+    /// When the width or an address is no multiple of 16 bytes, or a launch fails.
+    pub fn bwd_weight_add(executor: &dyn Executor, dtype: KernelDtype, dw: &Sums, [dy, x, rstd]: [u64; 3]) -> Result<(), LaunchError> {
+        let name = format!("rms_norm_weight_{}", dtype.suffix());
+        require_aligned(&name, &[dy, x])?;
+        let (launch_of, tiles) = partials_launch(&name, dtype, dw)?;
+        let (rows, columns) = (dw.rows as i64, dw.columns as i32);
+        let args = WeightArgs { x, dy, rstd, partials: dw.partials, rows, columns, tiles: tiles as i32 };
+        launch(executor, &name, launch_of, &args)?;
+        add_partials_(executor, dw)
+    }
+
+    /// Of [`fwd`].
+    pub fn fwd_bytes(dtype: KernelDtype, rows: usize, columns: usize) -> Bytes {
+        let row = columns * dtype.num_bytes();
+        Bytes { read: (rows * 2 * row) as u64, written: (rows * (row + 4)) as u64 }
+    }
+
+    /// Of [`bwd_add`].
+    pub fn bwd_bytes(dtype: KernelDtype, rows: usize, columns: usize) -> Bytes {
+        let row = columns * dtype.num_bytes();
+        Bytes { read: (rows * (5 * row + THREADS as usize * 4)) as u64, written: (rows * row) as u64 }
+    }
+
+    /// Of [`bwd_weight_add`]: each thread asks for its rows' rstd.
+    pub fn bwd_weight_bytes(dtype: KernelDtype, rows: usize, columns: usize) -> Bytes {
+        let sums = column_sums::bytes(dtype, rows, columns, 2);
+        Bytes { read: sums.read + (rows * columns / dtype.wide() * 4) as u64, ..sums }
     }
 }

@@ -73,6 +73,11 @@ impl Table {
         Self { cos, sin, pairs }
     }
 
+    /// Cosines and sines, `[T * D/4]` each.
+    pub fn values(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     pub fn num_tokens(&self) -> usize {
         self.cos.len() / self.pairs.max(1)
     }
@@ -117,4 +122,68 @@ pub fn rotate_(x_TN: &Tensor, table: &Table, num_heads: usize, head_dim: usize, 
             }
         });
     })
+}
+
+/// The kernels of `rotary.cu`.
+pub mod device {
+    use bytemuck::NoUninit;
+
+    use super::Direction;
+    use crate::kernels::launch::{Bytes, Executor, KernelDtype, Launch, LaunchError, launch, require, require_aligned};
+
+    const THREADS: u32 = 256;
+
+    /// Addresses: x `[T, n]` with rows `stride` elements apart, which begin with `heads` heads of `head_dim` values; cos and sin `[T, D/4]` f32, as
+    /// [`super::Table::values`] gives them.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Heads {
+        pub x: u64,
+        pub cos: u64,
+        pub sin: u64,
+        pub rows: usize,
+        pub stride: usize,
+        pub heads: usize,
+        pub head_dim: usize,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct Args {
+        x: u64,
+        cos: u64,
+        sin: u64,
+        stride: i64,
+        rows: i32,
+        heads: i32,
+        head_dim: i32,
+        sign: f32,
+    }
+
+    /// As [`super::rotate_`].
+    ///
+    /// # Errors
+    /// When half a head, the stride or an address is no multiple of 16 bytes, rows are shorter than their heads, or the launch fails.
+    pub fn rotate_(executor: &dyn Executor, dtype: KernelDtype, heads: &Heads, direction: Direction) -> Result<(), LaunchError> {
+        let &Heads { x, cos, sin, rows, stride, heads, head_dim } = heads;
+        let (name, wide) = (format!("rotary_{}", dtype.suffix()), dtype.wide());
+        require(heads > 0 && head_dim > 0 && head_dim.is_multiple_of(2 * wide), &name, || {
+            format!("{heads} heads of {head_dim} values, expected a multiple of {}", 2 * wide)
+        })?;
+        require(stride >= heads * head_dim && stride.is_multiple_of(wide), &name, || {
+            format!("rows {stride} values apart, expected a multiple of {wide} from {} on", heads * head_dim)
+        })?;
+        require_aligned(&name, &[x, cos, sin])?;
+        let threads = rows * heads * (head_dim / 2 / wide);
+        require(i32::try_from(threads).is_ok(), &name, || format!("{rows} rows are too many for one launch, split them"))?;
+        let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
+        let (rows, heads, head_dim) = (rows as i32, heads as i32, head_dim as i32);
+        let args = Args { x, cos, sin, stride: stride as i64, rows, heads, head_dim, sign };
+        launch(executor, &name, Launch::row(threads.div_ceil(THREADS as usize), THREADS, 0), &args)
+    }
+
+    /// Of [`rotate_`].
+    pub fn bytes(dtype: KernelDtype, rows: usize, heads: usize, head_dim: usize) -> Bytes {
+        let (values, angles) = (rows * heads * head_dim / 2 * dtype.num_bytes(), rows * heads * head_dim * 2);
+        Bytes { read: (values + angles) as u64, written: values as u64 }
+    }
 }

@@ -76,3 +76,73 @@ fn sizes(gate_up_T2F: &Tensor) -> Result<(usize, usize)> {
     }
     Ok((t, f2 / 2))
 }
+
+/// The kernels of `swiglu.cu`.
+pub mod device {
+    use bytemuck::NoUninit;
+
+    use crate::kernels::launch::{Bytes, Executor, KernelDtype, Launch, LaunchError, launch, require, require_aligned, tiles};
+
+    const THREADS: u32 = 256;
+
+    /// Addresses: gate_up `[T, 2F]` with rows `stride` elements apart, act `[T, F]` contiguous. Backward, act is dact.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Rows {
+        pub gate_up: u64,
+        pub act: u64,
+        pub rows: usize,
+        /// F.
+        pub columns: usize,
+        pub stride: usize,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct Args {
+        gate_up: u64,
+        act: u64,
+        stride: i64,
+        columns: i32,
+        tiles: i32,
+    }
+
+    /// As [`super::fwd`].
+    ///
+    /// # Errors
+    /// When the width, the stride or an address is no multiple of 16 bytes, or the launch fails.
+    pub fn fwd(executor: &dyn Executor, dtype: KernelDtype, rows: &Rows) -> Result<(), LaunchError> {
+        start(executor, "fwd", dtype, rows)
+    }
+
+    /// As [`super::bwd`], in place: gate_up becomes dgate_up.
+    ///
+    /// # Errors
+    /// As [`fwd`].
+    pub fn bwd_(executor: &dyn Executor, dtype: KernelDtype, rows: &Rows) -> Result<(), LaunchError> {
+        start(executor, "bwd", dtype, rows)
+    }
+
+    /// Of [`fwd`].
+    pub fn fwd_bytes(dtype: KernelDtype, rows: usize, columns: usize) -> Bytes {
+        let values = (rows * columns * dtype.num_bytes()) as u64;
+        Bytes { read: 2 * values, written: values }
+    }
+
+    /// Of [`bwd_`].
+    pub fn bwd_bytes(dtype: KernelDtype, rows: usize, columns: usize) -> Bytes {
+        let values = (rows * columns * dtype.num_bytes()) as u64;
+        Bytes { read: 3 * values, written: 2 * values }
+    }
+
+    fn start(executor: &dyn Executor, pass: &str, dtype: KernelDtype, rows: &Rows) -> Result<(), LaunchError> {
+        let &Rows { gate_up, act, rows, columns, stride } = rows;
+        let name = format!("swiglu_{pass}_{}", dtype.suffix());
+        let tiles = tiles(&name, dtype, columns, THREADS)?;
+        require(stride >= 2 * columns && stride.is_multiple_of(dtype.wide()), &name, || {
+            format!("rows {stride} values apart, expected a multiple of {} from {} on", dtype.wide(), 2 * columns)
+        })?;
+        require_aligned(&name, &[gate_up, act])?;
+        let args = Args { gate_up, act, stride: stride as i64, columns: columns as i32, tiles: tiles as i32 };
+        launch(executor, &name, Launch::row(rows * tiles, THREADS, 0), &args)
+    }
+}

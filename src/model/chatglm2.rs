@@ -13,7 +13,7 @@ use super::soft::Extended;
 use super::weights::WeightSource;
 use crate::kernels::attention::{Heads, Rows};
 use crate::kernels::rotary::{Angles, Precision, Table};
-use crate::kernels::{bf16, elementwise, rms_norm};
+use crate::kernels::{bf16, embedding, rms_norm};
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -232,7 +232,7 @@ impl ChatGlm2 {
             dx_TH = own_TH;
         }
         if let Some(dembedding_VH) = hooks.weight_grad(BaseWeight::Embedding)? {
-            elementwise::scatter_add_rows_(&dembedding_VH, tokens.ids, &dx_TH)?;
+            embedding::scatter_add_rows_(&dembedding_VH, tokens.ids, &dx_TH)?;
         }
         Ok(())
     }

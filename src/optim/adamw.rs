@@ -4,12 +4,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 
-use super::CHUNK;
+use crate::kernels::adamw::Update;
 use crate::kernels::bf16;
-use crate::kernels::host::{F32View, with_3_f32_mut};
-use crate::kernels::simd::vectorize;
 
 /// The kinds of state a parameter has, as a checkpoint calls them; the last only where there are masters.
 const KINDS: [&str; 3] = ["exp_avg", "exp_avg_sq", "master"];
@@ -20,6 +17,23 @@ pub struct AdamWConfig {
     pub beta2: f64,
     pub epsilon: f64,
     pub weight_decay: f64,
+}
+
+impl AdamWConfig {
+    /// The scalars of step `num_steps`, which counts from 1.
+    fn update(self, num_steps: u64, lr: f64) -> Update {
+        let Self { beta1, beta2, epsilon, weight_decay } = self;
+        let t = num_steps as f64;
+        Update {
+            weight1: (1.0 - beta1) as f32,
+            keep2: beta2 as f32,
+            weight2: (1.0 - beta2) as f32,
+            keep: (1.0 - lr * weight_decay) as f32,
+            step_size: (-lr / (1.0 - beta1.powf(t))) as f32,
+            correction: (1.0 - beta2.powf(t)).sqrt() as f32,
+            epsilon: epsilon as f32,
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -89,23 +103,12 @@ impl AdamW {
     ///
     /// # Source
     /// torch's `_single_tensor_adamw`: p *= 1 - lr wd; m = lerp(m, g, 1 - beta1); v = beta2 v + (1 - beta2) g^2;
-    /// p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps). Scalars in f64, elements in f32, and multiply-adds fused
-    /// where torch's vector code fuses them: the moments have torch's bits on a CPU, the parameters are within an ulp a step.
+    /// p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps). Scalars in f64, elements as [`Update`] has them.
     pub fn step(&mut self, params: &Tensor, grads: &Tensor, lr: f64) -> Result<(), OptimError> {
         self.check("the parameter buffer", params)?;
         self.check("the gradient", grads)?;
-        let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         self.num_steps += 1;
-        let t = self.num_steps as f64;
-        let update = Update {
-            weight1: (1.0 - beta1) as f32,
-            keep2: beta2 as f32,
-            weight2: (1.0 - beta2) as f32,
-            keep: (1.0 - lr * weight_decay) as f32,
-            step_size: (-lr / (1.0 - beta1.powf(t))) as f32,
-            correction: (1.0 - beta2.powf(t)).sqrt() as f32,
-            epsilon: epsilon as f32,
-        };
+        let update = self.config.update(self.num_steps, lr);
         update.apply(self.masters.as_ref().unwrap_or(params), &self.exp_avg, &self.exp_avg_sq, grads)?;
         if let Some(masters) = &self.masters {
             bf16::round_into_(params, masters)?;
@@ -157,43 +160,10 @@ impl AdamW {
     }
 }
 
-/// m = lerp(m, g, weight1); v = keep2 v + weight2 g²; p = keep p + step_size m / (sqrt(v) / correction + epsilon).
-struct Update {
-    weight1: f32,
-    keep2: f32,
-    weight2: f32,
-    keep: f32,
-    /// Negative.
-    step_size: f32,
-    correction: f32,
-    epsilon: f32,
-}
-
-impl Update {
-    /// All of it in one pass over memory: 4 values read and 3 written an element.
-    fn apply(&self, params: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor, grads: &Tensor) -> candle_core::Result<()> {
-        let g = F32View::new(grads)?;
-        with_3_f32_mut([params, exp_avg, exp_avg_sq], "adamw", |p, m, v| {
-            let chunks = p.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK)).zip(g.par_chunks(CHUNK));
-            // Compiled for the widest vector unit at hand. Fused multiply-add is exactly rounded with or without hardware: the same bits.
-            chunks.for_each(|(((p, m), v), g)| {
-                vectorize(|| {
-                    let &Self { weight1, keep2, weight2, keep, step_size, correction, epsilon } = self;
-                    for (((p, m), v), &g) in p.iter_mut().zip(m).zip(v).zip(g) {
-                        // In the form that torch's lerp takes on either side of 0.5.
-                        *m = if weight1 < 0.5 { weight1.mul_add(g - *m, *m) } else { (weight1 - 1.0).mul_add(g - *m, g) };
-                        *v = (weight2 * g).mul_add(g, *v * keep2);
-                        *p = *p * keep + step_size * *m / (v.sqrt() / correction + epsilon);
-                    }
-                });
-            });
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::CHUNK;
 
     const DEFAULT: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
     const OTHER: AdamWConfig = AdamWConfig { beta1: 0.3, beta2: 0.95, epsilon: 1e-6, weight_decay: 0.1 };

@@ -1,71 +1,25 @@
 //! The norm of the whole gradient, clipping to it, and the search for what is not finite.
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
-use rayon::prelude::*;
+use candle_core::{Result, Tensor, bail};
 
-use super::{CHUNK, slice, slice_mut};
+use crate::kernels::adamw::clip_factor;
+pub use crate::kernels::adamw::{chunk_square_sums, norm_of_chunks};
+use crate::kernels::elementwise;
+pub use crate::kernels::non_finite::first_non_finite;
 use crate::params;
-
-/// Calls `f` with the elements of a flat f32 buffer on the CPU.
-fn with_elements<R>(flat: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let (storage, layout) = flat.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => Ok(f(slice(storage, layout)?)),
-        _ => bail!("gradients are on {:?}, expected the CPU", flat.device().location()),
-    }
-}
 
 /// The 2-norm of a flat f32 buffer, summed in f64 over fixed chunks.
 pub fn global_norm(flat: &Tensor) -> Result<f64> {
     Ok(norm_of_chunks(chunk_square_sums(flat)?))
 }
 
-/// The sum of squares of each chunk of [`CHUNK`] elements. Those of shards that begin at multiples of it are, one shard behind the other,
-/// those of the whole buffer.
-pub fn chunk_square_sums(flat: &Tensor) -> Result<Vec<f64>> {
-    with_elements(flat, |data| data.par_chunks(CHUNK).map(square_sum).collect())
-}
-
-/// The 2-norm of a buffer from the sums of its chunks, in their order.
-pub fn norm_of_chunks(square_sums: impl IntoIterator<Item = f64>) -> f64 {
-    square_sums.into_iter().sum::<f64>().sqrt()
-}
-
-/// Eight sums side by side, so that one addition need not wait for the one before.
-fn square_sum(chunk: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; 8];
-    let (octets, rest) = chunk.as_chunks::<8>();
-    for octet in octets {
-        for (lane, &x) in lanes.iter_mut().zip(octet) {
-            *lane += f64::from(x) * f64::from(x);
-        }
-    }
-    lanes.iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
-}
-
 /// Scales a flat gradient, or a shard of one, in place so that the norm of the whole, which is `norm` now, is at most `max_norm`.
 ///
-/// # Source
-/// torch's `clip_grad_norm_`: the factor is max_norm / (norm + 1e-6), at most 1.
+/// # Errors
+/// When the gradient is not contiguous f32 on the CPU.
 pub fn clip_grad(grads: &Tensor, norm: f64, max_norm: f64) -> Result<()> {
-    let factor = max_norm / (norm + 1e-6);
-    if factor < 1.0 {
-        grads.inplace_op1(&Scale(factor as f32))?;
-    }
-    Ok(())
-}
-
-struct Scale(f32);
-
-impl InplaceOp1 for Scale {
-    fn name(&self) -> &'static str {
-        "clip_scale"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        slice_mut(storage, layout)?.par_chunks_mut(CHUNK).for_each(|chunk| chunk.iter_mut().for_each(|x| *x *= self.0));
-        Ok(())
-    }
+    let factor = clip_factor(norm, max_norm);
+    if factor < 1.0 { elementwise::scale_(grads, factor) } else { Ok(()) }
 }
 
 /// An element that is NaN or infinite.
@@ -90,20 +44,12 @@ impl NonFinite {
     }
 }
 
-/// The first element of a flat buffer that is not finite: its place and value.
-pub fn first_non_finite(flat: &Tensor) -> Result<Option<(usize, f32)>> {
-    with_elements(flat, |data| {
-        let chunk = data.par_chunks(CHUNK).position_first(|chunk| chunk.iter().any(|x| !x.is_finite()))?;
-        let at = chunk * CHUNK + data[chunk * CHUNK..].iter().position(|x| !x.is_finite())?;
-        Some((at, data[at]))
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::optim::CHUNK;
     use candle_core::Device;
 
     fn tensor(data: Vec<f32>) -> Tensor {

@@ -4,13 +4,18 @@ mod faults;
 mod mutations;
 mod shim;
 
+use std::path::PathBuf;
+
 use glmddp::kernels::check::{Case, cases};
 
-use crate::shim::{Order, Shim};
+use crate::shim::{Moved, Order, Shim};
 
 /// Runs all cases of a file, each with its threads in several orders: equal bits.
 fn check(file: &str) {
-    let shim = Shim::compile(&shim::sources()).expect("the kernels compile");
+    // The last step of sums over rows is shared.
+    let is_needed = |path: &PathBuf| path.file_stem().is_some_and(|stem| stem == file || stem == "column_sums");
+    let sources: Vec<PathBuf> = shim::sources().into_iter().filter(is_needed).collect();
+    let shim = Shim::compile(&sources).expect("the kernels compile");
     let cases: Vec<Case> = cases().into_iter().filter(|case| case.file == file).collect();
     assert!(!cases.is_empty(), "{file} has cases");
     for case in &cases {
@@ -31,4 +36,62 @@ fn every_file_of_kernels_has_cases() {
 #[test]
 fn rms_norm() {
     check("rms_norm");
+}
+
+#[test]
+fn swiglu() {
+    check("swiglu");
+}
+
+#[test]
+fn rotary() {
+    check("rotary");
+}
+
+#[test]
+fn cross_entropy() {
+    check("cross_entropy");
+}
+
+#[test]
+fn embedding() {
+    check("embedding");
+}
+
+#[test]
+fn column_sums() {
+    check("column_sums");
+}
+
+#[test]
+fn elementwise() {
+    check("elementwise");
+}
+
+#[test]
+fn non_finite() {
+    check("non_finite");
+}
+
+#[test]
+fn adamw() {
+    check("adamw");
+}
+
+/// What the shim counts, against the formulas beside the launches, which are those of the headers.
+#[test]
+fn bytes_are_those_of_the_headers() {
+    let shim = Shim::compile(&shim::sources()).expect("the kernels compile");
+    for case in cases() {
+        let Some(bytes) = case.bytes else { continue };
+        let (_, moved) = shim.measured(&case, Order::Ascending).unwrap_or_else(|error| panic!("{}, {}: {error}", case.file, case.name));
+        assert_eq!(moved, Moved { read: bytes.read, written: bytes.written }, "{}, {}", case.file, case.name);
+    }
+}
+
+#[test]
+fn every_file_of_memory_bound_kernels_has_its_bytes_counted() {
+    let counted = |file: &str| cases().iter().any(|case| case.file == file && case.bytes.is_some());
+    let files = ["adamw", "column_sums", "cross_entropy", "elementwise", "embedding", "non_finite", "rms_norm", "rotary", "swiglu"];
+    assert_eq!(files.into_iter().filter(|file| !counted(file)).collect::<Vec<_>>(), Vec::<&str>::new());
 }

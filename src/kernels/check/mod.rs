@@ -1,13 +1,25 @@
 //! Every kernel against the CPU's code, which is the specification: the same cases wherever kernels run.
 
+mod adamw;
+mod column_sums;
+mod cross_entropy;
+mod elementwise;
+mod embedding;
 mod finite_differences;
+mod non_finite;
 pub mod products;
 mod rms_norm;
+mod rotary;
+mod swiglu;
 
+use std::fmt::Debug;
+
+use bytemuck::Pod;
+use candle_core::{Device, Tensor};
 use sha2::{Digest, Sha256};
 
 use super::gpu::Gpu;
-use super::launch::{Buffer, Executor, KernelDtype, LaunchError};
+use super::launch::{Buffer, Bytes, Executor, KernelDtype, LaunchError, NO_FAULT, download};
 use crate::digest::hex;
 use crate::rng::{KeyedRng, Stream};
 
@@ -20,6 +32,8 @@ pub struct Case {
     pub file: &'static str,
     /// What is special about it.
     pub name: String,
+    /// What its kernels ask of global memory, by the formulas beside their launches; none where nobody says.
+    pub bytes: Option<Bytes>,
     run: Box<dyn Fn(&mut Check) -> Result<(), CheckError> + Send + Sync>,
 }
 
@@ -37,12 +51,41 @@ pub enum CheckError {
 
 /// All cases, by file.
 pub fn cases() -> Vec<Case> {
-    [rms_norm::cases(), finite_differences::cases()].into_iter().flatten().collect()
+    let all = [
+        adamw::cases(),
+        column_sums::cases(),
+        cross_entropy::cases(),
+        elementwise::cases(),
+        embedding::cases(),
+        finite_differences::cases(),
+        non_finite::cases(),
+        rms_norm::cases(),
+        rotary::cases(),
+        swiglu::cases(),
+    ];
+    all.into_iter().flatten().collect()
 }
 
 impl Case {
     pub fn new(file: &'static str, name: String, run: impl Fn(&mut Check) -> Result<(), CheckError> + Send + Sync + 'static) -> Self {
-        Self { file, name, run: Box::new(run) }
+        Self { file, name, bytes: None, run: Box::new(run) }
+    }
+
+    fn moving(self, bytes: Bytes) -> Self {
+        Self { bytes: Some(bytes), ..self }
+    }
+
+    /// A launch that is refused with `text`.
+    fn refused(
+        file: &'static str,
+        name: &str,
+        text: &'static str,
+        start: impl Fn(&dyn Executor) -> Result<(), LaunchError> + Send + Sync + 'static,
+    ) -> Self {
+        Self::new(file, name.to_owned(), move |check| {
+            let found = start(check.executor).map_or_else(|error| error.to_string(), |()| "a launch".to_owned());
+            if found == text { Ok(()) } else { Err(CheckError::Other { what: "an error".to_owned(), expected: text.to_owned(), found }) }
+        })
     }
 
     /// A hash of all that the kernels wrote: the same in every run.
@@ -141,6 +184,21 @@ impl<'e> Check<'e> {
         Ok(dtype.from_bytes(&bytes))
     }
 
+    /// A fault's 8 bytes, nothing reported yet.
+    pub fn fault(&self) -> Result<u64, LaunchError> {
+        self.bytes("fault", &NO_FAULT.to_le_bytes())
+    }
+
+    /// Reads `expected.len()` values, which must have the bits of `expected`.
+    pub fn expect_bits<T: Pod + Debug>(&mut self, what: &str, address: u64, expected: &[T]) -> Result<(), CheckError> {
+        let found: Vec<T> = download(self.executor, Buffer { address, bytes: size_of_val(expected) })?;
+        self.outputs.update(bytemuck::cast_slice(&found));
+        let differs = |(a, b): (&T, &T)| bytemuck::bytes_of(a) != bytemuck::bytes_of(b);
+        let Some(at) = expected.iter().zip(&found).position(differs) else { return Ok(()) };
+        let what = format!("{what}, element {at} of {}", expected.len());
+        Err(CheckError::Other { what, expected: format!("{:?}", expected[at]), found: format!("{:?}", found[at]) })
+    }
+
     /// Reads `expected.len()` values and holds them against `expected`.
     pub fn expect(
         &mut self,
@@ -165,4 +223,22 @@ impl<'e> Check<'e> {
 /// Normal values of standard deviation `scale`, rounded to `dtype`; `key` chooses them.
 pub fn random(key: u64, len: usize, scale: f32, dtype: KernelDtype) -> Vec<f32> {
     KeyedRng::new(key, Stream::ParameterInit, 0).normal(len).into_iter().map(|v| dtype.round(v * scale)).collect()
+}
+
+/// Rows of `width` values, `stride` apart, with `between` from row to row.
+fn strided(values: &[f32], width: usize, stride: usize, between: f32) -> Vec<f32> {
+    let row = |row: &[f32]| row.iter().copied().chain(std::iter::repeat_n(between, stride - width)).collect::<Vec<_>>();
+    values.chunks_exact(width).flat_map(row).collect()
+}
+
+fn tensor(values: &[f32], rows: usize) -> candle_core::Result<Tensor> {
+    Tensor::from_slice(values, (rows, values.len() / rows), &Device::Cpu)
+}
+
+fn flat(values: &[f32]) -> candle_core::Result<Tensor> {
+    Tensor::from_slice(values, values.len(), &Device::Cpu)
+}
+
+fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1()
 }

@@ -269,6 +269,19 @@ void expect_shared(const void* pointer, const char* what) {
     if (at - shared_region.start + 16 > shared_region.bytes) out_of_bounds(at, 16, what);
 }
 
+template <typename T>
+T atomic_min(T* at, T value) {
+    uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    const Region* region = region_of(address);
+    if (!region || address + sizeof(T) > region->start + region->bytes) out_of_bounds(address, sizeof(T), "an atomic");
+    if (address % sizeof(T)) fail("an atomic of %zu bytes on %s is not aligned", sizeof(T), region->name);
+    for (size_t i = 0; i < sizeof(T) / GRANULE; i++)
+        if (!region->cells[(address - region->start) / GRANULE + i].is_valid) fail("an atomic on %s, which nobody wrote", region->name);
+    T old = *at;
+    if (value < old) *at = value;
+    return old;
+}
+
 // ---- warps ---------------------------------------------------------------------------------------------------------------------------
 
 float half_value(uint32_t bits, bool is_bf16) {
@@ -474,16 +487,8 @@ void shim_copy_async_wait(int open) {
     }
     fiber.num_copies = kept;
 }
-uint32_t shim_atomic_min(uint32_t* at, uint32_t value) {
-    uintptr_t address = reinterpret_cast<uintptr_t>(at);
-    const Region* region = region_of(address);
-    if (!region || address + 4 > region->start + region->bytes) out_of_bounds(address, 4, "an atomic");
-    for (int i = 0; i < 2; i++)
-        if (!region->cells[(address - region->start) / GRANULE + i].is_valid) fail("an atomic on %s, which nobody wrote", region->name);
-    uint32_t old = *at;
-    if (value < old) *at = value;
-    return old;
-}
+uint32_t shim_atomic_min(uint32_t* at, uint32_t value) { return atomic_min(at, value); }
+unsigned long long shim_atomic_min_64(unsigned long long* at, unsigned long long value) { return atomic_min(at, value); }
 
 float shim_f16_to_f32(uint16_t h) {
     uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;

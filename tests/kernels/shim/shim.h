@@ -30,6 +30,7 @@ float shim_f16_to_f32(uint16_t bits);
 uint16_t shim_f32_to_f16(float x);
 uint16_t shim_f32_to_bf16(float x);
 uint32_t shim_atomic_min(uint32_t* at, uint32_t value);
+unsigned long long shim_atomic_min_64(unsigned long long* at, unsigned long long value);
 }
 
 #define DEVICE inline __attribute__((always_inline))
@@ -76,3 +77,4 @@ DEVICE T __shfl_xor_sync(unsigned lanes, T value, int mask) {
 DEVICE unsigned __ballot_sync(unsigned lanes, bool value) { return shim_ballot(lanes, value); }
 DEVICE bool __any_sync(unsigned lanes, bool value) { return shim_ballot(lanes, value) != 0; }
 DEVICE uint32_t atomicMin(uint32_t* at, uint32_t value) { return shim_atomic_min(at, value); }
+DEVICE unsigned long long atomicMin(unsigned long long* at, unsigned long long value) { return shim_atomic_min_64(at, value); }

@@ -1,0 +1,104 @@
+//! Cross-entropy's cases.
+
+use super::{COUNTS, Case, Check, CheckError, Tolerance, random, tensor, values};
+use crate::kernels::cross_entropy::{self, Logits, device};
+use crate::kernels::launch::{KernelDtype, NO_FAULT};
+
+const SCALE: f32 = 0.37;
+
+/// Rows of logits.
+#[derive(Clone, Copy)]
+struct Chunk {
+    rows: usize,
+    vocabulary: usize,
+    /// Standard deviation of the logits.
+    size: f32,
+    /// So many of each row's first logits are minus infinity.
+    impossible: usize,
+    /// Every third row is not in the loss.
+    has_ignored: bool,
+}
+
+pub fn cases() -> Vec<Case> {
+    let chunk = |rows, vocabulary| Chunk { rows, vocabulary, size: 3.0, impossible: 0, has_ignored: false };
+    let mut chunks = COUNTS.map(|rows| chunk(rows, 8)).to_vec();
+    chunks.extend([(5, 1000), (1, 4104)].map(|(rows, vocabulary)| chunk(rows, vocabulary)));
+    chunks.push(Chunk { has_ignored: true, ..chunk(33, 1000) });
+    chunks.push(Chunk { size: 30.0, ..chunk(2, 8200) });
+    chunks.push(Chunk { impossible: 24, ..chunk(2, 8200) });
+    let mut cases = Vec::new();
+    for dtype in KernelDtype::ALL {
+        // ChatGLM2's, which takes a while.
+        let whole = if dtype == KernelDtype::Bf16 { vec![chunk(1, 65024)] } else { vec![] };
+        for &chunk in chunks.iter().chain(&whole) {
+            for logits in [Logits::ToGradient, Logits::Discard] {
+                let Chunk { rows, vocabulary, size, impossible, has_ignored } = chunk;
+                let name = format!(
+                    "{logits:?} {} [{rows}, {vocabulary}], size {size}, {impossible} impossible, ignored {has_ignored}",
+                    dtype.suffix()
+                );
+                let case = Case::new("cross_entropy", name, move |check| nll(check, dtype, chunk, logits));
+                let bytes = device::bytes(dtype, rows, vocabulary, logits);
+                cases.push(if has_ignored { case } else { case.moving(bytes) });
+            }
+        }
+    }
+    cases.push(Case::new("cross_entropy", "targets out of the vocabulary".to_owned(), bad_targets));
+    let rows = device::Rows { logits: 0, targets: 0, losses: 0, fault: 0, rows: 1, columns: 12 };
+    cases.push(Case::refused(
+        "cross_entropy",
+        "a vocabulary of 12",
+        "kernel `cross_entropy_grad_bf16`: rows of 12 values, expected a multiple of 8",
+        move |executor| device::nll_(executor, KernelDtype::Bf16, &rows, Logits::ToGradient, 1.0),
+    ));
+    cases
+}
+
+fn nll(check: &mut Check, dtype: KernelDtype, chunk: Chunk, logits: Logits) -> Result<(), CheckError> {
+    let Chunk { rows, vocabulary, size, impossible, has_ignored } = chunk;
+    let mut x = random(1, rows * vocabulary, size, dtype);
+    x.chunks_exact_mut(vocabulary).for_each(|row| row[..impossible].fill(f32::NEG_INFINITY));
+    // The last of all, then others.
+    let targets: Vec<u32> = (0..rows).map(|row| (vocabulary - 1 - row * 37 % (vocabulary - impossible)) as u32).collect();
+    let is_ignored = |row: usize| has_ignored && row % 3 == 1;
+    let expected = tensor(&x, rows)?;
+    let mut losses = cross_entropy::nll_(&expected, &targets, Logits::ToGradient)?;
+    let mut gradient: Vec<f32> = values(&expected)?.into_iter().map(|g| g * SCALE).collect();
+    for row in (0..rows).filter(|&row| is_ignored(row)) {
+        losses[row] = 0.0;
+        gradient[row * vocabulary..][..vocabulary].fill(0.0);
+    }
+    let targets: Vec<i32> =
+        targets.iter().enumerate().map(|(row, &target)| if is_ignored(row) { device::IGNORED } else { target as i32 }).collect();
+    let on_device = device::Rows {
+        logits: check.input("logits", dtype, &x)?,
+        targets: check.bytes("targets", bytemuck::cast_slice(&targets))?,
+        losses: check.output("losses", KernelDtype::F32, rows)?,
+        fault: check.fault()?,
+        rows,
+        columns: vocabulary,
+    };
+    device::nll_(check.executor, dtype, &on_device, logits, SCALE)?;
+    check.expect("losses", on_device.losses, KernelDtype::F32, &losses, Tolerance::rounded_once(KernelDtype::F32))?;
+    check.expect_bits("fault", on_device.fault, &[NO_FAULT])?;
+    let expected = if logits == Logits::ToGradient { &gradient } else { &x };
+    check.expect("logits", on_device.logits, dtype, expected, Tolerance::rounded_once(dtype))
+}
+
+fn bad_targets(check: &mut Check) -> Result<(), CheckError> {
+    let (dtype, targets) = (KernelDtype::Bf16, [-1i32, 7, 8, 3, -2]);
+    let on_device = device::Rows {
+        logits: check.input("logits", dtype, &random(1, 5 * 8, 1.0, dtype))?,
+        targets: check.bytes("targets", bytemuck::cast_slice(&targets))?,
+        losses: check.output("losses", KernelDtype::F32, 5)?,
+        fault: check.fault()?,
+        rows: 5,
+        columns: 8,
+    };
+    device::nll_(check.executor, dtype, &on_device, Logits::ToGradient, 1.0)?;
+    check.expect_bits("fault", on_device.fault, &[2u64])?;
+    let losses = check.read(on_device.losses, KernelDtype::F32, 5)?;
+    let is_zero: Vec<u8> = losses.iter().map(|&loss| u8::from(loss == 0.0)).collect();
+    let zeros = check.bytes("which losses are 0", &is_zero)?;
+    check.expect_bits("which losses are 0", zeros, &[1u8, 0, 1, 0, 1])
+}

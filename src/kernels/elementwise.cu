@@ -1,0 +1,78 @@
+// Additions and scalings; elementwise.rs has the specification. A thread takes 16 bytes of x.
+//
+// Bytes a value of s bytes: add s + 8 (x; the f32 sum in and out), scale 8, scale_columns 2 s (and the 4 of a factor, from L2).
+// Operations a value: 1, so memory bounds them.
+#include "device.cuh"
+
+constexpr int THREADS = 256;
+
+struct AddArgs {
+    float* sum;     // [n]
+    const void* x;  // [n]
+    int64_t n;
+};
+
+template <typename T>
+DEVICE void add(const AddArgs& args) {
+    const int64_t at = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * WIDE<T>;
+    const T* x = static_cast<const T*>(args.x);
+    if (at + WIDE<T> <= args.n) {
+        const auto values = load<WIDE<T>>(x + at);
+#pragma unroll
+        for (int i = 0; i < WIDE<T> / 4; i++) {
+            auto sum = load<4>(args.sum + at + 4 * i);
+            for (int j = 0; j < 4; j++) sum.v[j] += to_f32(values.v[4 * i + j]);
+            store(args.sum + at + 4 * i, sum);
+        }
+    } else {
+        for (int64_t i = at; i < args.n; i++) args.sum[i] += to_f32(x[i]);
+    }
+}
+
+KERNEL(add_f32, AddArgs, THREADS, 6) { add<float>(args); }
+KERNEL(add_bf16, AddArgs, THREADS, 6) { add<bf16>(args); }
+KERNEL(add_f16, AddArgs, THREADS, 6) { add<f16>(args); }
+
+struct ScaleArgs {
+    float* x;  // [n]
+    int64_t n;
+    float factor;
+    int padding;
+};
+
+KERNEL(scale_f32, ScaleArgs, THREADS, 6) {
+    const int64_t at = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * 4;
+    if (at + 4 <= args.n) {
+        auto x = load<4>(args.x + at);
+        for (int j = 0; j < 4; j++) x.v[j] *= args.factor;
+        store(args.x + at, x);
+    } else {
+        for (int64_t i = at; i < args.n; i++) args.x[i] *= args.factor;
+    }
+}
+
+struct ScaleColumnsArgs {
+    const void* x;         // [T, n]
+    const float* factors;  // [n]
+    void* y;               // [T, n]
+    int columns;           // n, a multiple of 16 bytes
+    int tiles;             // blocks a row
+};
+
+template <typename T>
+DEVICE void scale_columns(const ScaleColumnsArgs& args) {
+    const int64_t row = int(blockIdx.x) / args.tiles;
+    const int at = (int(blockIdx.x) % args.tiles * THREADS + int(threadIdx.x)) * WIDE<T>;
+    if (at >= args.columns) return;
+    auto x = load<WIDE<T>>(static_cast<const T*>(args.x) + row * args.columns + at);
+#pragma unroll
+    for (int i = 0; i < WIDE<T> / 4; i++) {
+        const auto factors = load<4>(args.factors + at + 4 * i);
+        for (int j = 0; j < 4; j++) x.v[4 * i + j] = from_f32<T>(to_f32(x.v[4 * i + j]) * factors.v[j]);
+    }
+    store(static_cast<T*>(args.y) + row * args.columns + at, x);
+}
+
+KERNEL(scale_columns_f32, ScaleColumnsArgs, THREADS, 6) { scale_columns<float>(args); }
+KERNEL(scale_columns_bf16, ScaleColumnsArgs, THREADS, 6) { scale_columns<bf16>(args); }
+KERNEL(scale_columns_f16, ScaleColumnsArgs, THREADS, 6) { scale_columns<f16>(args); }

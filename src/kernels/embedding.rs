@@ -1,0 +1,165 @@
+//! The embedding: rows of a table by id (`Tensor::index_select` on a CPU), and the sum of their gradients.
+
+use candle_core::{Result, Tensor, bail};
+
+use super::host::{F32View, with_f32_mut};
+
+/// table `[V, H]`: row `ids[t]` += row t of x `[T, H]`, in the order of t.
+///
+/// # Errors
+/// When the sizes differ or an id is not below V.
+pub fn scatter_add_rows_(table_VH: &Tensor, ids: &[u32], x_TH: &Tensor) -> Result<()> {
+    let ((v, h), (t, width)) = (table_VH.dims2()?, x_TH.dims2()?);
+    if h != width || ids.len() != t {
+        bail!("scatter_add_rows: table [{v}, {h}], {} ids, rows [{t}, {width}]", ids.len());
+    }
+    if let Some(&bad) = ids.iter().find(|&&id| id as usize >= v) {
+        bail!("scatter_add_rows: id {bad} is not below {v}");
+    }
+    let x = F32View::new(x_TH)?;
+    with_f32_mut(table_VH, "scatter_add_rows", |table| {
+        for (&id, row) in ids.iter().zip(x.chunks_exact(h)) {
+            table[id as usize * h..][..h].iter_mut().zip(row).for_each(|(a, b)| *a += b);
+        }
+    })
+}
+
+/// The kernels of `embedding.cu`.
+pub mod device {
+    use bytemuck::NoUninit;
+
+    use crate::kernels::launch::{Bytes, Executor, KernelDtype, Launch, LaunchError, launch, require, require_aligned, tiles};
+
+    const THREADS: u32 = 256;
+
+    /// Addresses, contiguous: table `[V, H]`, ids `[T]` u32, rows `[T, H]`; the fault's 8 bytes, which get the lowest token whose id is not below V.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Gather {
+        pub table: u64,
+        pub ids: u64,
+        pub rows: u64,
+        pub fault: u64,
+        /// V.
+        pub vocabulary: usize,
+        /// T.
+        pub tokens: usize,
+        /// H.
+        pub columns: usize,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct GatherArgs {
+        table: u64,
+        ids: u64,
+        rows: u64,
+        fault: u64,
+        words: i64,
+        vocabulary: u32,
+        tiles: i32,
+    }
+
+    /// The table's rows at `ids`; 0 for an id that is not below V.
+    ///
+    /// # Errors
+    /// When the width or an address is no multiple of 16 bytes, or the launch fails.
+    pub fn gather(executor: &dyn Executor, dtype: KernelDtype, gather: &Gather) -> Result<(), LaunchError> {
+        let &Gather { table, ids, rows, fault, vocabulary, tokens, columns } = gather;
+        let name = "embedding_gather";
+        let tiles = tiles(name, dtype, columns, THREADS)?;
+        require_aligned(name, &[table, rows])?;
+        let words = (columns / dtype.wide()) as i64;
+        let args = GatherArgs { table, ids, rows, fault, words, vocabulary: vocabulary as u32, tiles: tiles as i32 };
+        launch(executor, name, Launch::row(tokens * tiles, THREADS, 0), &args)
+    }
+
+    /// Of [`gather`] where all ids are below V.
+    pub fn gather_bytes(dtype: KernelDtype, tokens: usize, columns: usize) -> Bytes {
+        let row = columns * dtype.num_bytes();
+        let asked = (columns / dtype.wide()).next_multiple_of(THREADS as usize) * 4;
+        Bytes { read: (tokens * (row + asked)) as u64, written: (tokens * row) as u64 }
+    }
+
+    /// Tokens sorted by their ids, those of one id in their own order.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct Segments {
+        /// The ids that occur, ascending.
+        pub ids: Vec<u32>,
+        /// Where in `order` each id's tokens end.
+        pub ends: Vec<u32>,
+        pub order: Vec<u32>,
+    }
+
+    impl Segments {
+        /// # Errors
+        /// When an id is not below `vocabulary`.
+        pub fn new(ids: &[u32], vocabulary: usize) -> Result<Self, LaunchError> {
+            let bad = ids.iter().position(|&id| id as usize >= vocabulary);
+            require(bad.is_none(), "embedding_scatter_add", || {
+                let at = bad.unwrap_or_default();
+                format!("token {at} has the id {}, expected one below {vocabulary}", ids[at])
+            })?;
+            let mut order: Vec<u32> = (0..ids.len() as u32).collect();
+            order.sort_by_key(|&token| ids[token as usize]);
+            let mut segments = Self { ids: Vec::new(), ends: Vec::new(), order };
+            for (i, &token) in segments.order.iter().enumerate() {
+                let id = ids[token as usize];
+                if segments.ids.last() == Some(&id) {
+                    segments.ends.pop();
+                } else {
+                    segments.ids.push(id);
+                }
+                segments.ends.push(i as u32 + 1);
+            }
+            Ok(segments)
+        }
+    }
+
+    /// Addresses, contiguous: table `[V, H]` f32, x `[T, H]`; the three lists of [`Segments`].
+    #[derive(Clone, Copy, Debug)]
+    pub struct Scatter {
+        pub table: u64,
+        pub x: u64,
+        pub ids: u64,
+        pub ends: u64,
+        pub order: u64,
+        pub num_segments: usize,
+        /// H.
+        pub columns: usize,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct ScatterArgs {
+        table: u64,
+        x: u64,
+        ids: u64,
+        ends: u64,
+        order: u64,
+        columns: i64,
+        tiles: i32,
+        padding: i32,
+    }
+
+    /// As [`super::scatter_add_rows_`], to the bit.
+    ///
+    /// # Errors
+    /// As [`gather`].
+    pub fn scatter_add_(executor: &dyn Executor, dtype: KernelDtype, scatter: &Scatter) -> Result<(), LaunchError> {
+        let &Scatter { table, x, ids, ends, order, num_segments, columns } = scatter;
+        let name = format!("embedding_scatter_add_{}", dtype.suffix());
+        let tiles = tiles(&name, dtype, columns, THREADS)?;
+        require_aligned(&name, &[table, x])?;
+        let args = ScatterArgs { table, x, ids, ends, order, columns: columns as i64, tiles: tiles as i32, padding: 0 };
+        launch(executor, &name, Launch::row(num_segments * tiles, THREADS, 0), &args)
+    }
+
+    /// Of [`scatter_add_`].
+    pub fn scatter_add_bytes(dtype: KernelDtype, tokens: usize, num_segments: usize, columns: usize) -> Bytes {
+        let threads = columns / dtype.wide();
+        let of_tokens = tokens * (columns * dtype.num_bytes() + 4 * threads);
+        // An id and two ends a thread, but for the first segment, which begins at 0.
+        let of_segments = num_segments * (4 * columns + 12 * threads) - 4 * threads;
+        Bytes { read: (of_tokens + of_segments) as u64, written: (num_segments * 4 * columns) as u64 }
+    }
+}
