@@ -97,6 +97,7 @@ DEVICE uint32_t pack<f16>(float lo, float hi) {
 #ifdef GLMDDP_SHIM
 DEVICE float fast_exp2(float x) { return exp2f(x); }
 DEVICE float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
+DEVICE float fast_log2(float x) { return log2f(x); }
 #else
 // 2 ulp; -inf gives 0.
 DEVICE float fast_exp2(float x) {
@@ -105,6 +106,11 @@ DEVICE float fast_exp2(float x) {
     return y;
 }
 DEVICE float fast_rsqrt(float x) { return rsqrtf(x); }
+DEVICE float fast_log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 #endif
 DEVICE float fast_exp(float x) { return fast_exp2(x * LOG2_E); }
 

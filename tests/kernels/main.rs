@@ -31,3 +31,13 @@ fn every_file_of_kernels_has_cases() {
 fn rms_norm() {
     check("rms_norm");
 }
+
+#[test]
+fn attention() {
+    check("attention");
+}
+
+#[test]
+fn attention_f32() {
+    check("attention_f32");
+}

@@ -1,5 +1,6 @@
 //! Every kernel against the CPU's code, which is the specification: the same cases wherever kernels run.
 
+mod attention;
 mod rms_norm;
 
 use sha2::{Digest, Sha256};
@@ -34,7 +35,7 @@ pub enum CheckError {
 
 /// All cases, by file.
 pub fn cases() -> Vec<Case> {
-    [rms_norm::cases()].into_iter().flatten().collect()
+    [attention::cases(), rms_norm::cases()].into_iter().flatten().collect()
 }
 
 impl Case {
