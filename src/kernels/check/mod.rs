@@ -1,6 +1,7 @@
 //! Every kernel against the CPU's code, which is the specification: the same cases wherever kernels run.
 
 mod adamw;
+mod attention;
 mod column_sums;
 mod cross_entropy;
 mod elementwise;
@@ -53,6 +54,7 @@ pub enum CheckError {
 pub fn cases() -> Vec<Case> {
     let all = [
         adamw::cases(),
+        attention::cases(),
         column_sums::cases(),
         cross_entropy::cases(),
         elementwise::cases(),
