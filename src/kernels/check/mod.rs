@@ -27,6 +27,8 @@ use crate::rng::{KeyedRng, Stream};
 /// Numbers of rows or tokens: one, and about the sizes of warps, tiles and blocks.
 pub const COUNTS: [usize; 6] = [1, 31, 33, 64, 127, 193];
 
+type Run = dyn Fn(&mut Check) -> Result<(), CheckError> + Send + Sync;
+
 /// One launch or a few, and what must come of it.
 pub struct Case {
     /// The kernels' file, without its ending.
@@ -35,7 +37,7 @@ pub struct Case {
     pub name: String,
     /// What its kernels ask of global memory, by the formulas beside their launches; none where nobody says.
     pub bytes: Option<Bytes>,
-    run: Box<dyn Fn(&mut Check) -> Result<(), CheckError> + Send + Sync>,
+    run: Box<Run>,
 }
 
 #[derive(Debug, thiserror::Error)]
