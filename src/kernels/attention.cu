@@ -1,6 +1,24 @@
+// Attention on tensor cores, bf16 and f16; attention.rs has the specification, attention.cuh the arguments. After FlashAttention-2 (Dao 2023,
+// arXiv:2307.08691), without atomics: dq and dk, dv are sums of different blocks, each in an order that depends on sizes alone.
+//
+// A row's keys are its prefix's and then its own in one sequence, so that a short prefix costs no tile of its own, and one comparison is the mask.
+// Blocks of 4 warps; a warp has 16 queries (dk, dv: 16 keys) in the rows of its fragments, sums in f32 registers. Probabilities and their
+// gradients are rounded to the type for the second product, as a tensor core wants. Tiles are copied one stage ahead, swizzled.
+//
+// kernel      grid              loop over                              operations a pair       shared memory (D = 64, 128)
+// fwd         N x query tiles   keys, 64 or 32 a stage                 4 D                     40, 48 KiB
+// bwd_delta   T N D             -                                      2 D a query and head    -
+// bwd_query   N x query tiles   keys, 64 or 32 a stage                 6 D                     40, 48 KiB
+// bwd_key     G x key tiles     heads of the group, in them queries    8 D                     41, 48.5 KiB
+// A pair is a query, a head and a key that it sees; a row of L tokens has N L (P + (L + 1) / 2). Masked tiles are skipped by warp.
+//
+// Bytes, of values of s bytes, if what blocks share stays in L2. fwd: s D (N + 2 G) + s D N + 4 N a token; prefix: 2 s G P D once. bwd_delta:
+// 2 s D N + 4 N. bwd_query: s D (3 N + 2 G) + 8 N. bwd_key: s D (2 N + 4 G) + 8 N; prefix: 2 s G P D, and 8 G P D a row for its gradient.
+// For D = 128, N = 32, G = 2, s = 2, P = 128, L = 512 fwd has 360 operations a byte, bwd_query 365, bwd_key 670: arithmetic bounds them. From
+// L2 a block of fwd takes 2 s D bytes a key for 4 D TILE operations: 64 a byte. bwd_delta has half an operation a byte: memory bounds it.
 #include "attention.cuh"
 
-// Keys (forward, dq) or queries (dk, dv) of one stage: 8 KiB a tensor, so that two blocks fit an SM with 100 KiB.
+// Keys (fwd, bwd_query) or queries (bwd_key) of one stage: 8 KiB a tensor, so that two blocks fit an SM with 100 KiB.
 template <int D>
 constexpr int STAGE = 4096 / D;
 
@@ -22,11 +40,34 @@ DEVICE void copy_rows(T* to, int first, int end, Source source) {
     }
 }
 
-// Fragment a of 16 rows from `row` on and 16 columns from 2 * `chunk` * 4 on; transposed: two fragments b of 16 rows and 8 columns each.
+// Starts to copy ROWS keys and behind them their values.
+template <int D, int ROWS, typename T>
+DEVICE void copy_keys(T* to, const Row<T, D>& row, int first, int end) {
+    copy_rows<D, ROWS>(to, first, end, [&](int j) { return row.key(j); });
+    copy_rows<D, ROWS>(to + ROWS * D, first, end, [&](int j) { return row.value(j); });
+    copy_async_commit();
+}
+
+// All copies that the block has started are there, and all warps are done with what they read before.
+DEVICE void wait_for_copies() {
+    copy_async_wait<0>();
+    __syncthreads();
+}
+
+// Lane's row of: fragment a of rows `row` to row + 15 and columns 8 chunk to 8 chunk + 15; transposed, two fragments b of 16 rows and 8 columns.
 template <int D, typename T>
 DEVICE const T* fragment_row(const T* tile, int row, int chunk) {
     const int lane = threadIdx.x % WARP;
     return tile + swizzled<D>(row + lane % 16, chunk + lane / 16);
+}
+
+// Fragments a of a tile's rows `row` to row + 15 that is being copied; then its memory is free.
+template <int D, typename T>
+DEVICE void take_fragments(uint32_t (&fragments)[D / 16][4], const T* tile, int row) {
+    wait_for_copies();
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) load_matrices(fragments[i], fragment_row<D>(tile, row, 2 * i));
+    __syncthreads();
 }
 
 // c [16, COLUMNS] += a [16, D] b [COLUMNS, D]^T, b in shared memory; a(chunk, fragment) gives columns from 8 chunk on.
@@ -66,8 +107,8 @@ DEVICE void multiply(float (&c)[D / 8][4], const float (&a)[ROWS / 8][4], const 
     }
 }
 
-// Writes c [16, D], row r times factor[r / 8 of the fragment], to target(r) where that is not null, 16 bytes at a time by way of `staging`
-// [16, D], shared memory that only this warp uses; its rows begin at a multiple of 8.
+// Writes c [16, D], upper and lower half times their `factor`, row r to target(r) where that is not null: 16 bytes at a time by way of
+// `staging` [16, D], shared memory that this warp alone uses.
 template <int D, typename T, typename Target>
 DEVICE void store_rows(T* staging, const float (&c)[D / 8][4], const float (&factor)[2], Target target) {
     const int lane = threadIdx.x % WARP;
@@ -100,9 +141,10 @@ DEVICE float row_sum(float x) {
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
-// Keys in the columns, from `first` on: those behind `last` (the last key that the fragment's first row sees) plus the row are not seen.
+// Scores of keys from `first` on in the columns: the fragment's first row sees keys up to `last`, each other one more.
 template <int KEYS>
 DEVICE void mask(float (&s)[KEYS / 8][4], int first, int last) {
+    if (first + KEYS - 1 <= last) return;
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
@@ -113,6 +155,7 @@ DEVICE void mask(float (&s)[KEYS / 8][4], int first, int last) {
     }
 }
 
+// Output and log-sum-exp of a tile of queries of one head.
 template <typename T, int D>
 DEVICE void attention_forward(const AttentionArgs& args) {
     constexpr int KEYS = STAGE<D>;
@@ -122,27 +165,20 @@ DEVICE void attention_forward(const AttentionArgs& args) {
     const Tile tile = args.tiles[blockIdx.y];
     const Row<T, D> row(args, tile.row, head / (args.num_heads / args.num_groups));
     const int num_keys = row.prefix + min_of(tile.first + TILE, row.len);
-    auto copy_keys = [&](int stage, int first) {
-        T* to = stages + stage * 2 * KEYS * D;
-        copy_rows<D, KEYS>(to, first, num_keys, [&](int j) { return row.key(j); });
-        copy_rows<D, KEYS>(to + KEYS * D, first, num_keys, [&](int j) { return row.value(j); });
-        copy_async_commit();
-    };
     copy_rows<D, TILE>(q, tile.first, row.len, [&](int i) { return row.query(i, head); });
-    copy_keys(0, 0);
+    copy_keys<D, KEYS>(stages, row, 0, num_keys);
     // The warp's first query, and the last key that it sees.
     const int query = tile.first + warp * 16, last = row.prefix + query;
     const float scale = args.scale * LOG2_E;
     float out[D / 8][4] = {}, max[2] = {NEG_INFINITY, NEG_INFINITY}, sum[2] = {};
     for (int first = 0, stage = 0; first < num_keys; first += KEYS, stage ^= 1) {
-        copy_async_wait<0>();
-        __syncthreads();
-        if (first + KEYS < num_keys) copy_keys(stage ^ 1, first + KEYS);
-        if (first > last + 15) continue;
+        wait_for_copies();
         const T* k = stages + stage * 2 * KEYS * D;
+        if (first + KEYS < num_keys) copy_keys<D, KEYS>(stages + (stage ^ 1) * 2 * KEYS * D, row, first + KEYS, num_keys);
+        if (first > last + 15) continue;
         float s[KEYS / 8][4] = {};
         multiply_transposed<D, KEYS>(s, [&](int chunk, uint32_t(&a)[4]) { load_matrices(a, fragment_row<D>(q, warp * 16, chunk)); }, k);
-        if (first + KEYS - 1 > last) mask<KEYS>(s, first, last);
+        mask<KEYS>(s, first, last);
         float larger[2];
         for (int half = 0; half < 2; half++) {
             float x = max[half];
@@ -193,19 +229,9 @@ DEVICE void attention_backward_query(const AttentionArgs& args) {
     copy_rows<D, TILE>(q, tile.first, row.len, [&](int i) { return row.query(i, head); });
     copy_rows<D, TILE>(stages, tile.first, row.len, [&](int i) { return dout + ((row.start + i) * args.num_heads + head) * D; });
     copy_async_commit();
-    copy_async_wait<0>();
-    __syncthreads();
     uint32_t dout_fragments[D / 16][4];
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) load_matrices(dout_fragments[i], fragment_row<D>(stages, warp * 16, 2 * i));
-    __syncthreads();
-    auto copy_keys = [&](int stage, int first) {
-        T* to = stages + stage * 2 * KEYS * D;
-        copy_rows<D, KEYS>(to, first, num_keys, [&](int j) { return row.key(j); });
-        copy_rows<D, KEYS>(to + KEYS * D, first, num_keys, [&](int j) { return row.value(j); });
-        copy_async_commit();
-    };
-    copy_keys(0, 0);
+    take_fragments<D>(dout_fragments, stages, warp * 16);
+    copy_keys<D, KEYS>(stages, row, 0, num_keys);
     const int query = tile.first + warp * 16, last = row.prefix + query;
     const float scale = args.scale * LOG2_E;
     // A query behind the row's end has probability 0 everywhere.
@@ -218,14 +244,13 @@ DEVICE void attention_backward_query(const AttentionArgs& args) {
     }
     float dq[D / 8][4] = {};
     for (int first = 0, stage = 0; first < num_keys; first += KEYS, stage ^= 1) {
-        copy_async_wait<0>();
-        __syncthreads();
-        if (first + KEYS < num_keys) copy_keys(stage ^ 1, first + KEYS);
-        if (first > last + 15) continue;
+        wait_for_copies();
         const T* k = stages + stage * 2 * KEYS * D;
+        if (first + KEYS < num_keys) copy_keys<D, KEYS>(stages + (stage ^ 1) * 2 * KEYS * D, row, first + KEYS, num_keys);
+        if (first > last + 15) continue;
         float s[KEYS / 8][4] = {}, ds[KEYS / 8][4] = {};
         multiply_transposed<D, KEYS>(s, [&](int chunk, uint32_t(&a)[4]) { load_matrices(a, fragment_row<D>(q, warp * 16, chunk)); }, k);
-        if (first + KEYS - 1 > last) mask<KEYS>(s, first, last);
+        mask<KEYS>(s, first, last);
         multiply_transposed<D, KEYS>(
             ds,
             [&](int chunk, uint32_t(&a)[4]) {
@@ -269,15 +294,9 @@ DEVICE void attention_backward_key(const AttentionArgs& args) {
     const Row<T, D> row(args, tile.row, group);
     const int num_keys = row.prefix + row.len, sharing = args.num_heads / args.num_groups;
     const T* dout = static_cast<const T*>(args.dout);
-    copy_rows<D, TILE>(k, tile.first, num_keys, [&](int j) { return row.key(j); });
-    copy_rows<D, TILE>(stages, tile.first, num_keys, [&](int j) { return row.value(j); });
-    copy_async_commit();
-    copy_async_wait<0>();
-    __syncthreads();
+    copy_keys<D, TILE>(k, row, tile.first, num_keys);  // the values into the stages
     uint32_t v_fragments[D / 16][4];
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) load_matrices(v_fragments[i], fragment_row<D>(stages, warp * 16, 2 * i));
-    __syncthreads();
+    take_fragments<D>(v_fragments, stages, warp * 16);
     // The first query that sees a key of the tile, and steps over the heads' tiles of queries from there on.
     const int begin = max_of(tile.first - row.prefix, 0), tiles = div_up(row.len - begin, QUERIES), steps = sharing * tiles;
     auto copy_queries = [&](int step) {
@@ -304,8 +323,7 @@ DEVICE void attention_backward_key(const AttentionArgs& args) {
     const float scale = args.scale * LOG2_E;
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     for (int step = 0; step < steps; step++) {
-        copy_async_wait<0>();
-        __syncthreads();
+        wait_for_copies();
         float next = 0.0f;
         if (step + 1 < steps) {
             copy_queries(step + 1);

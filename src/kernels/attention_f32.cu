@@ -1,9 +1,14 @@
+// Attention in f32 without tensor cores; attention.rs has the specification, attention.cuh the arguments and attention.cu the tiles and orders.
+// A warp a query (dk, dv: a key) and head: a lane has the score of one of 32 keys at a time, then D / 32 neighbouring values of the result.
+//
+// Made for checks and small models: every operand comes from L1 or L2 again and again, 4 to 8 D operations a pair at half an operation a byte;
+// no shared memory. bwd_rows reads 4 R bytes and writes 4 for each of 2 G P D values: a quarter of an operation a byte, memory bounds it.
 #include "attention.cuh"
 
 template <int D>
 DEVICE float dot(const float* a, const float* b) {
     float sum = 0.0f;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < D; i += 4) {
         const auto x = load<4>(a + i), y = load<4>(b + i);
         for (int j = 0; j < 4; j++) sum += x.v[j] * y.v[j];
@@ -11,15 +16,20 @@ DEVICE float dot(const float* a, const float* b) {
     return sum;
 }
 
-// c += weight * row of D values, of which a lane has every 32nd.
+// A lane's part of a row of D values.
 template <int D>
-DEVICE void add_scaled(float (&c)[D / WARP], float weight, const float* row) {
-    for (int i = 0; i < D / WARP; i++) c[i] += weight * row[i * WARP + threadIdx.x % WARP];
+using Part = Vec<float, D / WARP>;
+
+template <int D>
+DEVICE void add_scaled(Part<D>& c, float weight, const float* row) {
+    const auto x = load<D / WARP>(row + threadIdx.x % WARP * (D / WARP));
+    for (int i = 0; i < D / WARP; i++) c.v[i] += weight * x.v[i];
 }
 
 template <int D>
-DEVICE void store_scaled(float* to, const float (&c)[D / WARP], float factor) {
-    for (int i = 0; i < D / WARP; i++) to[i * WARP + threadIdx.x % WARP] = c[i] * factor;
+DEVICE void store_scaled(float* to, Part<D> c, float factor) {
+    for (int i = 0; i < D / WARP; i++) c.v[i] *= factor;
+    store(to + threadIdx.x % WARP * (D / WARP), c);
 }
 
 template <int D>
@@ -30,14 +40,15 @@ DEVICE void forward(const AttentionArgs& args) {
     for (int i = tile.first + warp; i < min_of(tile.first + TILE, row.len); i += WARPS) {
         const float* q = row.query(i, head);
         const int num_keys = row.prefix + i + 1;
-        float out[D / WARP] = {}, max = NEG_INFINITY, sum = 0.0f;
+        Part<D> out = {};
+        float max = NEG_INFINITY, sum = 0.0f;
         for (int first = 0; first < num_keys; first += WARP) {
             const int j = first + lane;
             const float s = j < num_keys ? dot<D>(q, row.key(j)) * args.scale : NEG_INFINITY;
             const float larger = fmaxf(max, warp_max(s)), factor = fast_exp(max - larger), p = fast_exp(s - larger);
             max = larger;
             sum = sum * factor + warp_sum(p);
-            for (int c = 0; c < D / WARP; c++) out[c] *= factor;
+            for (int c = 0; c < D / WARP; c++) out.v[c] *= factor;
             for (int l = 0; l < min_of(WARP, num_keys - first); l++) add_scaled<D>(out, __shfl_sync(ALL_LANES, p, l), row.value(first + l));
         }
         const int64_t at = (row.start + i) * args.num_heads + head;
@@ -65,7 +76,7 @@ DEVICE void backward_query(const AttentionArgs& args) {
     const Row<float, D> row(args, tile.row, head / (args.num_heads / args.num_groups));
     for (int i = tile.first + warp; i < min_of(tile.first + TILE, row.len); i += WARPS) {
         const int num_keys = row.prefix + i + 1;
-        float dq[D / WARP] = {};
+        Part<D> dq = {};
         for (int first = 0; first < num_keys; first += WARP) {
             const float ds = first + lane < num_keys ? score<D>(args, row, head, i, first + lane).ds : 0.0f;
             for (int l = 0; l < min_of(WARP, num_keys - first); l++) add_scaled<D>(dq, __shfl_sync(ALL_LANES, ds, l), row.key(first + l));
@@ -83,7 +94,7 @@ DEVICE void backward_key(const AttentionArgs& args) {
     for (int j = tile.first + warp; j < min_of(tile.first + TILE, row.prefix + row.len); j += WARPS) {
         const int own = j - row.prefix;
         if (own >= 0 && !args.dqkv) continue;
-        float dk[D / WARP] = {}, dv[D / WARP] = {};
+        Part<D> dk = {}, dv = {};
         for (int head = group * sharing; head < (group + 1) * sharing; head++) {
             for (int first = max_of(own, 0); first < row.len; first += WARP) {
                 const Score x = first + lane < row.len ? score<D>(args, row, head, first + lane, j) : Score{0.0f, 0.0f};
@@ -122,11 +133,11 @@ KERNEL(attention_bwd_rows_f32, AttentionRowsArgs, THREADS, 8) {
     store((blockIdx.y == 0 ? args.dk : args.dv) + at, sum);
 }
 
-KERNEL(attention_fwd_d64_f32, AttentionArgs, THREADS, 2) { forward<64>(args); }
-KERNEL(attention_fwd_d128_f32, AttentionArgs, THREADS, 2) { forward<128>(args); }
+KERNEL(attention_fwd_d64_f32, AttentionArgs, THREADS, 4) { forward<64>(args); }
+KERNEL(attention_fwd_d128_f32, AttentionArgs, THREADS, 4) { forward<128>(args); }
 KERNEL(attention_bwd_delta_d64_f32, AttentionArgs, THREADS, 8) { attention_delta<float, 64>(args); }
 KERNEL(attention_bwd_delta_d128_f32, AttentionArgs, THREADS, 8) { attention_delta<float, 128>(args); }
-KERNEL(attention_bwd_query_d64_f32, AttentionArgs, THREADS, 2) { backward_query<64>(args); }
-KERNEL(attention_bwd_query_d128_f32, AttentionArgs, THREADS, 2) { backward_query<128>(args); }
-KERNEL(attention_bwd_key_d64_f32, AttentionArgs, THREADS, 2) { backward_key<64>(args); }
-KERNEL(attention_bwd_key_d128_f32, AttentionArgs, THREADS, 2) { backward_key<128>(args); }
+KERNEL(attention_bwd_query_d64_f32, AttentionArgs, THREADS, 4) { backward_query<64>(args); }
+KERNEL(attention_bwd_query_d128_f32, AttentionArgs, THREADS, 4) { backward_query<128>(args); }
+KERNEL(attention_bwd_key_d64_f32, AttentionArgs, THREADS, 4) { backward_key<64>(args); }
+KERNEL(attention_bwd_key_d128_f32, AttentionArgs, THREADS, 4) { backward_key<128>(args); }

@@ -21,10 +21,12 @@ pub struct Tiles {
     num_rows: usize,
     num_tokens: usize,
     prefix_len: usize,
+    wanted: Wanted,
 }
 
 impl Tiles {
-    /// Of rows as in [`super::Rows::bounds`], each behind `prefix_len` keys. Tiles with much to do come first.
+    /// Of rows as in [`super::Rows::bounds`], each behind `prefix_len` keys, for a backward pass that gives what is `wanted`. Tiles with much to do
+    /// come first.
     pub fn new(bounds: &[usize], prefix_len: usize, wanted: Wanted) -> Self {
         let (mut queries, mut keys) = (Vec::new(), Vec::new());
         for (row, bounds) in bounds.windows(2).enumerate() {
@@ -41,7 +43,7 @@ impl Tiles {
         words.extend(bounds.iter().map(|bound| *bound as i32));
         let num_tokens = bounds.last().copied().unwrap_or(0);
         let (num_query_tiles, num_key_tiles, num_rows) = (queries.len(), keys.len(), bounds.len().saturating_sub(1));
-        Self { words, num_query_tiles, num_key_tiles, num_rows, num_tokens, prefix_len }
+        Self { words, num_query_tiles, num_key_tiles, num_rows, num_tokens, prefix_len, wanted }
     }
 
     /// What is to be sent to the device.
@@ -100,10 +102,10 @@ pub struct GradsAt {
     pub dprefix_v: u64,
 }
 
-/// Where the gradient towards q, k, v goes; it must fit the `wanted` of the batch's [`Tiles`].
+/// Where the gradient towards q, k, v goes.
 #[derive(Clone, Copy, Debug)]
 pub enum DqkvAt {
-    /// [`Wanted::PrefixOnly`].
+    /// For [`Wanted::PrefixOnly`].
     NotWanted,
     /// `[T, (N + 2G) D]`, tokens `stride` elements apart.
     Here { address: u64, stride: usize },
@@ -223,6 +225,11 @@ impl<'e> Op<'e> {
             Some(DqkvAt::Here { address, stride }) => (address, stride),
             Some(DqkvAt::NotWanted) | None => (0, qkv_stride),
         };
+        if let Some(grads) = grads
+            && matches!(grads.dqkv, DqkvAt::NotWanted) != (tiles.wanted == Wanted::PrefixOnly)
+        {
+            return fail(format!("the batch's tiles are made for {:?}, found {:?}", tiles.wanted, grads.dqkv));
+        }
         for stride in [qkv_stride, dqkv_stride] {
             if stride < heads.qkv_width() || !(stride * dtype.num_bytes()).is_multiple_of(16) {
                 return fail(format!("tokens {stride} values apart, expected {} or more, and a multiple of 16 bytes", heads.qkv_width()));
@@ -283,5 +290,73 @@ impl<'e> Op<'e> {
         }
         let name = format!("attention_{pass}_d{}_{}", self.head_dim, self.dtype.suffix());
         launch(self.executor, &name, Launch { grid: [x as u32, y as u32, 1], threads: THREADS, shared_bytes }, args)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::launch::Buffer;
+
+    /// Starts nothing.
+    struct Nowhere;
+
+    impl Executor for Nowhere {
+        fn describe(&self) -> String {
+            "nowhere".to_owned()
+        }
+        fn alloc(&self, name: &str, _: usize) -> Result<Buffer, LaunchError> {
+            unreachable!("{name}")
+        }
+        fn write(&self, to: Buffer, _: &[u8]) -> Result<(), LaunchError> {
+            unreachable!("{to:?}")
+        }
+        fn read(&self, from: Buffer) -> Result<Vec<u8>, LaunchError> {
+            unreachable!("{from:?}")
+        }
+        fn launch(&self, name: &str, _: Launch, _: &[u8]) -> Result<(), LaunchError> {
+            Err(LaunchError::Kernel { kernel: name.to_owned(), reason: "started".to_owned() })
+        }
+    }
+
+    /// What is said of a backward pass that `change` was done to.
+    fn refusal(change: impl FnOnce(&mut Batch, &mut GradsAt)) -> String {
+        let tiles = Tiles::new(&[0, 3, 70], 16, Wanted::All);
+        let heads = Heads { num_heads: 4, num_groups: 2, head_dim: 64 };
+        let prefix = PrefixAt::Shared { k: 256, v: 512 };
+        let mut batch = Batch { heads, tiles: &tiles, tiles_at: 0, qkv: 0, qkv_stride: 512, prefix, out: 0, lse: 0 };
+        let dqkv = DqkvAt::Here { address: 0, stride: 512 };
+        let mut grads = GradsAt { dout: 0, delta: 0, dqkv, dprefix_k: 0, dprefix_v: 0 };
+        change(&mut batch, &mut grads);
+        bwd(&Nowhere, KernelDtype::Bf16, &batch, &grads).expect_err("nothing is started nowhere").to_string()
+    }
+
+    #[test]
+    fn bwd_of_what_the_kernels_are_made_for_is_started() {
+        insta::assert_snapshot!(refusal(|_, _| {}), @"kernel `attention_bwd_delta_d64_bf16`: started");
+    }
+
+    #[test]
+    fn bwd_of_what_no_kernel_is_made_for_is_refused() {
+        insta::assert_snapshot!(
+            refusal(|batch, _| batch.heads.head_dim = 80),
+            @"kernel `attention, bf16`: a head dim of 80, expected 64 or 128"
+        );
+        insta::assert_snapshot!(
+            refusal(|batch, _| batch.heads.num_groups = 3),
+            @"kernel `attention, bf16`: 4 heads in 3 groups, expected a multiple"
+        );
+        insta::assert_snapshot!(
+            refusal(|batch, _| batch.qkv_stride = 516),
+            @"kernel `attention, bf16`: tokens 516 values apart, expected 512 or more, and a multiple of 16 bytes"
+        );
+        insta::assert_snapshot!(
+            refusal(|batch, _| batch.prefix = PrefixAt::None),
+            @"kernel `attention, bf16`: the batch's tiles are made for a prefix of 16, found None"
+        );
+        insta::assert_snapshot!(
+            refusal(|_, grads| grads.dqkv = DqkvAt::NotWanted),
+            @"kernel `attention, bf16`: the batch's tiles are made for All, found NotWanted"
+        );
     }
 }

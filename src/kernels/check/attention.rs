@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::{Case, Check, CheckError, Tolerance, random};
+use super::{Case, Check, CheckError, Tolerance, random, vector_sizes};
 use crate::kernels::attention::device::{self, Batch, DqkvAt, GradsAt, PrefixAt, RowSums, Tiles};
 use crate::kernels::attention::{self, Heads, Prefix, Rows, Wanted};
 use crate::kernels::launch::KernelDtype;
@@ -32,22 +32,23 @@ const SMALL: Shape =
     Shape { rows: &[64, 31], prefix: 0, prefix_rows: PrefixRows::Shared, heads: (2, 1, 64), gap: 0, logits: 1.0, wanted: Wanted::All };
 
 /// For all types.
-const SHAPES: [Shape; 7] = [
-    Shape { rows: &[1, 33, 127], heads: (4, 2, 64), ..SMALL },
-    Shape { prefix: 128, prefix_rows: PrefixRows::PerRow, gap: 24, ..SMALL },
-    Shape { rows: &[31, 1, 33], prefix: 1, heads: (16, 1, 64), ..SMALL },
+const SHAPES: [Shape; 5] = [
+    Shape { prefix: 128, prefix_rows: PrefixRows::PerRow, heads: (2, 2, 64), gap: 24, ..SMALL },
+    Shape { rows: &[31, 1, 33], prefix: 1, heads: (4, 1, 64), ..SMALL },
     Shape { rows: &[64, 0, 65], prefix: 16, heads: (4, 2, 64), wanted: Wanted::PrefixOnly, ..SMALL },
-    Shape { rows: &[33, 127], prefix: 16, heads: (2, 1, 128), gap: 8, ..SMALL },
-    Shape { rows: &[1], prefix: 1, prefix_rows: PrefixRows::PerRow, heads: (2, 2, 128), ..SMALL },
-    Shape { rows: &[127], prefix: 16, logits: 8.0, ..SMALL },
+    Shape { rows: &[1, 33], prefix: 16, heads: (2, 1, 128), gap: 8, ..SMALL },
+    Shape { rows: &[127], prefix: 0, logits: 8.0, ..SMALL },
 ];
 
 /// For types that tensor cores multiply.
-const MORE_SHAPES: [Shape; 4] = [
+const MORE_SHAPES: [Shape; 7] = [
+    Shape { rows: &[1, 33, 127], heads: (4, 2, 64), ..SMALL },
+    Shape { rows: &[33], prefix: 1, heads: (16, 1, 64), ..SMALL },
     Shape { rows: &[193], heads: (1, 1, 128), ..SMALL },
     Shape { rows: &[127, 0, 64], prefix: 128, heads: (2, 1, 128), wanted: Wanted::PrefixOnly, ..SMALL },
     Shape { rows: &[64, 31], prefix: 1, prefix_rows: PrefixRows::PerRow, heads: (4, 2, 128), gap: 8, ..SMALL },
-    Shape { rows: &[193], prefix: 1, logits: 30.0, ..SMALL },
+    Shape { rows: &[127], prefix: 16, heads: (2, 1, 128), ..SMALL },
+    Shape { rows: &[193], prefix: 1, heads: (1, 1, 64), logits: 30.0, ..SMALL },
 ];
 
 pub fn cases() -> Vec<Case> {
@@ -149,7 +150,8 @@ fn forward(check: &mut Check, dtype: KernelDtype, shape: Shape) -> Result<(), Ch
         ..inputs.upload(check, dtype, shape, &tiles)?
     };
     device::fwd(check.executor, dtype, &batch)?;
-    check.expect("out", batch.out, dtype, &values(&out)?, Tolerance::rounded_inside(dtype))?;
+    let out = out.reshape((inputs.tokens(), inputs.heads.num_heads, inputs.heads.head_dim))?;
+    expect(check, "out", batch.out, dtype, &out, Tolerance::rounded_inside(dtype))?;
     check.expect("lse", batch.lse, KernelDtype::F32, &values(&lse)?, Tolerance::rounded_once(KernelDtype::F32))
 }
 
@@ -187,29 +189,44 @@ fn backward(check: &mut Check, dtype: KernelDtype, shape: Shape) -> Result<(), C
         dprefix_v: check.output("dprefix v", KernelDtype::F32, num_rows * size)?,
     };
     device::bwd(check.executor, dtype, &batch, &on_device)?;
-    let tolerance = Tolerance::rounded_inside(dtype);
     if let (DqkvAt::Here { address, stride }, Some(grad)) = (dqkv, &grads.dqkv) {
-        let mut expected = dqkv_before;
-        for (token, grad) in expected.chunks_exact_mut(stride).zip(values(grad)?.chunks_exact(width)) {
-            token[..width].copy_from_slice(grad);
+        let (grad, mut expected, mut sizes) = (values(grad)?, dqkv_before, vec![0.0; tokens * stride]);
+        for (to, from) in [(&mut expected, &grad), (&mut sizes, &vector_sizes(&grad, heads.head_dim))] {
+            for (to, from) in to.chunks_exact_mut(stride).zip(from.chunks_exact(width)) {
+                to[..width].copy_from_slice(from);
+            }
         }
-        check.expect("dqkv", address, dtype, &expected, tolerance)?;
+        check.expect_sized("dqkv", address, dtype, &expected, &sizes, Tolerance::rounded_inside(dtype))?;
     }
     let Some((dk, dv)) = &grads.dprefix else { return Ok(()) };
-    check.expect("dprefix k", on_device.dprefix_k, KernelDtype::F32, &values(dk)?, tolerance)?;
-    check.expect("dprefix v", on_device.dprefix_v, KernelDtype::F32, &values(dv)?, tolerance)?;
+    let (stored, inside) = (KernelDtype::F32, Tolerance::rounded_inside(dtype));
+    expect(check, "dprefix k", on_device.dprefix_k, stored, dk, inside)?;
+    expect(check, "dprefix v", on_device.dprefix_v, stored, dv, inside)?;
     if shape.prefix_rows == PrefixRows::PerRow {
         return Ok(());
     }
     let sums = RowSums {
         dprefix_k: on_device.dprefix_k,
         dprefix_v: on_device.dprefix_v,
-        dk: check.output("dk of all rows", KernelDtype::F32, size)?,
-        dv: check.output("dv of all rows", KernelDtype::F32, size)?,
+        dk: check.output("dk of all rows", stored, size)?,
+        dv: check.output("dv of all rows", stored, size)?,
         size,
         num_rows,
     };
     device::sum_rows(check.executor, &sums)?;
-    check.expect("dk of all rows", sums.dk, KernelDtype::F32, &values(&dk.sum(0)?)?, tolerance)?;
-    check.expect("dv of all rows", sums.dv, KernelDtype::F32, &values(&dv.sum(0)?)?, tolerance)
+    expect(check, "dk of all rows", sums.dk, stored, &dk.sum(0)?, inside)?;
+    expect(check, "dv of all rows", sums.dv, stored, &dv.sum(0)?, inside)
+}
+
+/// `expected` `[.., D]`
+fn expect(
+    check: &mut Check,
+    what: &str,
+    address: u64,
+    stored: KernelDtype,
+    expected: &Tensor,
+    tolerance: Tolerance,
+) -> Result<(), CheckError> {
+    let (head_dim, expected) = (expected.dim(candle_core::D::Minus1)?, values(expected)?);
+    check.expect_sized(what, address, stored, &expected, &vector_sizes(&expected, head_dim), tolerance)
 }
