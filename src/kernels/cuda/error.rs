@@ -18,9 +18,9 @@ pub enum CudaError {
     DriverTooOld { required: Version, found: Version },
     #[error("{device} is too old: the kernels need compute capability {OLDEST_CAPABILITY} or higher")]
     Architecture { device: Device },
-    #[error("{} is missing: {} cannot be loaded{}", .library.name, alternatives(.library.files), because(.reason))]
+    #[error("{} is missing, needed for {}: {} cannot be loaded{}", .library.name, .library.needed_for, alternatives(.library.files), because(.reason))]
     Library { library: Library, reason: Option<String> },
-    #[error("`{op}` is not there for {} on a GPU, only for {}", .dtype.suffix(), dtypes(.supported))]
+    #[error("there is no kernel `{op}` for {} on a GPU, only for {}", .dtype.suffix(), dtypes(.supported, "and"))]
     Dtype { op: String, dtype: KernelDtype, supported: Vec<KernelDtype> },
     #[error("no image of kernel `{kernel}` runs on {device}: there is machine code for {}, and PTX of {ptx}", versions(.architectures))]
     NoImage { kernel: String, device: Device, architectures: Vec<Version>, ptx: Version },
@@ -51,7 +51,7 @@ impl CudaError {
             )),
             Self::Architecture { .. } => Some("use a GPU of the Ampere generation (A100, RTX 30) or newer, or train on the CPU".into()),
             Self::Library { library, .. } => Some(library.remedy.into()),
-            Self::Dtype { supported, .. } => Some(format!("use {}", dtypes(supported))),
+            Self::Dtype { supported, .. } => Some(format!("use {}", dtypes(supported, "or"))),
             Self::NoImage { device, .. } => Some(format!(
                 "add {}{} to ARCHITECTURES in build.rs and build again, with an nvcc that knows it",
                 device.capability.0, device.capability.1
@@ -100,8 +100,8 @@ fn alternatives(names: &[&str]) -> String {
     joined(names.iter().map(ToString::to_string).collect(), "or")
 }
 
-fn dtypes(dtypes: &[KernelDtype]) -> String {
-    joined(dtypes.iter().map(|dtype| dtype.suffix().to_owned()).collect(), "and")
+fn dtypes(dtypes: &[KernelDtype], word: &str) -> String {
+    joined(dtypes.iter().map(|dtype| dtype.suffix().to_owned()).collect(), word)
 }
 
 fn versions(versions: &[Version]) -> String {
