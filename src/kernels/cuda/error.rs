@@ -26,6 +26,8 @@ pub enum CudaError {
     NoImage { kernel: String, device: Device, architectures: Vec<Version>, ptx: Version },
     #[error("there is no kernel `{kernel}` in this glmddp")]
     NoKernel { kernel: String },
+    #[error("kernel `{kernel}` asks for {bytes} bytes of shared memory, and a block has at most {limit} on {device}")]
+    SharedMemory { kernel: String, bytes: u32, device: Device, limit: u32 },
     #[error("{call} failed: {name}: {text}")]
     Call { call: &'static str, name: String, text: String },
 }
@@ -57,7 +59,7 @@ impl CudaError {
                 device.capability.0, device.capability.1
             )),
             Self::NoKernel { .. } => Some("the names of kernels come from src/kernels/*.cu: build again".into()),
-            Self::Call { .. } => None,
+            Self::SharedMemory { .. } | Self::Call { .. } => None,
         }
     }
 
@@ -170,6 +172,13 @@ mod tests {
         let refused =
             |name| CudaError::image_refused("rms_norm_fwd_bf16", name, "no kernel image is available for execution", &device, &build);
         insta::assert_snapshot!("image_not_found", text(&refused("CUDA_ERROR_NO_BINARY_FOR_GPU")));
+        let error = CudaError::SharedMemory {
+            kernel: "attention_bwd_key_d128_bf16".into(),
+            bytes: 180_224,
+            device: device.clone(),
+            limit: 101_376,
+        };
+        insta::assert_snapshot!("too_much_shared_memory", text(&error));
         insta::assert_snapshot!("image_refused", text(&refused("CUDA_ERROR_ILLEGAL_STATE")));
     }
 }
