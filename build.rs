@@ -1,6 +1,6 @@
 //! With the feature `cuda`: compiles each `src/kernels/*.cu` with nvcc to one image, which holds machine code for several architectures and
 //! PTX for newer ones, and writes the table of images that `src/kernels/cuda` embeds. An image is compiled again when its source, a `.cuh`,
-//! the flags or nvcc have changed.
+//! the flags, nvcc or this file have changed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -138,7 +138,7 @@ impl Nvcc {
         args.push(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
         let flags = read(&Path::new(KERNELS).join("nvcc.flags"))?;
         // The first line is the kernels, the rest what they were made from.
-        let made_from = [&self.about, &flags, &args.join(" "), headers, &read(source)?].join("\n");
+        let made_from = [include_str!("build.rs"), &self.about, &flags, &args.join(" "), headers, &read(source)?].join("\n");
         if let Ok(old) = fs::read_to_string(&stamp)
             && let Some((kernels, old)) = old.split_once('\n')
             && old == made_from

@@ -49,6 +49,7 @@ step shellcheck --severity=style scripts/*.sh launch/*.sh .ci/run
 step cargo clippy --release --locked --all-targets -- -D warnings
 step cargo clippy --release --locked --all-targets --no-default-features -- -D warnings
 step scripts/lean_cuda.sh clippy --release --all-targets -- -D warnings
+step scripts/kernel_table.sh
 step env RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
 step cargo nextest run --release --locked
 step cargo test --release --locked --doc
