@@ -1,6 +1,6 @@
 //! With the feature `cuda`: compiles each `src/kernels/*.cu` with nvcc to one image, which holds machine code for several architectures and
 //! PTX for newer ones, and writes the table of images that `src/kernels/cuda` embeds. An image is compiled again when its source, a `.cuh`,
-//! the flags or nvcc have changed.
+//! the flags, nvcc or this file have changed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,8 @@ fn main() {
 struct Image {
     source: String,
     fatbin: PathBuf,
-    kernels: Vec<String>,
+    /// Names and bytes of their arguments, as a list in Rust.
+    kernels: String,
 }
 
 fn build() -> Result<(), String> {
@@ -93,7 +94,7 @@ fn table(images: &[Image], (major, minor): (u32, u32)) -> String {
     );
     for image in images {
         text += &format!(
-            "    Image {{ source: {:?}, kernels: &{:?}, bytes: include_bytes!({:?}) }},\n",
+            "    Image {{ source: {:?}, kernels: &{}, bytes: include_bytes!({:?}) }},\n",
             image.source, image.kernels, image.fatbin
         );
     }
@@ -136,14 +137,14 @@ impl Nvcc {
         }
         args.push(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
         let flags = read(&Path::new(KERNELS).join("nvcc.flags"))?;
-        // The first line holds the names of the kernels, the rest what they were made from.
-        let made_from = [&self.about, &flags, &args.join(" "), headers, &read(source)?].join("\n");
+        // The first line is the kernels, the rest what they were made from.
+        let made_from = [include_str!("build.rs"), &self.about, &flags, &args.join(" "), headers, &read(source)?].join("\n");
         if let Ok(old) = fs::read_to_string(&stamp)
             && let Some((kernels, old)) = old.split_once('\n')
             && old == made_from
             && fatbin.exists()
         {
-            return Ok(Image { source: format!("{stem}.cu"), fatbin, kernels: kernels.split_whitespace().map(str::to_owned).collect() });
+            return Ok(Image { source: format!("{stem}.cu"), fatbin, kernels: kernels.to_owned() });
         }
         let kept = out.join(format!("{stem}.kept"));
         fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
@@ -154,17 +155,21 @@ impl Nvcc {
             let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
             return Err(format!("nvcc could not compile {}:\n{said}", source.display()));
         }
-        let kernels = entries(&read(&kept.join(format!("{stem}.compute_{PTX}.ptx")))?);
+        let kernels = entries(&read(&kept.join(format!("{stem}.compute_{PTX}.ptx")))?).map_err(|e| format!("{}: {e}", source.display()))?;
         fs::remove_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
-        fs::write(&stamp, format!("{}\n{made_from}", kernels.join(" "))).map_err(|e| format!("{}: {e}", stamp.display()))?;
+        fs::write(&stamp, format!("{kernels}\n{made_from}")).map_err(|e| format!("{}: {e}", stamp.display()))?;
         Ok(Image { source: format!("{stem}.cu"), fatbin, kernels })
     }
 }
 
-/// Names of the kernels of a PTX text, in order.
-fn entries(ptx: &str) -> Vec<String> {
-    let name = |rest: &str| rest.split('(').next().unwrap_or_default().trim().to_owned();
-    let mut names: Vec<String> = ptx.split(".entry ").skip(1).map(name).collect();
-    names.sort();
-    names
+/// The kernels of a PTX text, in the order of their names: `.entry NAME(` and `.param .align 8 .b8 NAME_param_0[BYTES]`.
+fn entries(ptx: &str) -> Result<String, String> {
+    let mut kernels = Vec::new();
+    for entry in ptx.split(".entry ").skip(1) {
+        let (name, rest) = entry.split_once('(').ok_or("PTX with an entry without parameters")?;
+        let bytes = rest.split_once("_param_0[").and_then(|(_, rest)| rest.split(']').next()?.parse::<usize>().ok());
+        kernels.push((name.trim(), bytes.ok_or_else(|| format!("kernel {name} does not take one struct by value"))?));
+    }
+    kernels.sort_unstable();
+    Ok(format!("{kernels:?}"))
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The gate: installs what is missing, then formatting, lints, tests, documentation, licences. Continuous integration calls this and
-# nothing else. Needs no GPU and no ../shared; tests that want ../shared say when they did not run.
+# nothing else. Needs no GPU and no ../shared; tests that want ../shared say when they did not run. Kernels for GPUs are compiled, with the
+# nvcc of scripts/setup_cuda.sh.
 #
 #   scripts/test.sh               everything; may be run again
 #
@@ -47,9 +48,12 @@ step cargo fmt --check
 step shellcheck --severity=style scripts/*.sh launch/*.sh .ci/run
 step cargo clippy --release --locked --all-targets -- -D warnings
 step cargo clippy --release --locked --all-targets --no-default-features -- -D warnings
+step scripts/lean_cuda.sh clippy --release --all-targets -- -D warnings
+step scripts/kernel_table.sh
 step env RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
 step cargo nextest run --release --locked
 step cargo test --release --locked --doc
+step scripts/lean_cuda.sh test --release --lib cuda
 
 step cargo deny --locked check bans licenses sources
 if timeout 120 cargo deny fetch db >/dev/null 2>&1 || compgen -G "${CARGO_HOME:-$HOME/.cargo}/advisory-dbs/*/.git" >/dev/null; then

@@ -4,6 +4,8 @@
 // Bytes a value: square_sums 4; adamw_step 28 (p, m, v, g; p, m, v), with masters 30 (and the parameter in bf16).
 // Operations a value: square_sums 2 in double (and a conversion), which a GPU with few double units does about as fast as its memory gives
 // values; adamw_step 14 with a root and two divisions, below 1 a byte: memory bounds it. norm adds one double a 16384 values, one by one.
+//
+// shared: norm_f64 1024 * 8
 #include "device.cuh"
 
 constexpr int CHUNK = 16384;

@@ -2,6 +2,9 @@
 //
 // Bytes of T rows of n values of s bytes: s n T (dots: 2 s n T), and for each 128 rows 8 n of partial sums, out and in; 8 n for the result.
 // Operations a value: 1 or 2, at most 1 a byte, so memory bounds it.
+//
+// shared: *_f32 256 * 4 * 4
+// shared: * 256 * 8 * 4
 #include "columns.cuh"
 
 struct ColumnSumsArgs {

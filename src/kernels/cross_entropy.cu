@@ -7,6 +7,8 @@
 // Bytes a row of V values of s bytes: loss alone s V + 12 (target, its logit; loss); with the gradient 3 s V + 12, of which memory gives s V
 // once and takes s V. A row that is not in the loss: s V written.
 // Operations a value: 3 and an exponential in each pass, about 2 a byte, so memory bounds it.
+//
+// shared: * 16 * 4
 #include "device.cuh"
 
 constexpr int THREADS = 512;

@@ -3,6 +3,10 @@
 // Bytes a row of H values of s bytes: forward 2 s H + 4 (x; y, rstd) and w once for all rows; backward 4 s H + 4 (dy, x, dx in and out) and w;
 // weight gradient 2 s H + 4 (dy, x, rstd), and 8 H of partial sums for each 128 rows. Every row asks for w (backward twice), which L2 has.
 // Operations a value: 4 forward, 7 backward, 3 for the weight; 1 to 2 a byte at most, so memory bounds it.
+//
+// shared: rms_norm_weight_f32 256 * 4 * 4
+// shared: rms_norm_weight_* 256 * 8 * 4
+// shared: rms_norm_* 8 * 4
 #include "columns.cuh"
 
 constexpr int THREADS = 256;

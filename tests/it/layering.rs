@@ -69,6 +69,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/formats/map.rs", "memory-mapped files"),
     ("src/kernels/cuda/device.rs", "the loader and NVIDIA's driver are C libraries"),
     ("src/kernels/cuda/executor.rs", "kernels are started by NVIDIA's driver"),
+    ("src/kernels/cuda/products.rs", "cuBLASLt is a C library"),
     ("src/kernels/gemm.rs", "tiles of registers"),
     ("src/kernels/matmul.rs", "results in uninitialised memory"),
 ];

@@ -22,7 +22,7 @@ pub struct DoctorArgs {
 #[serde(rename_all = "snake_case")]
 enum Status {
     Good,
-    /// Works, though slower or smaller than it could.
+    /// Works, though slower or smaller than it could, or is there and does not fit.
     Poor,
     Missing,
 }
@@ -30,28 +30,29 @@ enum Status {
 /// One thing looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Finding {
-    what: &'static str,
+    what: String,
     status: Status,
     found: String,
     /// What a missing thing is for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    needed_for: Option<&'static str>,
+    needed_for: Option<String>,
     /// A command, or a step, that brings it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    remedy: Option<&'static str>,
+    remedy: Option<String>,
 }
 
 impl Finding {
-    fn good(what: &'static str, found: impl Into<String>) -> Self {
-        Self { what, status: Status::Good, found: found.into(), needed_for: None, remedy: None }
+    fn good(what: impl Into<String>, found: impl Into<String>) -> Self {
+        Self { what: what.into(), status: Status::Good, found: found.into(), needed_for: None, remedy: None }
     }
 
-    fn poor(what: &'static str, found: impl Into<String>, needed_for: &'static str, remedy: &'static str) -> Self {
-        Self { what, status: Status::Poor, found: found.into(), needed_for: Some(needed_for), remedy: Some(remedy) }
+    fn poor(what: impl Into<String>, found: impl Into<String>, needed_for: impl Into<String>, remedy: impl Into<String>) -> Self {
+        let (needed_for, remedy) = (Some(needed_for.into()), Some(remedy.into()));
+        Self { what: what.into(), status: Status::Poor, found: found.into(), needed_for, remedy }
     }
 
-    fn missing(what: &'static str, needed_for: &'static str, remedy: &'static str) -> Self {
-        Self { what, status: Status::Missing, found: "not found".into(), needed_for: Some(needed_for), remedy: Some(remedy) }
+    fn missing(what: impl Into<String>, needed_for: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { status: Status::Missing, ..Self::poor(what, "not found", needed_for, remedy) }
     }
 }
 
@@ -70,12 +71,12 @@ fn table(findings: &[Finding]) -> String {
             Status::Missing => "missing",
         };
         let mut text = format!("{mark:8}{}", f.found);
-        for (label, line) in [("for", f.needed_for), ("get it", f.remedy)] {
+        for (label, line) in [("for", &f.needed_for), ("get it", &f.remedy)] {
             if let Some(line) = line {
                 text += &format!("\n{:8}{label}: {line}", "");
             }
         }
-        (f.what.to_owned(), text)
+        (f.what.clone(), text)
     };
     columns(&findings.iter().map(row).collect::<Vec<_>>())
 }

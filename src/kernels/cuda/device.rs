@@ -66,7 +66,7 @@ fn device(ordinal: i32) -> Result<Device, CudaError> {
 pub fn load(library: &Library) -> Result<(), CudaError> {
     let mut reason = None;
     for file in library.files {
-        match open(file) {
+        match open_library(file) {
             Ok(()) => return Ok(()),
             // The file itself is not there: nothing to tell. Else it is there and lacks something.
             Err(text) if text.starts_with(&format!("{file}: cannot open shared object file: No such file")) => {}
@@ -77,7 +77,7 @@ pub fn load(library: &Library) -> Result<(), CudaError> {
 }
 
 /// Opens a library for as long as the process lives; the loader's text where it cannot.
-fn open(file: &str) -> Result<(), String> {
+fn open_library(file: &str) -> Result<(), String> {
     let name = CString::new(file).map_err(|e| e.to_string())?;
     // SAFETY: `name` is a C string. Initialisers that run are those of NVIDIA's libraries, which run in any case when these are used.
     if !unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_LAZY) }.is_null() {

@@ -18,14 +18,16 @@ pub enum CudaError {
     DriverTooOld { required: Version, found: Version },
     #[error("{device} is too old: the kernels need compute capability {OLDEST_CAPABILITY} or higher")]
     Architecture { device: Device },
-    #[error("{} is missing: {} cannot be loaded{}", .library.name, alternatives(.library.files), because(.reason))]
+    #[error("{} is missing, needed for {}: {} cannot be loaded{}", .library.name, .library.needed_for, alternatives(.library.files), because(.reason))]
     Library { library: Library, reason: Option<String> },
-    #[error("`{op}` is not there for {} on a GPU, only for {}", .dtype.suffix(), dtypes(.supported))]
+    #[error("there is no kernel `{op}` for {} on a GPU, only for {}", .dtype.suffix(), dtypes(.supported, "and"))]
     Dtype { op: String, dtype: KernelDtype, supported: Vec<KernelDtype> },
     #[error("no image of kernel `{kernel}` runs on {device}: there is machine code for {}, and PTX of {ptx}", versions(.architectures))]
     NoImage { kernel: String, device: Device, architectures: Vec<Version>, ptx: Version },
     #[error("there is no kernel `{kernel}` in this glmddp")]
     NoKernel { kernel: String },
+    #[error("kernel `{kernel}` asks for {bytes} bytes of shared memory, and a block has at most {limit} on {device}")]
+    SharedMemory { kernel: String, bytes: u32, device: Device, limit: u32 },
     #[error("{call} failed: {name}: {text}")]
     Call { call: &'static str, name: String, text: String },
 }
@@ -51,13 +53,13 @@ impl CudaError {
             )),
             Self::Architecture { .. } => Some("use a GPU of the Ampere generation (A100, RTX 30) or newer, or train on the CPU".into()),
             Self::Library { library, .. } => Some(library.remedy.into()),
-            Self::Dtype { supported, .. } => Some(format!("use {}", dtypes(supported))),
+            Self::Dtype { supported, .. } => Some(format!("use {}", dtypes(supported, "or"))),
             Self::NoImage { device, .. } => Some(format!(
                 "add {}{} to ARCHITECTURES in build.rs and build again, with an nvcc that knows it",
                 device.capability.0, device.capability.1
             )),
             Self::NoKernel { .. } => Some("the names of kernels come from src/kernels/*.cu: build again".into()),
-            Self::Call { .. } => None,
+            Self::SharedMemory { .. } | Self::Call { .. } => None,
         }
     }
 
@@ -100,8 +102,8 @@ fn alternatives(names: &[&str]) -> String {
     joined(names.iter().map(ToString::to_string).collect(), "or")
 }
 
-fn dtypes(dtypes: &[KernelDtype]) -> String {
-    joined(dtypes.iter().map(|dtype| dtype.suffix().to_owned()).collect(), "and")
+fn dtypes(dtypes: &[KernelDtype], word: &str) -> String {
+    joined(dtypes.iter().map(|dtype| dtype.suffix().to_owned()).collect(), word)
 }
 
 fn versions(versions: &[Version]) -> String {
@@ -170,6 +172,13 @@ mod tests {
         let refused =
             |name| CudaError::image_refused("rms_norm_fwd_bf16", name, "no kernel image is available for execution", &device, &build);
         insta::assert_snapshot!("image_not_found", text(&refused("CUDA_ERROR_NO_BINARY_FOR_GPU")));
+        let error = CudaError::SharedMemory {
+            kernel: "attention_bwd_key_d128_bf16".into(),
+            bytes: 180_224,
+            device: device.clone(),
+            limit: 101_376,
+        };
+        insta::assert_snapshot!("too_much_shared_memory", text(&error));
         insta::assert_snapshot!("image_refused", text(&refused("CUDA_ERROR_ILLEGAL_STATE")));
     }
 }

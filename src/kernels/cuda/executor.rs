@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result};
 use cudarc::nvrtc::Ptx;
@@ -74,13 +75,17 @@ impl CudaExecutor {
     }
 
     /// Lets `name` have so much dynamic shared memory.
-    fn allow_shared(&self, name: &str, bytes: u32) -> Result<(), DriverError> {
-        if let Some((kernel, allowed)) = self.kernels.borrow_mut().get_mut(name)
-            && *allowed < bytes
-        {
-            kernel.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as i32)?;
-            *allowed = bytes;
+    fn allow_shared(&self, name: &str, bytes: u32) -> Result<(), CudaError> {
+        let mut kernels = self.kernels.borrow_mut();
+        let Some((kernel, allowed)) = kernels.get_mut(name).filter(|(_, allowed)| *allowed < bytes) else { return Ok(()) };
+        let limit =
+            self.context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN).map_err(|e| failed("cuDeviceGetAttribute", e))?;
+        if bytes > limit as u32 {
+            let (kernel, device) = (name.to_owned(), self.device.clone());
+            return Err(CudaError::SharedMemory { kernel, bytes, device, limit: limit as u32 });
         }
+        kernel.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as i32).map_err(|e| failed("cuFuncSetAttribute", e))?;
+        *allowed = bytes;
         Ok(())
     }
 
@@ -93,6 +98,8 @@ impl CudaExecutor {
     }
 }
 
+const NOT_OURS: &str = "this executor has no such buffer";
+
 fn wrong_buffer(buffer: Buffer, reason: String) -> LaunchError {
     LaunchError::Memory { name: format!("at {:#x}", buffer.address), bytes: buffer.bytes, reason }
 }
@@ -104,28 +111,30 @@ impl Executor for CudaExecutor {
 
     fn alloc(&self, name: &str, bytes: usize) -> Result<Buffer, LaunchError> {
         let memory = |reason| LaunchError::Memory { name: name.to_owned(), bytes, reason };
-        // SAFETY: bytes of any value are bytes; that they are written before they are read is the caller's business, and the shim's to check.
-        let slice = unsafe { self.stream.alloc::<u8>(bytes) }.map_err(|e| memory(failed("cuMemAllocAsync", e).to_string()))?;
+        // Nothing has no address; SAFETY: bytes of any value are bytes, and that they are written before they are read is the shim's to check.
+        let slice = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.map_err(|e| memory(failed("cuMemAllocAsync", e).to_string()))?;
         let address = slice.device_ptr(&self.stream).0;
         self.buffers.borrow_mut().insert(address, slice);
         Ok(Buffer { address, bytes })
     }
 
     fn write(&self, to: Buffer, bytes: &[u8]) -> Result<(), LaunchError> {
-        let mut buffers = self.buffers.borrow_mut();
-        let slice = buffers.get_mut(&to.address).ok_or_else(|| wrong_buffer(to, "is not of this GPU".into()))?;
-        if bytes.len() != slice.len() {
-            return Err(wrong_buffer(to, format!("{} bytes are written into {}", bytes.len(), slice.len())));
+        if bytes.len() != to.bytes {
+            return Err(wrong_buffer(to, format!("{} bytes are written into it", bytes.len())));
         }
-        self.stream.memcpy_htod(bytes, slice).map_err(|e| self.memory_error(to, "cuMemcpyHtoDAsync", e))?;
+        let mut buffers = self.buffers.borrow_mut();
+        let view = buffers.get_mut(&to.address).and_then(|slice| slice.try_slice_mut(..to.bytes));
+        let mut view = view.ok_or_else(|| wrong_buffer(to, NOT_OURS.into()))?;
+        self.stream.memcpy_htod(bytes, &mut view).map_err(|e| self.memory_error(to, "cuMemcpyHtoDAsync", e))?;
         // sync: `bytes` is the caller's again.
         self.stream.synchronize().map_err(|e| self.memory_error(to, "cuStreamSynchronize", e))
     }
 
     fn read(&self, from: Buffer) -> Result<Vec<u8>, LaunchError> {
         let buffers = self.buffers.borrow();
-        let slice = buffers.get(&from.address).ok_or_else(|| wrong_buffer(from, "is not of this GPU".into()))?;
-        let bytes = self.stream.clone_dtoh(slice).map_err(|e| self.memory_error(from, "cuMemcpyDtoHAsync", e))?;
+        let view = buffers.get(&from.address).and_then(|slice| slice.try_slice(..from.bytes));
+        let view = view.ok_or_else(|| wrong_buffer(from, NOT_OURS.into()))?;
+        let bytes = self.stream.clone_dtoh(&view).map_err(|e| self.memory_error(from, "cuMemcpyDtoHAsync", e))?;
         // sync: the bytes are read here.
         self.stream.synchronize().map_err(|e| self.memory_error(from, "cuStreamSynchronize", e))?;
         Ok(bytes)
@@ -134,17 +143,20 @@ impl Executor for CudaExecutor {
     fn launch(&self, name: &str, launch: Launch, args: &[u8]) -> Result<(), LaunchError> {
         let kernel_error = |reason: String| LaunchError::Kernel { kernel: name.to_owned(), reason };
         let kernel = self.kernel(name)?;
-        self.allow_shared(name, launch.shared_bytes)
-            .map_err(|e| kernel_error(format!("{} bytes of shared memory: {}", launch.shared_bytes, failed("cuFuncSetAttribute", e))))?;
+        let expected = images::argument_bytes(name).unwrap_or_default();
+        if args.len() != expected {
+            return Err(kernel_error(format!("its argument has {expected} bytes, and it was given {}", args.len())));
+        }
+        self.allow_shared(name, launch.shared_bytes)?;
         self.context.bind_to_thread().map_err(|e| kernel_error(failed("cuCtxSetCurrent", e).to_string()))?;
-        // The driver copies as many bytes as the kernel's struct has, which may want an alignment that `args` lacks.
+        // `args` may lack the alignment of the kernel's struct.
         let mut words = vec![0u128; args.len().div_ceil(size_of::<u128>())];
         bytemuck::cast_slice_mut(&mut words)[..args.len()].copy_from_slice(args);
         let grid = (launch.grid[0], launch.grid[1], launch.grid[2]);
         let mut params = [words.as_mut_ptr().cast::<c_void>()];
         let (function, stream) = (kernel.cu_function(), self.stream.cu_stream());
-        // SAFETY: the one parameter is the kernel's struct, which its mirror in Rust has the layout of; addresses in it are those of buffers
-        // that live as long as this executor.
+        // SAFETY: the driver copies the one argument, which has as many bytes as the kernel's struct; addresses in it are those of buffers that live
+        // as long as this executor, by the caller's word.
         unsafe { result::launch_kernel(function, grid, (launch.threads, 1, 1), launch.shared_bytes, stream, &mut params) }
             .map_err(|e| kernel_error(format!("{launch:?}: {}", failed("cuLaunchKernel", e))))?;
         name.clone_into(&mut self.last.borrow_mut());

@@ -1,9 +1,9 @@
 //! The compiled kernels, as build.rs made them.
 
-/// A source, the kernels that it has, and the fat binary of all architectures.
+/// A source, the kernels that it has, each with the bytes of its argument, and the fat binary of all architectures.
 pub struct Image {
     pub source: &'static str,
-    pub kernels: &'static [&'static str],
+    pub kernels: &'static [(&'static str, usize)],
     pub bytes: &'static [u8],
 }
 
@@ -11,12 +11,17 @@ include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// The image that has `kernel`.
 pub fn of(kernel: &str) -> Option<&'static Image> {
-    IMAGES.iter().find(|image| image.kernels.contains(&kernel))
+    IMAGES.iter().find(|image| image.kernels.iter().any(|(name, _)| *name == kernel))
+}
+
+/// Of the struct that `kernel` takes.
+pub fn argument_bytes(kernel: &str) -> Option<usize> {
+    IMAGES.iter().flat_map(|image| image.kernels).find(|(name, _)| *name == kernel).map(|(_, bytes)| *bytes)
 }
 
 /// The names of all kernels.
 pub fn kernels() -> Vec<&'static str> {
-    IMAGES.iter().flat_map(|image| image.kernels).copied().collect()
+    IMAGES.iter().flat_map(|image| image.kernels).map(|(name, _)| *name).collect()
 }
 
 #[cfg(test)]
@@ -41,5 +46,7 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), all, "two kernels of one name");
         assert_eq!(of("rms_norm_fwd_bf16").map(|image| image.source), Some("rms_norm.cu"));
+        // RmsNormArgs: six words of 8 bytes, two of 4.
+        assert_eq!(argument_bytes("rms_norm_fwd_bf16"), Some(56));
     }
 }

@@ -53,6 +53,14 @@ pub struct Device {
     pub memory_bytes: u64,
 }
 
+impl Device {
+    /// # Errors
+    /// When the kernels do not run on it.
+    pub fn usable(&self) -> Result<(), CudaError> {
+        if self.capability < OLDEST_CAPABILITY { Err(CudaError::Architecture { device: self.clone() }) } else { Ok(()) }
+    }
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "GPU {} ({}, compute capability {})", self.ordinal, self.name, self.capability)
@@ -77,7 +85,7 @@ impl Driver {
             return Err(CudaError::DriverTooOld { required: toolkit, found: self.cuda });
         }
         let device = self.devices.get(ordinal).ok_or(CudaError::NoSuchDevice { ordinal, found: self.devices.len() })?;
-        if device.capability < OLDEST_CAPABILITY { Err(CudaError::Architecture { device: device.clone() }) } else { Ok(device) }
+        device.usable().map(|()| device)
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::ffi::c_void;
 
+use cudarc::cublas::sys::cublasOperation_t;
 use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::CUevent_flags;
@@ -140,7 +141,7 @@ impl Gpu for CudaExecutor {
         let layout_a = if transposes_a { Layout::new(dtype, m, k)? } else { Layout::new(dtype, k, m)? };
         let layout_d = Layout::new(out_dtype, n, m)?;
         let description = Description::new()?;
-        let operation = |transposes| if transposes { sys::cublasOperation_t::CUBLAS_OP_T } else { sys::cublasOperation_t::CUBLAS_OP_N };
+        let operation = |transposes| if transposes { cublasOperation_t::CUBLAS_OP_T } else { cublasOperation_t::CUBLAS_OP_N };
         description.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &operation(transposes_b))?;
         description.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &operation(transposes_a))?;
         if let Some(bias) = bias {
