@@ -43,7 +43,8 @@ pub fn cases() -> Vec<Case> {
                 );
                 let case = Case::new("cross_entropy", name, move |check| nll(check, dtype, chunk, logits));
                 let bytes = device::bytes(dtype, rows, vocabulary, logits);
-                cases.push(if has_ignored { case } else { case.moving(bytes) });
+                // Counting runs a case once more.
+                cases.push(if has_ignored || rows > 33 { case } else { case.moving(bytes) });
             }
         }
     }
