@@ -1,9 +1,9 @@
-// Attention on tensor cores, bf16 and f16; attention.rs has the specification, attention.cuh the arguments. After FlashAttention-2 (Dao 2023,
-// arXiv:2307.08691), without atomics: dq and dk, dv are sums of different blocks, each in an order that depends on sizes alone.
+// Attention on tensor cores, bf16 and f16; attention.rs has the specification, attention.cuh the arguments. After FlashAttention-2
+// (Dao 2023, arXiv:2307.08691), without atomics: dq and dk, dv are sums of different blocks, each in an order that depends on sizes alone.
 //
-// A row's keys are its prefix's and then its own in one sequence, so that a short prefix costs no tile of its own, and one comparison is the mask.
-// Blocks of 4 warps; a warp has 16 queries (dk, dv: 16 keys) in the rows of its fragments, sums in f32 registers. Probabilities and their
-// gradients are rounded to the type for the second product, as a tensor core wants. Tiles are copied one stage ahead, swizzled.
+// A row's keys are its prefix's and then its own in one sequence, so that a short prefix costs no tile of its own, and one comparison is
+// the mask. Blocks of 4 warps; a warp has 16 queries (dk, dv: 16 keys) in the rows of its fragments, sums in f32 registers. Probabilities
+// and their gradients are rounded to the type for the second product, as a tensor core wants. Tiles are copied one stage ahead, swizzled.
 //
 // kernel      grid              loop over                              operations a pair       shared memory (D = 64, 128)
 // fwd         N x query tiles   keys, 64 or 32 a stage                 4 D                     40, 48 KiB
@@ -12,10 +12,11 @@
 // bwd_key     G x key tiles     heads of the group, in them queries    8 D                     41, 48.5 KiB
 // A pair is a query, a head and a key that it sees; a row of L tokens has N L (P + (L + 1) / 2). Masked tiles are skipped by warp.
 //
-// Bytes, of values of s bytes, if what blocks share stays in L2. fwd: s D (N + 2 G) + s D N + 4 N a token; prefix: 2 s G P D once. bwd_delta:
-// 2 s D N + 4 N. bwd_query: s D (3 N + 2 G) + 8 N. bwd_key: s D (2 N + 4 G) + 8 N; prefix: 2 s G P D, and 8 G P D a row for its gradient.
-// For D = 128, N = 32, G = 2, s = 2, P = 128, L = 512 fwd has 360 operations a byte, bwd_query 365, bwd_key 670: arithmetic bounds them. From
-// L2 a block of fwd takes 2 s D bytes a key for 4 D TILE operations: 64 a byte. bwd_delta has half an operation a byte: memory bounds it.
+// Bytes, of values of s bytes, if what blocks share stays in L2. fwd: s D (N + 2 G) + s D N + 4 N a token; prefix: 2 s G P D once.
+// bwd_delta: 2 s D N + 4 N. bwd_query: s D (3 N + 2 G) + 8 N. bwd_key: s D (2 N + 4 G) + 8 N; prefix: 2 s G P D, and 8 G P D a row for
+// its gradient. For D = 128, N = 32, G = 2, s = 2, P = 128, L = 512 fwd has 360 operations a byte, bwd_query 365, bwd_key 670: arithmetic
+// bounds them. From L2 a block of fwd takes 2 s D bytes a key for 4 D TILE operations: 64 a byte. bwd_delta has half an operation a byte:
+// memory bounds it.
 #include "attention.cuh"
 
 // Keys (fwd, bwd_query) or queries (bwd_key) of one stage: 8 KiB a tensor, so that two blocks fit an SM with 100 KiB.
@@ -54,7 +55,8 @@ DEVICE void wait_for_copies() {
     __syncthreads();
 }
 
-// Lane's row of: fragment a of rows `row` to row + 15 and columns 8 chunk to 8 chunk + 15; transposed, two fragments b of 16 rows and 8 columns.
+// Lane's row of: fragment a of rows `row` to row + 15 and columns 8 chunk to 8 chunk + 15; transposed, two fragments b of 16 rows and
+// 8 columns.
 template <int D, typename T>
 DEVICE const T* fragment_row(const T* tile, int row, int chunk) {
     const int lane = threadIdx.x % WARP;

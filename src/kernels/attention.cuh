@@ -1,7 +1,7 @@
 // What the kernels of attention.cu and attention_f32.cu share: arguments, and where the values of a row are.
 //
-// Shapes: T tokens, R rows, N query heads, G groups, D head dim, P prefix length. A row's keys are counted from its prefix on: key j < P is the
-// prefix's, key j >= P the row's own token j - P. Query i sees keys 0 to P + i.
+// Shapes: T tokens, R rows, N query heads, G groups, D head dim, P prefix length. A row's keys are counted from its prefix on: key j < P
+// is the prefix's, key j >= P the row's own token j - P. Query i sees keys 0 to P + i.
 #pragma once
 #include "device.cuh"
 

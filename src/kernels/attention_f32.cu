@@ -1,8 +1,10 @@
-// Attention in f32 without tensor cores; attention.rs has the specification, attention.cuh the arguments and attention.cu the tiles and orders.
-// A warp a query (dk, dv: a key) and head: a lane has the score of one of 32 keys at a time, then D / 32 neighbouring values of the result.
+// Attention in f32 without tensor cores; attention.rs has the specification, attention.cuh the arguments and attention.cu the tiles and
+// orders. A warp a query (dk, dv: a key) and head: a lane has the score of one of 32 keys at a time, then D / 32 neighbouring values of
+// the result.
 //
-// Made for checks and small models: every operand comes from L1 or L2 again and again, 4 to 8 D operations a pair at half an operation a byte;
-// no shared memory. bwd_rows reads 4 R bytes and writes 4 for each of 2 G P D values: a quarter of an operation a byte, memory bounds it.
+// Made for checks and small models: every operand comes from L1 or L2 again and again, 4 to 8 D operations a pair at half an operation a
+// byte; no shared memory. bwd_rows reads 4 R bytes and writes 4 for each of 2 G P D values: a quarter of an operation a byte, memory
+// bounds it.
 #include "attention.cuh"
 
 template <int D>

@@ -25,8 +25,8 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    /// Of rows as in [`super::Rows::bounds`], each behind `prefix_len` keys, for a backward pass that gives what is `wanted`. Tiles with much to do
-    /// come first.
+    /// Of rows as in [`super::Rows::bounds`], each behind `prefix_len` keys, for a backward pass that gives what is `wanted`. Tiles with
+    /// much to do come first.
     pub fn new(bounds: &[usize], prefix_len: usize, wanted: Wanted) -> Self {
         let (mut queries, mut keys) = (Vec::new(), Vec::new());
         for (row, bounds) in bounds.windows(2).enumerate() {

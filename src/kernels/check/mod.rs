@@ -135,9 +135,9 @@ impl Tolerance {
     }
 
     /// Of a result whose intermediate values (probabilities, their gradients) were rounded to `dtype` before a tensor core took them; the
-    /// absolute one in units of the vector's root mean square. Where two keys share all probability their gradients cancel, and each may be off
-    /// by half a unit in the last place times an input of three or four standard deviations. In f32, scores of some tens are off by 1e-6 of
-    /// themselves, and so are their probabilities.
+    /// absolute one in units of the vector's root mean square. Where two keys share all probability their gradients cancel, and each may be
+    /// off by half a unit in the last place times an input of three or four standard deviations. In f32, scores of some tens are off by
+    /// 1e-6 of themselves, and so are their probabilities.
     pub fn rounded_inside(dtype: KernelDtype) -> Self {
         match dtype {
             KernelDtype::F32 => Self { relative: 2e-5, absolute: 2e-5 },
