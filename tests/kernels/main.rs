@@ -4,8 +4,6 @@ mod faults;
 mod mutations;
 mod shim;
 
-use std::path::PathBuf;
-
 use glmddp::bench::kernels::{Shape, entries};
 use glmddp::kernels::check::{Case, cases};
 
@@ -13,10 +11,7 @@ use crate::shim::{Moved, Order, Shim};
 
 /// Runs all cases of a file, each with its threads in several orders: equal bits.
 fn check(file: &str) {
-    // The last step of sums over rows is shared.
-    let is_needed = |path: &PathBuf| path.file_stem().is_some_and(|stem| stem == file || stem == "column_sums");
-    let sources: Vec<PathBuf> = shim::sources().into_iter().filter(is_needed).collect();
-    let shim = Shim::compile(&sources).expect("the kernels compile");
+    let shim = Shim::compile(&shim::sources_of(file)).expect("the kernels compile");
     let cases: Vec<Case> = cases().into_iter().filter(|case| case.file == file).collect();
     assert!(!cases.is_empty(), "{file} has cases");
     for case in &cases {

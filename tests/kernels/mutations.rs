@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use glmddp::kernels::check::{Case, cases};
 
-use crate::shim::{Order, Shim, sources};
+use crate::shim::{Order, Shim, sources, sources_of};
 
 /// A line's part, which occurs once in the file, and what it becomes.
 pub type Mutation = (&'static str, &'static str);
@@ -50,19 +50,19 @@ const ALL: &[Planted] = &[
     Planted { file: "swiglu.cu", mutations: swiglu::SWIGLU, survivors: &[], found_by: &["swiglu"] },
 ];
 
-/// How the cases find the mutation; none where they do not.
-fn found_by(file: &Path, kernels: &[&str], (find, replace): Mutation) -> Option<String> {
-    let text = std::fs::read_to_string(file).unwrap();
-    assert_eq!(text.matches(find).count(), 1, "{}: `{find}` must occur once", file.display());
+/// How the cases of `kernels` find that `change` was made to the text of `file`; none where they do not.
+fn found_by(file: &Path, kernels: &[&str], change: impl Fn(&str) -> String) -> Option<String> {
     let folder = tempfile::tempdir().unwrap();
+    let mut sources: Vec<PathBuf> = kernels.iter().flat_map(|name| sources_of(name)).collect();
+    sources.sort();
+    sources.dedup();
     // A header is found beside the file that includes it.
-    let sources: Vec<PathBuf> = sources().into_iter().filter(|path| kernels.iter().any(|name| stem(path) == *name)).collect();
     for path in sources.iter().chain(&headers()) {
         std::fs::copy(path, folder.path().join(path.file_name().unwrap())).unwrap();
     }
-    std::fs::write(folder.path().join(file.file_name().unwrap()), text.replacen(find, replace, 1)).unwrap();
+    std::fs::write(folder.path().join(file.file_name().unwrap()), change(&std::fs::read_to_string(file).unwrap())).unwrap();
     let copies: Vec<PathBuf> = sources.iter().map(|path| folder.path().join(path.file_name().unwrap())).collect();
-    let shim = Shim::compile(&copies).unwrap_or_else(|error| panic!("`{replace}` does not compile: {error}"));
+    let shim = Shim::compile(&copies).unwrap_or_else(|error| panic!("{} does not compile: {error}", file.display()));
     let cases: Vec<Case> = cases().into_iter().filter(|case| kernels.contains(&case.file)).collect();
     let found = |order: Order| {
         cases.iter().find_map(|case| shim.run(case, order).err().map(|error| format!("{} {}: {error}", case.file, case.name)))
@@ -82,18 +82,18 @@ fn headers() -> Vec<PathBuf> {
     entries.filter(|path| path.extension().is_some_and(|end| end == "cuh")).collect()
 }
 
-fn stem(path: &Path) -> String {
-    path.file_stem().unwrap().to_string_lossy().into_owned()
-}
-
 fn check(file: &str) {
     let Planted { mutations, survivors, found_by: kernels, .. } =
         ALL.iter().find(|planted| planted.file == file).expect("a file with mutations");
     let path = sources()[0].with_file_name(file);
+    assert_eq!(found_by(&path, kernels, str::to_owned), None, "without an error nothing is found");
     let mut table = String::new();
     let mut wrong = Vec::new();
     for &(find, replace) in *mutations {
-        let found = found_by(&path, kernels, (find, replace));
+        let found = found_by(&path, kernels, |text| {
+            assert_eq!(text.matches(find).count(), 1, "{file}: `{find}` must occur once");
+            text.replacen(find, replace, 1)
+        });
         let why = survivors.iter().find(|(survivor, _)| *survivor == find).map(|(_, why)| *why);
         let text = match (&found, why) {
             (Some(found), None) => found.clone(),

@@ -64,6 +64,16 @@ pub fn sources() -> Vec<PathBuf> {
     files
 }
 
+/// The sources that the cases of `file` launch kernels of.
+pub fn sources_of(file: &str) -> Vec<PathBuf> {
+    let beside = match file {
+        "attention" => "attention_f32",
+        "rms_norm" => "column_sums",
+        _ => file,
+    };
+    sources().into_iter().filter(|path| path.file_stem().is_some_and(|stem| stem == file || stem == beside)).collect()
+}
+
 fn run(command: &mut Command) -> Result<(), String> {
     let output = command.output().map_err(|e| format!("{} cannot be started: {e}", command.get_program().display()))?;
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
