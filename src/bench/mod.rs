@@ -2,5 +2,7 @@
 
 pub mod checkpoint;
 pub mod flops;
+pub mod kernels;
 pub mod setup;
 pub mod step;
+pub mod traffic;

@@ -20,6 +20,7 @@ pub mod evaluate;
 pub mod export;
 pub mod generate;
 pub mod init_model;
+pub mod kernels;
 pub mod man;
 pub mod plan;
 pub mod ranks;
@@ -65,6 +66,7 @@ pub enum Command {
     InitModel(init_model::InitModelArgs),
     DemoData(demo_data::DemoDataArgs),
     Bench(Box<bench::BenchArgs>),
+    Kernels(kernels::KernelsArgs),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -99,6 +101,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Command::InitModel(args) => init_model::run(&args)?,
         Command::DemoData(args) => demo_data::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
+        Command::Kernels(args) => return kernels::run(&args),
         Command::Doctor(args) => doctor::run(&args)?,
         Command::Completions(args) => completions::run(&args)?,
         Command::Man(args) => man::run(&args)?,

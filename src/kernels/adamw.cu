@@ -24,7 +24,7 @@ KERNEL(square_sums_f32, SquareSumsArgs, SUM_THREADS, 8) {
     const int64_t chunk = (int64_t(blockIdx.x) * SUM_THREADS + threadIdx.x) / LANES;
     const int lane = int(threadIdx.x) % LANES;
     const int64_t start = chunk * CHUNK, left = args.n - start;
-    const int len = left < 0 ? 0 : left < CHUNK ? int(left) : CHUNK;
+    const int len = left < CHUNK ? int(left) : CHUNK;  // not above 0 behind the last chunk
     const float* x = args.x + start;
     double sum = 0.0;
     int bad = CHUNK;
@@ -64,11 +64,11 @@ KERNEL(norm_f64, NormArgs, NORM_THREADS, 1) {
     for (int64_t first = 0; first < args.chunks; first += STAGED) {
         const int len = args.chunks - first < STAGED ? int(args.chunks - first) : STAGED;
         for (int i = int(threadIdx.x); i < len; i += NORM_THREADS) staged[i] = args.sums[first + i];
-        __syncthreads();
+        __syncthreads();  // staged is there
         if (threadIdx.x == 0) {
             for (int i = 0; i < len; i++) total += staged[i];
         }
-        __syncthreads();
+        __syncthreads();  // staged is free again
     }
     if (threadIdx.x == 0) {
         const double norm = sqrt_exact(total);

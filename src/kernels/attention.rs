@@ -4,6 +4,8 @@
 //! Row r's queries see the whole prefix (or cache) of row r, then the row's own keys up to themselves; rows do not see each other.
 //! Shapes: T packed tokens, R rows, N query heads, G groups, D head dim, P prefix length. Query head h reads group h / (N / G).
 
+pub mod device;
+
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 

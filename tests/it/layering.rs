@@ -55,7 +55,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("optim", &["kernels", "params"]),
     ("telemetry", &[]),
     ("dist", &[]),
-    ("kernels", &[]),
+    ("kernels", &["digest", "rng"]),
     ("formats", &[]),
     ("params", &[]),
     ("rng", &[]),

@@ -6,6 +6,7 @@ mod shim;
 
 use std::path::PathBuf;
 
+use glmddp::bench::kernels::{Shape, entries};
 use glmddp::kernels::check::{Case, cases};
 
 use crate::shim::{Moved, Order, Shim};
@@ -94,4 +95,27 @@ fn every_file_of_memory_bound_kernels_has_its_bytes_counted() {
     let counted = |file: &str| cases().iter().any(|case| case.file == file && case.bytes.is_some());
     let files = ["adamw", "column_sums", "cross_entropy", "elementwise", "embedding", "non_finite", "rms_norm", "rotary", "swiglu"];
     assert_eq!(files.into_iter().filter(|file| !counted(file)).collect::<Vec<_>>(), Vec::<&str>::new());
+}
+
+#[test]
+fn attention() {
+    check("attention");
+}
+
+#[test]
+fn attention_f32() {
+    check("attention_f32");
+}
+
+/// `glmddp kernels bench` starts each kernel with memory and sizes that fit.
+#[test]
+fn launches_of_the_bench_are_right() {
+    let shim = Shim::compile(&shim::sources()).expect("the kernels compile");
+    let all = Case::new("bench", "small".to_owned(), |check| {
+        for entry in entries(check.executor, &Shape::SMALL)? {
+            entry.start(check.executor)?;
+        }
+        Ok(())
+    });
+    shim.run(&all, Order::Ascending).unwrap_or_else(|error| panic!("{error}"));
 }

@@ -1,6 +1,17 @@
 //! Planted errors: each is compiled into its kernel, and a case of the kernel's file must find it. `scripts/mutate_kernels.sh` prints the table.
 
+mod adamw;
+mod attention;
+mod column_sums;
+mod columns;
+mod cross_entropy;
 mod device;
+mod elementwise;
+mod embedding;
+mod non_finite;
+mod rms_norm;
+mod rotary;
+mod swiglu;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -23,8 +34,21 @@ struct Planted {
     found_by: &'static [&'static str],
 }
 
-const ALL: &[Planted] =
-    &[Planted { file: "device.cuh", mutations: device::MUTATIONS, survivors: device::SURVIVORS, found_by: &["rms_norm"] }];
+const ALL: &[Planted] = &[
+    Planted { file: "adamw.cu", mutations: adamw::ADAMW, survivors: &[], found_by: &["adamw"] },
+    Planted { file: "attention.cu", mutations: attention::ATTENTION, survivors: &[], found_by: &["attention"] },
+    Planted { file: "attention_f32.cu", mutations: attention::ATTENTION_F32, survivors: &[], found_by: &["attention_f32"] },
+    Planted { file: "column_sums.cu", mutations: column_sums::COLUMN_SUMS, survivors: &[], found_by: &["column_sums"] },
+    Planted { file: "columns.cuh", mutations: columns::COLUMNS, survivors: &[], found_by: &["column_sums", "rms_norm"] },
+    Planted { file: "cross_entropy.cu", mutations: cross_entropy::CROSS_ENTROPY, survivors: &[], found_by: &["cross_entropy"] },
+    Planted { file: "device.cuh", mutations: device::MUTATIONS, survivors: &[], found_by: &["rms_norm"] },
+    Planted { file: "elementwise.cu", mutations: elementwise::ELEMENTWISE, survivors: &[], found_by: &["elementwise"] },
+    Planted { file: "embedding.cu", mutations: embedding::EMBEDDING, survivors: &[], found_by: &["embedding"] },
+    Planted { file: "non_finite.cu", mutations: non_finite::NON_FINITE, survivors: &[], found_by: &["non_finite"] },
+    Planted { file: "rms_norm.cu", mutations: rms_norm::RMS_NORM, survivors: &[], found_by: &["rms_norm"] },
+    Planted { file: "rotary.cu", mutations: rotary::ROTARY, survivors: &[], found_by: &["rotary"] },
+    Planted { file: "swiglu.cu", mutations: swiglu::SWIGLU, survivors: &[], found_by: &["swiglu"] },
+];
 
 /// How the cases find the mutation; none where they do not.
 fn found_by(file: &Path, kernels: &[&str], (find, replace): Mutation) -> Option<String> {
@@ -33,7 +57,7 @@ fn found_by(file: &Path, kernels: &[&str], (find, replace): Mutation) -> Option<
     let folder = tempfile::tempdir().unwrap();
     // A header is found beside the file that includes it.
     let sources: Vec<PathBuf> = sources().into_iter().filter(|path| kernels.iter().any(|name| stem(path) == *name)).collect();
-    for path in sources.iter().chain([&file.with_file_name("device.cuh")]) {
+    for path in sources.iter().chain(&headers()) {
         std::fs::copy(path, folder.path().join(path.file_name().unwrap())).unwrap();
     }
     std::fs::write(folder.path().join(file.file_name().unwrap()), text.replacen(find, replace, 1)).unwrap();
@@ -50,6 +74,12 @@ fn found_by(file: &Path, kernels: &[&str], (find, replace): Mutation) -> Option<
         };
         cases.iter().find(differs).map(|case| format!("{} {}: the order of threads shows", case.file, case.name))
     })
+}
+
+/// The headers of kernels.
+fn headers() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(sources()[0].parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.extension().is_some_and(|end| end == "cuh")).collect()
 }
 
 fn stem(path: &Path) -> String {
@@ -95,6 +125,66 @@ fn planted_errors_are_at_least_sixty_and_at_most_one_in_twenty_survives() {
 }
 
 #[test]
+fn adamw_planted_errors_are_found() {
+    check("adamw.cu");
+}
+
+#[test]
+fn attention_planted_errors_are_found() {
+    check("attention.cu");
+}
+
+#[test]
+fn attention_f32_planted_errors_are_found() {
+    check("attention_f32.cu");
+}
+
+#[test]
+fn column_sums_planted_errors_are_found() {
+    check("column_sums.cu");
+}
+
+#[test]
+fn columns_planted_errors_are_found() {
+    check("columns.cuh");
+}
+
+#[test]
+fn cross_entropy_planted_errors_are_found() {
+    check("cross_entropy.cu");
+}
+
+#[test]
 fn device_planted_errors_are_found() {
     check("device.cuh");
+}
+
+#[test]
+fn elementwise_planted_errors_are_found() {
+    check("elementwise.cu");
+}
+
+#[test]
+fn embedding_planted_errors_are_found() {
+    check("embedding.cu");
+}
+
+#[test]
+fn non_finite_planted_errors_are_found() {
+    check("non_finite.cu");
+}
+
+#[test]
+fn rms_norm_planted_errors_are_found() {
+    check("rms_norm.cu");
+}
+
+#[test]
+fn rotary_planted_errors_are_found() {
+    check("rotary.cu");
+}
+
+#[test]
+fn swiglu_planted_errors_are_found() {
+    check("swiglu.cu");
 }

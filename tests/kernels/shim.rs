@@ -58,7 +58,7 @@ pub struct Shim {
 /// The kernels' files, sorted.
 pub fn sources() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels");
-    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let entries = std::fs::read_dir(folder).expect("the kernels' folder").map(|entry| entry.expect("an entry of it").path());
     let mut files: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|end| end == "cu")).collect();
     files.sort();
     files
@@ -190,7 +190,7 @@ impl Executor for OnHost<'_> {
         let (Some(threads), Some(args_bytes)) = (self.shim.number(name, "threads"), self.shim.number(name, "args_bytes")) else {
             return Err(fail("there is no such kernel".to_owned()));
         };
-        if launch.threads == 0 || launch.threads > threads as u32 || launch.threads % 32 != 0 {
+        if launch.threads == 0 || launch.threads > threads as u32 || !launch.threads.is_multiple_of(32) {
             return Err(fail(format!("started with {} threads, made for {threads}", launch.threads)));
         }
         if args.len() != args_bytes as usize {

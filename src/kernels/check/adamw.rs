@@ -23,10 +23,11 @@ pub fn cases() -> Vec<Case> {
         let name = format!("square sums with {bad:?} not finite");
         cases.push(Case::new("adamw", name, move |check| square_sums(check, 2 * CHUNK + 11, &bad)));
     }
-    for num_chunks in [0, 1, 3, 1024, 1500] {
-        for max_norm in [1e-3, 1e9, f64::INFINITY] {
-            let name = format!("norm of {num_chunks} chunks, at most {max_norm:e}");
-            let case = Case::new("adamw", name, move |check| norm(check, num_chunks, max_norm));
+    // Small norms too, in which the 1e-6 of the factor counts.
+    for (num_chunks, size) in [(0, 1.0), (1, 50.0), (3, 1e-5), (1024, 50.0), (1500, 50.0)] {
+        for max_norm in [1e-6, 1e9, f64::INFINITY] {
+            let name = format!("norm of {num_chunks} chunks of size {size}, at most {max_norm:e}");
+            let case = Case::new("adamw", name, move |check| norm(check, num_chunks, size, max_norm));
             cases.push(case.moving(device::norm_bytes(num_chunks)));
         }
     }
@@ -65,8 +66,8 @@ fn square_sums(check: &mut Check, n: usize, bad: &[usize]) -> Result<(), CheckEr
     check.expect_bits("fault", fault, &[bad.first().map_or(NO_FAULT, |&at| at as u64)])
 }
 
-fn norm(check: &mut Check, num_chunks: usize, max_norm: f64) -> Result<(), CheckError> {
-    let sums: Vec<f64> = random(1, num_chunks, 50.0, F32).into_iter().map(|x| f64::from(x) * f64::from(x) + 0.1).collect();
+fn norm(check: &mut Check, num_chunks: usize, size: f32, max_norm: f64) -> Result<(), CheckError> {
+    let sums: Vec<f64> = random(1, num_chunks, size, F32).into_iter().map(|x| f64::from(x) * f64::from(x)).collect();
     let expected = adamw::norm_of_chunks(sums.iter().copied());
     let sums = check.bytes("sums", bytemuck::cast_slice(&sums))?;
     let (norm, factor) = (check.output("norm", F32, 2)?, check.output("factor", F32, 1)?);

@@ -23,7 +23,7 @@ pub fn cases() -> Vec<Case> {
     let chunk = |rows, vocabulary| Chunk { rows, vocabulary, size: 3.0, impossible: 0, has_ignored: false };
     let mut chunks = COUNTS.map(|rows| chunk(rows, 8)).to_vec();
     chunks.extend([(5, 1000), (1, 4104)].map(|(rows, vocabulary)| chunk(rows, vocabulary)));
-    chunks.push(Chunk { has_ignored: true, ..chunk(33, 1000) });
+    chunks.push(Chunk { has_ignored: true, ..chunk(4, 4104) });
     chunks.push(Chunk { size: 30.0, ..chunk(2, 8200) });
     chunks.push(Chunk { impossible: 24, ..chunk(2, 8200) });
     let mut cases = Vec::new();
@@ -31,8 +31,12 @@ pub fn cases() -> Vec<Case> {
         // ChatGLM2's, which takes a while.
         let whole = if dtype == KernelDtype::Bf16 { vec![chunk(1, 65024)] } else { vec![] };
         for &chunk in chunks.iter().chain(&whole) {
+            let Chunk { rows, vocabulary, size, impossible, has_ignored } = chunk;
             for logits in [Logits::ToGradient, Logits::Discard] {
-                let Chunk { rows, vocabulary, size, impossible, has_ignored } = chunk;
+                // Both walk over rows alike.
+                if logits == Logits::Discard && rows > 33 {
+                    continue;
+                }
                 let name = format!(
                     "{logits:?} {} [{rows}, {vocabulary}], size {size}, {impossible} impossible, ignored {has_ignored}",
                     dtype.suffix()

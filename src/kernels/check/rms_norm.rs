@@ -13,7 +13,7 @@ pub fn cases() -> Vec<Case> {
         for (rows, columns) in COUNTS.map(|rows| (rows, 64)).into_iter().chain([(3, 8), (2, 136), (2, 4096), (1, 6144)]) {
             let name = |pass: &str| format!("{pass} {} [{rows}, {columns}]", dtype.suffix());
             cases.push(
-                Case::new("rms_norm", name("fwd"), move |check| forward(check, dtype, rows, columns))
+                Case::new("rms_norm", name("fwd"), move |check| forward(check, dtype, rows, columns, 1.5))
                     .moving(device::fwd_bytes(dtype, rows, columns)),
             );
             cases.push(
@@ -21,6 +21,9 @@ pub fn cases() -> Vec<Case> {
                     .moving(device::bwd_bytes(dtype, rows, columns)),
             );
         }
+        // Of values about as large as the root of epsilon.
+        let name = format!("fwd {} of small values", dtype.suffix());
+        cases.push(Case::new("rms_norm", name, move |check| forward(check, dtype, 3, 64, 2e-3)));
         for (rows, columns) in column_sums::SIZES {
             let name = format!("weight {} [{rows}, {columns}]", dtype.suffix());
             let case = Case::new("rms_norm", name, move |check| weight(check, dtype, rows, columns));
@@ -36,8 +39,8 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
-fn forward(check: &mut Check, dtype: KernelDtype, rows: usize, columns: usize) -> Result<(), CheckError> {
-    let (x, w) = (random(1, rows * columns, 1.5, dtype), random(2, columns, 1.0, dtype));
+fn forward(check: &mut Check, dtype: KernelDtype, rows: usize, columns: usize, size: f32) -> Result<(), CheckError> {
+    let (x, w) = (random(1, rows * columns, size, dtype), random(2, columns, 1.0, dtype));
     let (y, rstd) = rms_norm::fwd(&tensor(&x, rows)?, &flat(&w)?, EPS)?;
     let on_device = device::Rows {
         x: check.input("x", dtype, &x)?,

@@ -1,6 +1,6 @@
 //! Errors of `device.cuh`.
 
-use super::{Mutation, Survivor};
+use super::Mutation;
 
 pub const MUTATIONS: &[Mutation] = &[
     (
@@ -21,5 +21,3 @@ pub const MUTATIONS: &[Mutation] = &[
     ("warp_sum(lane < warps ? scratch[lane] : T(0))", "warp_sum(lane < warps ? scratch[lane] : T(1))"),
     ("return __uint_as_float(uint32_t(x.bits) << 16);", "return __uint_as_float(uint32_t(x.bits) << 15);"),
 ];
-
-pub const SURVIVORS: &[Survivor] = &[];

@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int MAX_THREADS = 1024, WARP = 32, MAX_REGIONS = 64, MAX_COPIES = 256;
+constexpr int MAX_THREADS = 1024, WARP = 32, MAX_REGIONS = 128, MAX_COPIES = 256;
 constexpr size_t STACK = 64 << 10, GUARD = 4096, GRANULE = 2;
 constexpr uint16_t MANY = 0xffff;
 

@@ -1,0 +1,30 @@
+//! Errors to plant in `adamw.cu`: a line, and what becomes of it.
+
+pub const ADAMW: &[(&str, &str)] = &[
+    ("i < len / LANES * LANES; i += LANES", "i < len; i += LANES"),
+    ("left < CHUNK ? int(left) : CHUNK;", "CHUNK;"),
+    ("if (lane == 0 && len > 0) {", "if (lane == 0) {"),
+    ("% WARP / LANES * LANES + i", "% LANES + i"),
+    ("i < LANES; i++) total +=", "i < LANES - 1; i++) total +="),
+    ("args.sums[chunk] = total + rest;", "args.sums[chunk] = total;"),
+    ("if (!is_finite(value) && bad == CHUNK) bad = i;", "if (!is_finite(value)) bad = i;"),
+    ("report(args.fault, start + bad);", "report(args.fault, bad);"),
+    ("for (int i = 0; i < len; i++) total += staged[i];", "for (int i = 1; i < len; i++) total += staged[i];"),
+    ("first < args.chunks; first += STAGED", "first < STAGED; first += STAGED"),
+    ("        __syncthreads();  // staged is there", ";"),
+    ("        __syncthreads();  // staged is free again", ";"),
+    ("norm + 1e-6", "norm"),
+    ("factor < 1.0 ? float(factor) : 1.0f", "float(factor)"),
+    ("i < args.num_faults; i++", "i < args.num_faults - 1; i++"),
+    ("g = mul_exact(g, factor);", ";"),
+    ("args.weight1 < 0.5f ?", "args.weight1 < 1.0f ?"),
+    (
+        "fma_exact(mul_exact(args.weight2, g), g, mul_exact(v, args.keep2))",
+        "add_exact(mul_exact(mul_exact(args.weight2, g), g), mul_exact(v, args.keep2))",
+    ),
+    ("div_exact(sqrt_exact(v), args.correction)", "sqrt_exact(v)"),
+    ("p = add_exact(mul_exact(p, args.keep), ", "p = add_exact(p, "),
+    ("if (at + 4 <= args.n) {", "if (at < args.n) {"),
+    ("rounded.v[j] = from_f32<bf16>(p.v[j]);", "rounded.v[j].bits = uint16_t(__float_as_uint(p.v[j]) >> 16);"),
+    ("store(args.m + at, m);", "store(args.m + at, v);"),
+];

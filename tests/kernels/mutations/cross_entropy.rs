@@ -1,0 +1,19 @@
+//! Errors to plant in `cross_entropy.cu`: a line, and what becomes of it.
+
+pub const CROSS_ENTROPY: &[(&str, &str)] = &[
+    ("return top == NEG_INFINITY ? 0.0f : top;", "return top;"),
+    ("|| target >= args.columns", "|| target > args.columns"),
+    ("if (threadIdx.x == 0 && target != -1) report(args.fault, row);", "if (threadIdx.x == 0) report(args.fault, row);"),
+    ("at += step) store(logits + at, zeros);", "at += 2 * step) store(logits + at, zeros);"),
+    ("if (threadIdx.x == 0) args.losses[row] = 0.0f;", "if (threadIdx.x == 0 && target != -1) args.losses[row] = 0.0f;"),
+    ("sum *= fast_exp(top - shift);", ";"),
+    ("block_sum(sum * fast_exp(top - shift), scratch)", "block_sum(sum, scratch)"),
+    ("fast_log2(total) * LN_2", "fast_log2(total)"),
+    ("- (target_logit - shift)", "- target_logit"),
+    ("at + j == target ? p - 1.0f : p", "at + j == target ? p + 1.0f : p"),
+    ("at + j == target", "at == target"),
+    ("* args.scale);", ");"),
+    ("const float inverse = 1.0f / total;", "const float inverse = total;"),
+    ("step = THREADS * WIDE<T>;", "step = (THREADS - 1) * WIDE<T>;"),
+    ("next = max_of(next, to_f32(x.v[j]));", "next = to_f32(x.v[j]);"),
+];
