@@ -58,8 +58,8 @@ ldd "$binary" | grep -o '/[^ ]*' | while read -r library; do
     mkdir -p "$bare$(dirname "$library")"
     cp -L "$library" "$bare$library"
 done
-enter=(chroot)
-[ "$(id -u)" = 0 ] || enter=(unshare --map-root-user chroot)
+enter=("$(PATH=$PATH:/usr/sbin:/sbin command -v chroot)")
+[ "$(id -u)" = 0 ] || enter=("$(command -v unshare)" --map-root-user "${enter[@]}")
 env -i "${enter[@]}" "$bare" "/$name/bin/glmddp" doctor >"$bare/doctor" || die "the bundle does not start in an empty root"
 grep -q '^CUDA build  *ok ' "$bare/doctor" || die "the bundle's doctor does not say that it was built with CUDA: $(cat "$bare/doctor")"
 cat "$bare/doctor" >&2

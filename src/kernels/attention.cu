@@ -17,6 +17,11 @@
 // its gradient. For D = 128, N = 32, G = 2, s = 2, P = 128, L = 512 fwd has 360 operations a byte, bwd_query 365, bwd_key 670: arithmetic
 // bounds them. From L2 a block of fwd takes 2 s D bytes a key for 4 D TILE operations: 64 a byte. bwd_delta has half an operation a byte:
 // memory bounds it.
+//
+// shared: attention_bwd_key_d64_* 128 * 64 + 32768 + 1024
+// shared: attention_bwd_key_d128_* 128 * 128 + 32768 + 512
+// shared: *_d64_* 128 * 64 + 32768
+// shared: *_d128_* 128 * 128 + 32768
 #include "attention.cuh"
 
 // Keys (fwd, bwd_query) or queries (bwd_key) of one stage: 8 KiB a tensor, so that two blocks fit an SM with 100 KiB.
