@@ -125,31 +125,37 @@ fn planted_errors_are_at_least_sixty_and_at_most_one_in_twenty_survives() {
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn adamw_planted_errors_are_found() {
     check("adamw.cu");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn attention_planted_errors_are_found() {
     check("attention.cu");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn attention_f32_planted_errors_are_found() {
     check("attention_f32.cu");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn column_sums_planted_errors_are_found() {
     check("column_sums.cu");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn columns_planted_errors_are_found() {
     check("columns.cuh");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn cross_entropy_planted_errors_are_found() {
     check("cross_entropy.cu");
 }
@@ -160,31 +166,37 @@ fn device_planted_errors_are_found() {
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn elementwise_planted_errors_are_found() {
     check("elementwise.cu");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn embedding_planted_errors_are_found() {
     check("embedding.cu");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn non_finite_planted_errors_are_found() {
     check("non_finite.cu");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn rms_norm_planted_errors_are_found() {
     check("rms_norm.cu");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn rotary_planted_errors_are_found() {
     check("rotary.cu");
 }
 
 #[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn swiglu_planted_errors_are_found() {
     check("swiglu.cu");
 }
