@@ -69,3 +69,19 @@ pub fn total(step: &[Traffic]) -> (f64, f64) {
     let sum = |of: fn(&Traffic) -> f64| step.iter().map(|kernel| kernel.times as f64 * of(kernel)).sum();
     (sum(|kernel| kernel.least), sum(|kernel| kernel.asked.unwrap_or(kernel.least)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn step_asks_for_at_most_15_percent_more_than_the_least() {
+        let step = step(&Shape::CHATGLM2_6B, 28);
+        let (least, asked) = total(&step);
+        assert!(asked >= least && asked <= 1.15 * least, "{asked} of {least}");
+        // No kernel can ask for less than its operands.
+        for kernel in &step {
+            assert!(kernel.asked.is_none_or(|asked| asked >= 0.999 * kernel.least), "{kernel:?}");
+        }
+    }
+}

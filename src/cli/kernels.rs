@@ -12,8 +12,12 @@ use serde_json::json;
 
 use super::report;
 use crate::bench::kernels::{self, Report, Shape, Timed, Work};
+use crate::bench::traffic::{self, Traffic};
 use crate::kernels::check::{cases, products};
 use crate::kernels::cuda;
+
+/// Of ChatGLM2-6B.
+const NUM_LAYERS: usize = 28;
 
 #[derive(Clone, Debug, Args)]
 pub struct KernelsArgs {
@@ -27,6 +31,7 @@ pub enum Command {
     Check(CheckArgs),
     Bench(BenchArgs),
     Report(ReportArgs),
+    Traffic(TrafficArgs),
 }
 
 /// Hold every kernel against the CPU's code at many sizes, and its results against those of its other runs
@@ -70,11 +75,19 @@ pub struct ReportArgs {
     pub torch: Option<PathBuf>,
 }
 
+/// Add up the bytes that the kernels of a step of ChatGLM2-6B move; needs no GPU
+#[derive(Clone, Debug, Args)]
+pub struct TrafficArgs {}
+
 pub fn run(args: &KernelsArgs) -> anyhow::Result<ExitCode> {
     match &args.command {
         Command::Check(args) => check(args),
         Command::Bench(args) => bench(args).map(|()| ExitCode::SUCCESS),
         Command::Report(args) => table(args).map(|()| ExitCode::SUCCESS),
+        Command::Traffic(TrafficArgs {}) => {
+            report::print(&traffic_text(&traffic::step(&Shape::CHATGLM2_6B, NUM_LAYERS)))?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
@@ -166,5 +179,19 @@ fn text(times: &Report, torch: Option<&TorchTimes>) -> String {
         let _ = writeln!(text, "\nPyTorch: {}.", about.join(", "));
         torch.failed.iter().for_each(|(group, error)| text.push_str(&format!("PyTorch's {group} was not run: {error}\n")));
     }
+    text
+}
+
+/// A Markdown table.
+fn traffic_text(step: &[Traffic]) -> String {
+    let mut text =
+        String::from("| kernel | launches | least, bytes a token | asked for | asked / least |\n| --- | ---: | ---: | ---: | ---: |\n");
+    for Traffic { name, times, least, asked } in step {
+        let (asked, ratio) =
+            asked.map_or(("-".to_owned(), "-".to_owned()), |asked| (format!("{asked:.0}"), format!("{:.2}", asked / least)));
+        let _ = writeln!(text, "| {name} | {times} | {least:.0} | {asked} | {ratio} |");
+    }
+    let (least, asked) = traffic::total(step);
+    let _ = writeln!(text, "| all launches | | {least:.0} | {asked:.0} | {:.3} |", asked / least);
     text
 }
