@@ -12,6 +12,9 @@ use crate::kernels::{adamw, attention, cross_entropy, embedding, non_finite, rms
 
 const DTYPE: KernelDtype = KernelDtype::Bf16;
 const F32: KernelDtype = KernelDtype::F32;
+/// Starts a kernel once.
+type Start = Box<dyn Fn(&dyn Executor) -> Result<(), LaunchError>>;
+
 const WARM_UP: usize = 5;
 const RUNS: usize = 20;
 
@@ -73,7 +76,7 @@ pub enum Work {
 pub struct Entry {
     pub name: String,
     pub work: Work,
-    start: Box<dyn Fn(&dyn Executor) -> Result<(), LaunchError>>,
+    start: Start,
 }
 
 impl Entry {
@@ -138,7 +141,7 @@ pub fn entries(executor: &dyn Executor, shape: &Shape) -> Result<Vec<Entry>, Lau
     let Heads { num_heads, num_groups, head_dim } = heads;
     let s = DTYPE.num_bytes();
     let mut entries = Vec::new();
-    let mut push = |name: &str, work: Work, start: Box<dyn Fn(&dyn Executor) -> Result<(), LaunchError>>| {
+    let mut push = |name: &str, work: Work, start: Start| {
         entries.push(Entry { name: name.to_owned(), work, start });
     };
     let bytes = |bytes: usize| Work::Bytes(bytes as u64);

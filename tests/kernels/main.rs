@@ -1,4 +1,5 @@
 //! Kernels on the host: the sources that nvcc compiles for a GPU, compiled by clang with the shim, against the CPU's code.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 mod faults;
 mod mutations;
