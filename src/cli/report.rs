@@ -10,6 +10,7 @@ use crate::compare::CompareError;
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::dist::DistError;
+use crate::kernels::cuda::CudaError;
 use crate::model::ModelError;
 use crate::peft::MethodError;
 use crate::telemetry::TelemetryError;
@@ -71,6 +72,9 @@ fn facts(error: &anyhow::Error) -> Facts {
             return user(error.hint());
         }
         if let Some(error) = cause.downcast_ref::<TelemetryError>() {
+            return user(error.hint());
+        }
+        if let Some(error) = cause.downcast_ref::<CudaError>() {
             return user(error.hint());
         }
         if let Some(error) = cause.downcast_ref::<DistError>() {
