@@ -11,6 +11,7 @@ use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::dist::DistError;
 use crate::kernels::cuda::CudaError;
+use crate::kernels::launch::LaunchError;
 use crate::model::ModelError;
 use crate::peft::MethodError;
 use crate::telemetry::TelemetryError;
@@ -76,6 +77,10 @@ fn facts(error: &anyhow::Error) -> Facts {
         }
         if let Some(error) = cause.downcast_ref::<CudaError>() {
             return user(error.hint());
+        }
+        if let Some(error) = cause.downcast_ref::<LaunchError>() {
+            let fault = if matches!(error, LaunchError::Cuda(_)) { Fault::User } else { Fault::Ours };
+            return Some(Facts { fault, place: None, hint: error.hint() });
         }
         if let Some(error) = cause.downcast_ref::<DistError>() {
             let is_users = matches!(error, DistError::WithoutMpi { .. } | DistError::Unconnected { .. });

@@ -135,6 +135,16 @@ pub enum LaunchError {
     Cuda(#[from] CudaError),
 }
 
+impl LaunchError {
+    /// What to do about it, where there is something.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Cuda(error) => error.hint(),
+            Self::Kernel { .. } | Self::Memory { .. } => None,
+        }
+    }
+}
+
 /// The type of what kernels read and write; sums are in f32 in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum KernelDtype {

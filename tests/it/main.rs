@@ -22,6 +22,7 @@ mod golden_model;
 mod golden_peft;
 mod golden_tokenizer;
 mod golden_train;
+mod kernel_commands;
 mod kernels;
 mod layering;
 mod methods;

@@ -1,4 +1,4 @@
-//! NVIDIA GPUs: what this build has for them, what the machine has, and (with the feature `cuda`) the [`CudaExecutor`].
+//! NVIDIA GPUs: what this build has for them, what the machine has, and (with the feature `cuda`) the `CudaExecutor`.
 //!
 //! Without the feature the same functions are there and say so; what is made of facts, such as texts, does not need it.
 
