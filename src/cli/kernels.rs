@@ -175,7 +175,8 @@ fn text(times: &Report, torch: Option<&TorchTimes>) -> String {
         let _ = writeln!(text, "| {name} | {median_ms:.4} | {speed:.0} {unit} | {:.0} % | {theirs} | {ratio} |", 100.0 * speed / of);
     }
     if let Some(torch) = torch {
-        let about: Vec<String> = torch.about.iter().map(|(key, value)| format!("{key} {value}")).collect();
+        let about: Vec<String> =
+            torch.about.iter().map(|(key, value)| format!("{key} {}", value.as_str().map_or(value.to_string(), str::to_owned))).collect();
         let _ = writeln!(text, "\nPyTorch: {}.", about.join(", "));
         torch.failed.iter().for_each(|(group, error)| text.push_str(&format!("PyTorch's {group} was not run: {error}\n")));
     }
