@@ -39,9 +39,13 @@ timeout 240 "$glmddp" kernels check --repeat 20 | tee "$parts/check.txt" || fail
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck synccheck; do
         say "compute-sanitizer $tool"
-        timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$glmddp" kernels check --repeat 1 --only '[1, 64]' >"$parts/$tool.txt" 2>&1 ||
-            failed+=("compute-sanitizer $tool")
-        tail -n 3 "$parts/$tool.txt"
+        : >"$parts/$tool.txt"
+        # The memory-bound kernels' smallest cases, and attention with a prefix over three rows.
+        for only in '[1, 64]' 'rows: [31, 1, 33], prefix: 1,'; do
+            timeout 40 compute-sanitizer --tool "$tool" --error-exitcode 1 "$glmddp" kernels check --repeat 1 --only "$only" >>"$parts/$tool.txt" 2>&1 ||
+                failed+=("compute-sanitizer $tool on cases with \`$only\`")
+        done
+        grep -h 'ERROR SUMMARY' "$parts/$tool.txt" || true
     done
 else
     not_run+=("compute-sanitizer: it is not installed")

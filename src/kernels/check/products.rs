@@ -12,7 +12,7 @@ pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in KernelDtype::ALL {
         for operands in [Operands::Nt, Operands::Nn, Operands::Tn] {
-            for sizes in [[1, 64, 32], [33, 128, 64], [193, 4608, 4096]] {
+            for sizes in [[1, 64, 32], [33, 128, 64], [193, 1152, 1024]] {
                 for (bias, residual) in [(false, false), (true, false), (false, true), (true, true)] {
                     let extra = format!("{}{}", if bias { " + bias" } else { "" }, if residual { " + residual" } else { "" });
                     let name = format!("{operands:?} {} {sizes:?}{extra}", dtype.suffix());
