@@ -2,11 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::traffic;
 use crate::kernels::attention::Heads;
 use crate::kernels::attention::device::{Batch, DqkvAt, GradsAt, PrefixAt, RowSums, Tiles};
 use crate::kernels::cross_entropy::Logits;
 use crate::kernels::gpu::{Gpu, Operands, Product};
-use crate::kernels::launch::{Executor, KernelDtype, LaunchError, NO_FAULT};
+use crate::kernels::launch::{Executor, KernelDtype, LaunchError, NO_FAULT, upload};
 use crate::kernels::rotary::Direction;
 use crate::kernels::{adamw, attention, cross_entropy, embedding, non_finite, rms_norm, rotary, swiglu};
 
@@ -98,9 +99,7 @@ impl Memory<'_> {
     }
 
     fn bytes(&self, name: &str, bytes: &[u8]) -> Result<u64, LaunchError> {
-        let buffer = self.0.alloc(name, bytes.len())?;
-        self.0.write(buffer, bytes)?;
-        Ok(buffer.address)
+        upload(self.0, name, bytes)
     }
 
     fn no_fault(&self) -> Result<u64, LaunchError> {
@@ -139,12 +138,16 @@ pub fn entries(executor: &dyn Executor, shape: &Shape) -> Result<Vec<Entry>, Lau
     let memory = Memory(executor);
     let Shape { tokens, row, prefix, hidden, ffn, vocabulary, chunk, heads, parameters } = *shape;
     let Heads { num_heads, num_groups, head_dim } = heads;
-    let s = DTYPE.num_bytes();
     let mut entries = Vec::new();
     let mut push = |name: &str, work: Work, start: Start| {
         entries.push(Entry { name: name.to_owned(), work, start });
     };
-    let bytes = |bytes: usize| Work::Bytes(bytes as u64);
+    let traffic = traffic::step(shape, 1);
+    // Of all that a launch works on, which has `count` tokens.
+    let least = |name: &str, count: usize| {
+        let of_token = traffic.iter().find(|kernel| kernel.name == name).map_or(0.0, |kernel| kernel.least);
+        Work::Bytes((of_token * count as f64).round() as u64)
+    };
 
     let (table, x) = (memory.values("table", DTYPE, vocabulary * hidden)?, memory.values("x", DTYPE, tokens * hidden)?);
     let ids: Vec<u8> = (0..tokens).flat_map(|t| ((t * 7919 % vocabulary) as u32).to_le_bytes()).collect();
@@ -157,23 +160,22 @@ pub fn entries(executor: &dyn Executor, shape: &Shape) -> Result<Vec<Entry>, Lau
         tokens,
         columns: hidden,
     };
-    push("embedding", bytes(2 * s * tokens * hidden), Box::new(move |e| embedding::device::gather(e, DTYPE, &gather)));
+    push("embedding", least("embedding", tokens), Box::new(move |e| embedding::device::gather(e, DTYPE, &gather)));
 
     let w = memory.values("norm weight", DTYPE, hidden)?;
     let (y, rstd) = (memory.values("y", DTYPE, tokens * hidden)?, memory.values("rstd", F32, tokens)?);
     let norm = rms_norm::device::Rows { x, w, y, rstd, rows: tokens, columns: hidden };
-    push("rms_norm_fwd", bytes(2 * s * tokens * hidden), Box::new(move |e| rms_norm::device::fwd(e, DTYPE, &norm, 1e-5)));
+    push("rms_norm_fwd", least("rms_norm_fwd", tokens), Box::new(move |e| rms_norm::device::fwd(e, DTYPE, &norm, 1e-5)));
     let (dx, dy) = (memory.values("dx", DTYPE, tokens * hidden)?, memory.values("dy", DTYPE, tokens * hidden)?);
     let norm_bwd = rms_norm::device::Rows { y: dx, ..norm };
-    push("rms_norm_bwd", bytes(4 * s * tokens * hidden), Box::new(move |e| rms_norm::device::bwd_add(e, DTYPE, &norm_bwd, dy)));
+    push("rms_norm_bwd", least("rms_norm_bwd", tokens), Box::new(move |e| rms_norm::device::bwd_add(e, DTYPE, &norm_bwd, dy)));
 
     let width = heads.qkv_width();
     let qkv = memory.values("qkv", DTYPE, tokens * width)?;
     let turned = num_heads + num_groups;
     let angles = memory.values("cos", F32, tokens * head_dim / 4)?;
     let rotary = rotary::device::Heads { x: qkv, cos: angles, sin: angles, rows: tokens, stride: width, heads: turned, head_dim };
-    let rotary_bytes = bytes(tokens * turned * head_dim / 2 * 2 * s + 2 * tokens * head_dim);
-    push("rotary", rotary_bytes, Box::new(move |e| rotary::device::rotate_(e, DTYPE, &rotary, Direction::Forward)));
+    push("rotary", least("rotary", tokens), Box::new(move |e| rotary::device::rotate_(e, DTYPE, &rotary, Direction::Forward)));
 
     for prefix in [0, prefix] {
         let bounds: Vec<usize> = (0..=tokens / row).map(|r| r * row).collect();
@@ -222,8 +224,8 @@ pub fn entries(executor: &dyn Executor, shape: &Shape) -> Result<Vec<Entry>, Lau
     }
     let (gate_up, act) = (memory.values("gate_up", DTYPE, tokens * 2 * ffn)?, memory.values("act", DTYPE, tokens * ffn)?);
     let mlp = swiglu::device::Rows { gate_up, act, rows: tokens, columns: ffn, stride: 2 * ffn };
-    push("swiglu_fwd", bytes(3 * s * tokens * ffn), Box::new(move |e| swiglu::device::fwd(e, DTYPE, &mlp)));
-    push("swiglu_bwd", bytes(5 * s * tokens * ffn), Box::new(move |e| swiglu::device::bwd_(e, DTYPE, &mlp)));
+    push("swiglu_fwd", least("swiglu_fwd", tokens), Box::new(move |e| swiglu::device::fwd(e, DTYPE, &mlp)));
+    push("swiglu_bwd", least("swiglu_bwd", tokens), Box::new(move |e| swiglu::device::bwd_(e, DTYPE, &mlp)));
 
     let targets: Vec<u8> = (0..chunk).flat_map(|i| ((i * 31 % vocabulary) as i32).to_le_bytes()).collect();
     let loss = cross_entropy::device::Rows {
@@ -236,7 +238,7 @@ pub fn entries(executor: &dyn Executor, shape: &Shape) -> Result<Vec<Entry>, Lau
     };
     push(
         "cross_entropy",
-        bytes(2 * s * chunk * vocabulary),
+        least("cross_entropy", chunk),
         Box::new(move |e| cross_entropy::device::nll_(e, DTYPE, &loss, Logits::ToGradient, 1.0)),
     );
 
@@ -249,7 +251,7 @@ pub fn entries(executor: &dyn Executor, shape: &Shape) -> Result<Vec<Entry>, Lau
     let factor = memory.bytes("factor", &1f32.to_le_bytes())?;
     push(
         "global_norm",
-        bytes(4 * parameters),
+        Work::Bytes(4 * parameters as u64),
         Box::new(move |e| {
             adamw::device::chunk_square_sums(e, g, parameters, sums, fault)?;
             adamw::device::norm(e, sums, num_chunks, 1.0, of_norm, factor)
@@ -267,8 +269,8 @@ pub fn entries(executor: &dyn Executor, shape: &Shape) -> Result<Vec<Entry>, Lau
         num_faults: 1,
         n: parameters,
     };
-    push("adamw", bytes(28 * parameters), Box::new(move |e| adamw::device::step(e, &update, &state)));
-    push("non_finite", bytes(4 * parameters), Box::new(move |e| non_finite::device::first(e, g, parameters, fault)));
+    push("adamw", least("adamw", tokens), Box::new(move |e| adamw::device::step(e, &update, &state)));
+    push("non_finite", Work::Bytes(4 * parameters as u64), Box::new(move |e| non_finite::device::first(e, g, parameters, fault)));
     Ok(entries)
 }
 

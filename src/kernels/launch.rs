@@ -106,15 +106,14 @@ pub struct Bytes {
 /// What a fault's 8 bytes hold before a kernel may report one: the lowest position of something that it cannot go on with.
 pub const NO_FAULT: u64 = u64::MAX;
 
-/// Memory with `values` in it.
+/// The address of new memory with `bytes` in it.
 ///
 /// # Errors
 /// As [`Executor::alloc`] and [`Executor::write`].
-pub fn upload<T: NoUninit>(executor: &dyn Executor, name: &str, values: &[T]) -> Result<Buffer, LaunchError> {
-    let bytes: &[u8] = bytemuck::cast_slice(values);
+pub fn upload(executor: &dyn Executor, name: &str, bytes: &[u8]) -> Result<u64, LaunchError> {
     let buffer = executor.alloc(name, bytes.len())?;
     executor.write(buffer, bytes)?;
-    Ok(buffer)
+    Ok(buffer.address)
 }
 
 /// What is in a buffer.

@@ -68,6 +68,10 @@ pub fn audit(group: &dyn ProcessGroup, step: u64, mine: &Fingerprints) -> Result
         return Ok(());
     }
     let all = gather_words(group, HASHES, &words)?;
+    if let Some(rank) = all.iter().position(|others| others.len() != words.len()) {
+        let (expected, found) = (format!("{} bytes", words.len() * 8), all[rank].len() * 8);
+        return Err(DistError::Message { rank, what: HASHES, expected, found }.into());
+    }
     let differs = |part: usize| all.iter().any(|words| words.get(part) != all[0].get(part));
     let parts: Vec<usize> = (0..mine.0.len()).filter(|&part| differs(part)).collect();
     let Some(&first) = parts.first() else {

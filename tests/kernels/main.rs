@@ -5,7 +5,7 @@ mod faults;
 mod mutations;
 mod shim;
 
-use glmddp::bench::kernels::{Shape, entries};
+use glmddp::bench::kernels::{Shape, Work, entries};
 use glmddp::kernels::check::{Case, cases};
 
 use crate::shim::{Moved, Order, Shim};
@@ -109,6 +109,7 @@ fn launches_of_the_bench_are_right() {
     let shim = Shim::compile(&shim::sources()).expect("the kernels compile");
     let all = Case::new("bench", "small".to_owned(), |check| {
         for entry in entries(check.executor, &Shape::SMALL)? {
+            assert!(!matches!(entry.work, Work::Bytes(0) | Work::Flops(0)), "{} does nothing", entry.name);
             entry.start(check.executor)?;
         }
         Ok(())

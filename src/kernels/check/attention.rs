@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::{Case, Check, CheckError, Tolerance, random, vector_sizes};
+use super::{Case, Check, CheckError, Tolerance, random, values, vector_sizes};
 use crate::kernels::attention::device::{self, Batch, DqkvAt, GradsAt, PrefixAt, RowSums, Tiles};
 use crate::kernels::attention::{self, Heads, Prefix, Rows, Wanted};
 use crate::kernels::launch::KernelDtype;
@@ -73,10 +73,6 @@ struct Inputs {
     qkv: Tensor,
     /// `[1 or R, G, P, D]` each.
     prefix: Option<(Tensor, Tensor)>,
-}
-
-fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
-    tensor.flatten_all()?.to_vec1()
 }
 
 impl Inputs {

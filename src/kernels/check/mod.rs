@@ -20,7 +20,7 @@ use candle_core::{Device, Tensor};
 use sha2::{Digest, Sha256};
 
 use super::gpu::Gpu;
-use super::launch::{Buffer, Bytes, Executor, KernelDtype, LaunchError, NO_FAULT, download};
+use super::launch::{Buffer, Bytes, Executor, KernelDtype, LaunchError, NO_FAULT, download, upload};
 use crate::digest::hex;
 use crate::rng::{KeyedRng, Stream};
 
@@ -174,9 +174,7 @@ impl<'e> Check<'e> {
     }
 
     pub fn bytes(&self, name: &str, bytes: &[u8]) -> Result<u64, LaunchError> {
-        let buffer = self.executor.alloc(name, bytes.len())?;
-        self.executor.write(buffer, bytes)?;
-        Ok(buffer.address)
+        upload(self.executor, name, bytes)
     }
 
     /// Memory for `len` values that a kernel writes.
