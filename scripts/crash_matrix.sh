@@ -29,6 +29,7 @@ nothing was saved yet, is told so and starts anew. In every case:
 new ones are covered by themselves. **Lost power** is the calls of that run replayed, up to each of them, on a model of POSIX's rules and no kinder: syncing a file keeps its
 content and not its name, syncing a folder keeps the names in it and not its own, a rename is atomic, and what was not synced may be kept or lost each by itself (as in ALICE, Pillai et al. 2014).
 A resume is really run once for every different content of the output folder, as it is after the start has cleaned up; the other cases with that content follow from it.
+*fine* is a run that goes on to its end: a deletion of an older checkpoint that fails is warned about, loses nothing, and is tried again by the next save or start.
 FILE, N and … stand for what differs from case to case.
 
 END
