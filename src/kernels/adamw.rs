@@ -143,9 +143,6 @@ pub mod device {
     /// # Errors
     /// When the launch fails.
     pub fn chunk_square_sums(executor: &dyn Executor, x: u64, n: usize, sums: u64, fault: u64) -> Result<(), LaunchError> {
-        if n == 0 {
-            return Ok(());
-        }
         let blocks = (n.div_ceil(CHUNK) * LANES).div_ceil(SUM_THREADS as usize);
         launch(executor, "square_sums_f32", Launch::row(blocks, SUM_THREADS, 0), &SquareSumsArgs { x, sums, fault, n: n as i64 })
     }
@@ -196,9 +193,6 @@ pub mod device {
         let name = if rounded.is_some() { "adamw_step_bf16" } else { "adamw_step_f32" };
         let rounded = rounded.unwrap_or(0);
         require_aligned(name, &[p, m, v, g, rounded])?;
-        if n == 0 {
-            return Ok(());
-        }
         let (n, num_faults) = (n as i64, num_faults as i32);
         let args =
             StepArgs { p, m, v, g, rounded, factor, faults, n, weight1, keep2, weight2, keep, step_size, correction, epsilon, num_faults };

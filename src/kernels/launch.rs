@@ -21,9 +21,18 @@ pub struct Launch {
 impl Launch {
     /// `blocks` of `threads` in a row.
     pub fn row(blocks: usize, threads: u32, shared_bytes: u32) -> Self {
-        Self { grid: [blocks as u32, 1, 1], threads, shared_bytes }
+        Self::grid([blocks, 1], threads, shared_bytes)
+    }
+
+    /// Blocks in x and y. Numbers that no grid can have are refused by [`launch`].
+    pub fn grid(blocks: [usize; 2], threads: u32, shared_bytes: u32) -> Self {
+        let [x, y] = blocks.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        Self { grid: [x, y, 1], threads, shared_bytes }
     }
 }
+
+/// The most blocks that a grid has in each dimension (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+const MAX_GRID: [u32; 3] = [i32::MAX as u32, 65_535, 65_535];
 
 /// Memory of an [`Executor`], which frees it when it goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,11 +69,17 @@ pub trait Executor {
     fn launch(&self, name: &str, launch: Launch, args: &[u8]) -> Result<(), LaunchError>;
 }
 
-/// Starts a kernel with its arguments' struct.
+/// Starts a kernel with its arguments' struct. A grid without blocks has nothing to do and is not started: the driver would refuse it.
 ///
 /// # Errors
-/// As [`Executor::launch`].
+/// If the grid has more blocks than a GPU allows, or as [`Executor::launch`].
 pub fn launch<A: NoUninit>(executor: &dyn Executor, name: &str, launch: Launch, args: &A) -> Result<(), LaunchError> {
+    if launch.grid.contains(&0) {
+        return Ok(());
+    }
+    require(launch.grid.iter().zip(MAX_GRID).all(|(blocks, most)| *blocks <= most), name, || {
+        format!("a grid of {:?} blocks, more than the {MAX_GRID:?} of a GPU: use smaller batches", launch.grid)
+    })?;
     executor.launch(name, launch, bytemuck::bytes_of(args))
 }
 
@@ -207,5 +222,58 @@ impl KernelDtype {
             Self::Bf16 => bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
             Self::F16 => bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Starts nothing, and says so.
+    struct Nowhere;
+
+    impl Executor for Nowhere {
+        fn describe(&self) -> String {
+            "nowhere".to_owned()
+        }
+        fn alloc(&self, name: &str, _: usize) -> Result<Buffer, LaunchError> {
+            unreachable!("{name}")
+        }
+        fn write(&self, to: Buffer, _: &[u8]) -> Result<(), LaunchError> {
+            unreachable!("{to:?}")
+        }
+        fn read(&self, from: Buffer) -> Result<Vec<u8>, LaunchError> {
+            unreachable!("{from:?}")
+        }
+        fn launch(&self, name: &str, _: Launch, _: &[u8]) -> Result<(), LaunchError> {
+            Err(LaunchError::Kernel { kernel: name.to_owned(), reason: "started".to_owned() })
+        }
+    }
+
+    fn outcome(blocks: [usize; 2]) -> String {
+        let result = launch(&Nowhere, "some", Launch::grid(blocks, 32, 0), &[0u64; 1]);
+        result.map_or_else(|error| error.to_string(), |()| "not started".to_owned())
+    }
+
+    #[test]
+    fn launch_of_a_grid_that_a_gpu_has_is_started() {
+        assert_eq!([outcome([1, 1]), outcome([i32::MAX as usize, 65_535])], ["kernel `some`: started"; 2]);
+    }
+
+    #[test]
+    fn launch_without_blocks_is_not_started() {
+        assert_eq!([outcome([0, 1]), outcome([5, 0])], ["not started"; 2]);
+    }
+
+    #[test]
+    fn launch_of_more_blocks_than_a_grid_has_is_refused() {
+        insta::assert_snapshot!(
+            [outcome([1 << 31, 1]), outcome([1 << 40, 1]), outcome([1, 65_536])].join("\n"),
+            @r"
+        kernel `some`: a grid of [2147483648, 1, 1] blocks, more than the [2147483647, 65535, 65535] of a GPU: use smaller batches
+        kernel `some`: a grid of [4294967295, 1, 1] blocks, more than the [2147483647, 65535, 65535] of a GPU: use smaller batches
+        kernel `some`: a grid of [1, 65536, 1] blocks, more than the [2147483647, 65535, 65535] of a GPU: use smaller batches
+        "
+        );
     }
 }

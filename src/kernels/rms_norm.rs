@@ -140,7 +140,7 @@ pub mod device {
     /// As [`super::fwd`].
     ///
     /// # Errors
-    /// When the width is no multiple of 16 bytes or wider than a block can keep, or the launch fails.
+    /// When the width or an address is no multiple of 16 bytes, a row is wider than a block can keep, or the launch fails.
     pub fn fwd(executor: &dyn Executor, dtype: KernelDtype, rows: &Rows, eps: f64) -> Result<(), LaunchError> {
         start(executor, "fwd", dtype, rows, 0, eps as f32)
     }
@@ -161,6 +161,7 @@ pub mod device {
             let reason = format!("rows of {columns} values, expected a multiple of {wide} up to {most}");
             return Err(LaunchError::Kernel { kernel: name, reason });
         }
+        require_aligned(&name, &[x, w, y, dy])?;
         let shared_bytes = THREADS / WARP * 4;
         let args = Args { x, w, y, rstd, dy, columns: columns as i64, eps, padding: 0 };
         launch(executor, &name, Launch::row(rows, THREADS, shared_bytes), &args)

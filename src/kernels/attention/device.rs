@@ -3,13 +3,11 @@
 use bytemuck::NoUninit;
 
 use super::{Heads, Wanted};
-use crate::kernels::launch::{Executor, KernelDtype, Launch, LaunchError, launch};
+use crate::kernels::launch::{Executor, KernelDtype, Launch, LaunchError, launch, require_aligned};
 
 const THREADS: u32 = 128;
 /// Queries of a block (forward, dq) or keys of a block (dk, dv).
 const TILE: usize = 64;
-/// Of a grid in y.
-const MAX_TILES: usize = 65535;
 
 /// The rows of a packed batch as blocks take them: made and sent once, for all layers.
 #[derive(Clone, Debug)]
@@ -18,7 +16,6 @@ pub struct Tiles {
     words: Vec<i32>,
     num_query_tiles: usize,
     num_key_tiles: usize,
-    num_rows: usize,
     num_tokens: usize,
     prefix_len: usize,
     wanted: Wanted,
@@ -42,8 +39,7 @@ impl Tiles {
         }
         words.extend(bounds.iter().map(|bound| *bound as i32));
         let num_tokens = bounds.last().copied().unwrap_or(0);
-        let (num_query_tiles, num_key_tiles, num_rows) = (queries.len(), keys.len(), bounds.len().saturating_sub(1));
-        Self { words, num_query_tiles, num_key_tiles, num_rows, num_tokens, prefix_len, wanted }
+        Self { words, num_query_tiles: queries.len(), num_key_tiles: keys.len(), num_tokens, prefix_len, wanted }
     }
 
     /// What is to be sent to the device.
@@ -140,7 +136,7 @@ struct Args {
 /// As [`super::fwd`], without padding.
 ///
 /// # Errors
-/// When the sizes are none that the kernels are made for, or the launch fails.
+/// When the sizes are none that the kernels are made for, an address is no multiple of 16 bytes, or the launch fails.
 pub fn fwd(executor: &dyn Executor, dtype: KernelDtype, batch: &Batch) -> Result<(), LaunchError> {
     let op = Op::new(executor, dtype, batch, None)?;
     op.start("fwd", [batch.heads.num_heads, batch.tiles.num_query_tiles], op.shared_bytes(0), &op.args)
@@ -189,7 +185,7 @@ struct RowSumsArgs {
 /// Adds the rows' gradients of a shared prefix in the order of rows.
 ///
 /// # Errors
-/// When there are no rows, the size is no multiple of 4, or the launch fails.
+/// When there are no rows, the size is no multiple of 4, an address is no multiple of 16 bytes, or the launch fails.
 pub fn sum_rows(executor: &dyn Executor, sums: &RowSums) -> Result<(), LaunchError> {
     let &RowSums { dprefix_k, dprefix_v, dk, dv, size, num_rows } = sums;
     let name = "attention_bwd_rows_f32";
@@ -198,8 +194,8 @@ pub fn sum_rows(executor: &dyn Executor, sums: &RowSums) -> Result<(), LaunchErr
         return Err(LaunchError::Kernel { kernel: name.to_owned(), reason });
     }
     let args = RowSumsArgs { dprefix_k, dprefix_v, dk, dv, size: size as i64, num_rows: num_rows as i64 };
-    let blocks = size.div_ceil(4 * THREADS as usize) as u32;
-    launch(executor, name, Launch { grid: [blocks, 2, 1], threads: THREADS, shared_bytes: 0 }, &args)
+    require_aligned(name, &[dprefix_k, dprefix_v, dk, dv])?;
+    launch(executor, name, Launch::grid([size.div_ceil(4 * THREADS as usize), 2], THREADS, 0), &args)
 }
 
 /// Launches that share arguments.
@@ -235,9 +231,6 @@ impl<'e> Op<'e> {
                 return fail(format!("tokens {stride} values apart, expected {} or more, and a multiple of 16 bytes", heads.qkv_width()));
             }
         }
-        if tiles.num_query_tiles.max(tiles.num_key_tiles) > MAX_TILES {
-            return fail(format!("{} tokens in {} rows, too many for one launch: use smaller batches", tiles.num_tokens, tiles.num_rows));
-        }
         let size = num_groups * tiles.prefix_len * head_dim;
         let (prefix_k, prefix_v, prefix_stride) = match prefix {
             PrefixAt::None => (0, 0, 0),
@@ -248,6 +241,8 @@ impl<'e> Op<'e> {
             return fail(format!("the batch's tiles are made for a prefix of {}, found {prefix:?}", tiles.prefix_len));
         }
         let (dout, delta, dprefix_k, dprefix_v) = grads.map_or((0, 0, 0, 0), |g| (g.dout, g.delta, g.dprefix_k, g.dprefix_v));
+        let addresses = [qkv, prefix_k, prefix_v, out, dout, dqkv, dprefix_k, dprefix_v];
+        require_aligned(&format!("attention, {}", dtype.suffix()), &addresses)?;
         let args = Args {
             qkv,
             prefix_k,
@@ -284,12 +279,9 @@ impl<'e> Op<'e> {
         if self.dtype == KernelDtype::F32 { 0 } else { ((TILE + 4 * self.stage_rows()) * self.head_dim * 2 + more) as u32 }
     }
 
-    fn start(&self, pass: &str, [x, y]: [usize; 2], shared_bytes: u32, args: &Args) -> Result<(), LaunchError> {
-        if x * y == 0 {
-            return Ok(());
-        }
+    fn start(&self, pass: &str, blocks: [usize; 2], shared_bytes: u32, args: &Args) -> Result<(), LaunchError> {
         let name = format!("attention_{pass}_d{}_{}", self.head_dim, self.dtype.suffix());
-        launch(self.executor, &name, Launch { grid: [x as u32, y as u32, 1], threads: THREADS, shared_bytes }, args)
+        launch(self.executor, &name, Launch::grid(blocks, THREADS, shared_bytes), args)
     }
 }
 
@@ -334,6 +326,19 @@ mod tests {
     #[test]
     fn bwd_of_what_the_kernels_are_made_for_is_started() {
         insta::assert_snapshot!(refusal(|_, _| {}), @"kernel `attention_bwd_delta_d64_bf16`: started");
+    }
+
+    /// Blocks would read and write 16 bytes at a time.
+    #[test]
+    fn bwd_at_an_address_between_bounds_is_refused() {
+        insta::assert_snapshot!(
+            refusal(|batch, _| batch.qkv = 8),
+            @"kernel `attention, bf16`: a buffer at 0x8, expected a multiple of 16 bytes"
+        );
+        insta::assert_snapshot!(
+            refusal(|_, grads| grads.dprefix_v = 1026),
+            @"kernel `attention, bf16`: a buffer at 0x402, expected a multiple of 16 bytes"
+        );
     }
 
     #[test]
