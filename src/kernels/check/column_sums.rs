@@ -1,6 +1,6 @@
 //! The cases of sums over rows.
 
-use super::{Case, Check, CheckError, Tolerance, flat, random, tensor, values};
+use super::{Bound, Case, Check, CheckError, Tolerance, flat, random, tensor, values};
 use crate::kernels::column_sums::{Sums, add_column_dots_, add_row_sum_, bytes, num_partials};
 use crate::kernels::elementwise;
 use crate::kernels::launch::KernelDtype;
@@ -9,7 +9,8 @@ use crate::kernels::launch::KernelDtype;
 pub const SIZES: [(usize, usize); 10] =
     [(1, 64), (31, 64), (33, 64), (127, 64), (128, 8), (129, 64), (193, 64), (300, 136), (2, 4096), (260, 264)];
 /// Some hundred values of size 1 in another order than the CPU's.
-pub const TOLERANCE: Tolerance = Tolerance { relative: 1e-5, absolute: 2e-5 };
+pub const TOLERANCE: Tolerance =
+    Tolerance { rounding: Bound { relative: 0.0, absolute: 0.0 }, arithmetic: Bound { relative: 1e-5, absolute: 2e-5 } };
 
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();

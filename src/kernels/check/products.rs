@@ -7,35 +7,74 @@ use crate::kernels::gpu::{Operands, Product};
 use crate::kernels::launch::KernelDtype;
 use crate::kernels::matmul;
 
+/// What is added to a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Residual {
+    None,
+    Elsewhere,
+    /// In d, which the sum replaces: how gradients of weights are added up.
+    InPlace,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    operands: Operands,
+    /// M, N, K.
+    sizes: [usize; 3],
+    dtype: KernelDtype,
+    out_dtype: KernelDtype,
+    bias: bool,
+    residual: Residual,
+}
+
 /// For a GPU alone.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in KernelDtype::ALL {
+        let out_dtypes = if dtype == KernelDtype::F32 { vec![dtype] } else { vec![dtype, KernelDtype::F32] };
         for operands in [Operands::Nt, Operands::Nn, Operands::Tn] {
-            for sizes in [[1, 64, 32], [33, 128, 64], [193, 1152, 1024]] {
-                for (bias, residual) in [(false, false), (true, false), (false, true), (true, true)] {
-                    let extra = format!("{}{}", if bias { " + bias" } else { "" }, if residual { " + residual" } else { "" });
-                    let name = format!("{operands:?} {} {sizes:?}{extra}", dtype.suffix());
-                    cases.push(Case::new("products", name, move |check| product(check, dtype, operands, sizes, bias, residual)));
+            for &out_dtype in &out_dtypes {
+                let mut add = |sizes, bias, residual| {
+                    let shape = Shape { operands, sizes, dtype, out_dtype, bias, residual };
+                    cases.push(Case::new("products", shape.name(), move |check| product(check, shape)));
+                };
+                for sizes in [[1, 64, 32], [33, 128, 64]] {
+                    for bias in [false, true] {
+                        for residual in [Residual::None, Residual::Elsewhere, Residual::InPlace] {
+                            add(sizes, bias, residual);
+                        }
+                    }
+                }
+                // The second has few rows and many terms, for which cuBLASLt likes to split the sum over blocks.
+                for sizes in [[193, 1152, 1024], [40, 64, 4096]] {
+                    add(sizes, false, Residual::None);
+                    add(sizes, true, Residual::Elsewhere);
                 }
             }
         }
     }
+    cases.push(Case::new("products", "a shape a second time".to_owned(), the_same_again));
     cases
 }
 
-fn product(
-    check: &mut Check,
-    dtype: KernelDtype,
-    operands: Operands,
-    sizes: [usize; 3],
-    with_bias: bool,
-    with_residual: bool,
-) -> Result<(), CheckError> {
-    let [m, n, k] = sizes;
+impl Shape {
+    fn name(&self) -> String {
+        let Self { operands, sizes, dtype, out_dtype, bias, residual } = self;
+        let bias = if *bias { " + bias" } else { "" };
+        let residual = match residual {
+            Residual::None => "",
+            Residual::Elsewhere => " + residual",
+            Residual::InPlace => " + d",
+        };
+        format!("{operands:?} {} to {} {sizes:?}{bias}{residual}", dtype.suffix(), out_dtype.suffix())
+    }
+}
+
+fn product(check: &mut Check, shape: Shape) -> Result<(), CheckError> {
+    let Shape { operands, sizes: [m, n, k], dtype, out_dtype, bias: with_bias, residual: kind } = shape;
     let scale = 1.0 / (k as f32).sqrt();
     let (a, b) = (random(1, m * k, 1.0, dtype), random(2, n * k, scale, dtype));
-    let (bias, residual) = (random(3, n, 1.0, dtype), random(4, m * n, 1.0, dtype));
+    let (bias, residual) = (random(3, n, 1.0, out_dtype), random(4, m * n, 1.0, out_dtype));
     let tensor = |values: &[f32], rows: usize| Tensor::from_slice(values, (rows, values.len() / rows), &Device::Cpu);
     let expected = match operands {
         Operands::Nt => matmul::nt(&tensor(&a, m)?, &tensor(&b, n)?)?,
@@ -45,20 +84,48 @@ fn product(
     let mut expected: Vec<f32> = expected.flatten_all()?.to_vec1()?;
     for (row, residual) in expected.chunks_exact_mut(n).zip(residual.chunks_exact(n)) {
         for ((value, bias), residual) in row.iter_mut().zip(&bias).zip(residual) {
-            *value += if with_bias { *bias } else { 0.0 } + if with_residual { *residual } else { 0.0 };
+            *value += if with_bias { *bias } else { 0.0 } + if kind == Residual::None { 0.0 } else { *residual };
         }
     }
+    let d = match kind {
+        Residual::InPlace => check.input("d", out_dtype, &residual)?,
+        Residual::None | Residual::Elsewhere => check.output("d", out_dtype, m * n)?,
+    };
     let product = Product {
         operands,
-        sizes,
+        sizes: shape.sizes,
         a: check.input("a", dtype, &a)?,
         b: check.input("b", dtype, &b)?,
-        d: check.output("d", dtype, m * n)?,
+        d,
         dtype,
-        out_dtype: dtype,
-        bias: if with_bias { Some(check.input("bias", dtype, &bias)?) } else { None },
-        residual: if with_residual { Some(check.input("residual", dtype, &residual)?) } else { None },
+        out_dtype,
+        bias: if with_bias { Some(check.input("bias", out_dtype, &bias)?) } else { None },
+        residual: match kind {
+            Residual::None => None,
+            Residual::Elsewhere => Some(check.input("residual", out_dtype, &residual)?),
+            Residual::InPlace => Some(d),
+        },
     };
     check.gpu()?.product(&product)?;
-    check.expect("d", product.d, dtype, &expected, Tolerance::rounded_once(dtype))
+    // The largest parts of the sum are of size 1 each.
+    check.expect("d", product.d, out_dtype, &expected, Tolerance::summed(out_dtype, k, 2.0))
+}
+
+/// The algorithm of a shape is kept: other memory, the same bits.
+fn the_same_again(check: &mut Check) -> Result<(), CheckError> {
+    let [m, n, k] = [33, 128, 64];
+    let dtype = KernelDtype::Bf16;
+    let (a, b) = (random(1, m * k, 1.0, dtype), random(2, n * k, 1.0, dtype));
+    let mut once = || -> Result<Vec<f32>, CheckError> {
+        let (a, b, d) = (check.input("a", dtype, &a)?, check.input("b", dtype, &b)?, check.output("d", dtype, m * n)?);
+        let product = Product { operands: Operands::Nt, sizes: [m, n, k], a, b, d, dtype, out_dtype: dtype, bias: None, residual: None };
+        check.gpu()?.product(&product)?;
+        Ok(check.read(d, dtype, m * n)?)
+    };
+    let (first, second) = (once()?, once()?);
+    let differs = first.iter().zip(&second).position(|(a, b)| a.to_bits() != b.to_bits());
+    differs.map_or(Ok(()), |at| {
+        let what = format!("element {at} of the second product");
+        Err(CheckError::Other { what, expected: first[at].to_string(), found: second[at].to_string() })
+    })
 }
