@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod flops;
+pub mod gpu_times;
 pub mod kernels;
 pub mod setup;
 pub mod step;

@@ -1,19 +1,18 @@
-//! `glmddp kernels`: the kernels of a GPU held against the CPU's code, and timed.
+//! `glmddp kernels`: the kernels of a GPU timed, and the bytes that they move.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde::Deserialize;
-use serde_json::json;
 
-use super::report;
-use crate::bench::kernels::{self, Report, Shape, Timed, Work};
+use super::{kernels_check, report};
+use crate::bench::gpu_times::{self, Ceilings, Line, Machine, Timed};
+use crate::bench::kernels::{Shape, Work};
 use crate::bench::traffic::{self, Traffic};
-use crate::kernels::check::{cases, products};
 use crate::kernels::cuda;
 
 /// Of ChatGLM2-6B.
@@ -28,28 +27,10 @@ pub struct KernelsArgs {
 /// Check and time the kernels of a GPU
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    Check(CheckArgs),
+    Check(kernels_check::CheckArgs),
     Bench(BenchArgs),
     Report(ReportArgs),
     Traffic(TrafficArgs),
-}
-
-/// Hold every kernel against the CPU's code at many sizes, and its results against those of its other runs
-#[derive(Clone, Debug, Args)]
-#[command(rename_all = "snake_case")]
-pub struct CheckArgs {
-    /// Which GPU, of those that this process sees
-    #[arg(long, default_value_t = 0)]
-    pub gpu: usize,
-    /// Runs of each case; all must give the same bits
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
-    pub repeat: u32,
-    /// Cases whose file and name contain this alone
-    #[arg(long, default_value = "")]
-    pub only: String,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// Time every kernel at the shapes of ChatGLM2-6B
@@ -59,7 +40,10 @@ pub struct BenchArgs {
     /// Which GPU, of those that this process sees
     #[arg(long, default_value_t = 0)]
     pub gpu: usize,
-    /// Print JSON
+    /// Small shapes, to rehearse where no GPU is: the times say nothing
+    #[arg(long)]
+    pub small: bool,
+    /// Print a line of JSON as soon as each time is known
     #[arg(long)]
     pub json: bool,
 }
@@ -81,7 +65,7 @@ pub struct TrafficArgs {}
 
 pub fn run(args: &KernelsArgs) -> anyhow::Result<ExitCode> {
     match &args.command {
-        Command::Check(args) => check(args),
+        Command::Check(args) => kernels_check::run(args),
         Command::Bench(args) => bench(args).map(|()| ExitCode::SUCCESS),
         Command::Report(args) => table(args).map(|()| ExitCode::SUCCESS),
         Command::Traffic(TrafficArgs {}) => {
@@ -91,49 +75,20 @@ pub fn run(args: &KernelsArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
-    let gpu = cuda::open(args.gpu)?;
-    let mut by_file: BTreeMap<&str, (usize, Vec<String>)> = BTreeMap::new();
-    let all = cases().into_iter().chain(products::cases());
-    for case in all.filter(|case| format!("{} {}", case.file, case.name).contains(&args.only)) {
-        let (num, failures) = by_file.entry(case.file).or_default();
-        *num += 1;
-        let mut first = None;
-        for run in 1..=args.repeat {
-            let result = case.run_on(&*gpu);
-            gpu.free_all();
-            let problem = match (result, &first) {
-                (Err(error), _) => error.to_string(),
-                (Ok(hash), None) => {
-                    first = Some(hash);
-                    continue;
-                }
-                (Ok(hash), Some(first)) if hash == *first => continue,
-                (Ok(_), Some(_)) => "other bits than in the first run".to_owned(),
-            };
-            failures.push(format!("{}, run {run}: {problem}", case.name));
-            break;
-        }
-    }
-    let num_failed: usize = by_file.values().map(|(_, failures)| failures.len()).sum();
-    let mut text = format!("{}; {} runs of each case\n", gpu.describe(), args.repeat);
-    for (file, (num, failures)) in &by_file {
-        let _ = writeln!(text, "{file:<16} {:>4} of {num:>4} cases equal the CPU's code", num - failures.len());
-        failures.iter().for_each(|failure| text.push_str(&format!("    FAILED {failure}\n")));
-    }
-    if args.json {
-        let files: BTreeMap<_, _> =
-            by_file.iter().map(|(file, (num, failures))| (file, json!({ "cases": num, "failures": failures }))).collect();
-        text = format!("{}\n", json!({ "gpu": gpu.describe(), "repeat": args.repeat, "files": files }));
-    }
-    report::print(&text)?;
-    Ok(if num_failed == 0 && !by_file.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
-}
-
 fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let gpu = cuda::open(args.gpu)?;
-    let times = kernels::run(&*gpu, &Shape::CHATGLM2_6B)?;
-    report::print(&if args.json { format!("{}\n", serde_json::to_string_pretty(&times)?) } else { text(&times, None) })?;
+    let (shape, machine) = if args.small { (Shape::SMALL, Machine::SMALL) } else { (Shape::CHATGLM2_6B, Machine::GPU) };
+    let mut lines = Vec::new();
+    gpu_times::run(&*gpu, &shape, &machine, |line| -> anyhow::Result<()> {
+        if args.json {
+            report::print(&format!("{}\n", serde_json::to_string(&line)?))?;
+        }
+        lines.push(line);
+        Ok(())
+    })?;
+    if !args.json {
+        report::print(&text(&lines, None))?;
+    }
     Ok(())
 }
 
@@ -146,23 +101,40 @@ struct TorchTimes {
 }
 
 fn table(args: &ReportArgs) -> anyhow::Result<()> {
-    fn read<T: for<'de> Deserialize<'de>>(path: &PathBuf) -> anyhow::Result<T> {
-        let bytes = std::fs::read(path).with_context(|| format!("while reading {}", path.display()))?;
-        serde_json::from_slice(&bytes).with_context(|| format!("while reading {}", path.display()))
-    }
-    let torch = args.torch.as_ref().map(read::<TorchTimes>).transpose()?;
-    report::print(&text(&read::<Report>(&args.bench)?, torch.as_ref()))?;
+    let torch: Option<TorchTimes> = match &args.torch {
+        Some(path) => Some(serde_json::from_str(&read(path)?).with_context(|| reading(path))?),
+        None => None,
+    };
+    let lines = read(&args.bench)?
+        .lines()
+        .enumerate()
+        .map(|(i, line)| serde_json::from_str(line).with_context(|| format!("{}, line {}", reading(&args.bench), i + 1)))
+        .collect::<anyhow::Result<Vec<Line>>>()?;
+    report::print(&text(&lines, torch.as_ref()))?;
     Ok(())
 }
 
-/// A Markdown table.
-fn text(times: &Report, torch: Option<&TorchTimes>) -> String {
-    let Report { gpu, copy_gb_s, product_tflop_s, kernels } = times;
-    let mut text = format!(
+fn reading(path: &Path) -> String {
+    format!("while reading {}", path.display())
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| reading(path))
+}
+
+/// A Markdown table of what was measured, which may have ended early.
+fn text(lines: &[Line], torch: Option<&TorchTimes>) -> String {
+    let ceilings = lines.iter().find_map(|line| if let Line::Ceilings(ceilings) = line { Some(ceilings) } else { None });
+    let Some(Ceilings { gpu, is_rehearsal, copy_gb_s, product_tflop_s }) = ceilings else {
+        return "Nothing was measured.\n".to_owned();
+    };
+    let mut text = if *is_rehearsal { "REHEARSAL at a small shape: the times say nothing.\n\n".to_owned() } else { String::new() };
+    let _ = write!(
+        text,
         "{gpu}. Measured there: a copy of 1 GiB {copy_gb_s:.0} GB/s (read and written), a product of 8192 x 8192 bf16 {product_tflop_s:.0} TFLOP/s.\n\n\
          | kernel | median, ms | speed | of what was measured | PyTorch, ms | PyTorch / glmddp |\n| --- | ---: | ---: | ---: | ---: | ---: |\n"
     );
-    for kernel in kernels {
+    for kernel in lines.iter().filter_map(|line| if let Line::Timed(timed) = line { Some(timed) } else { None }) {
         let Timed { name, median_ms, work } = kernel;
         let (unit, of) = match work {
             Work::Bytes(_) => ("GB/s", copy_gb_s),

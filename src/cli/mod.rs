@@ -21,6 +21,7 @@ pub mod export;
 pub mod generate;
 pub mod init_model;
 pub mod kernels;
+pub mod kernels_check;
 pub mod man;
 pub mod plan;
 pub mod ranks;

@@ -3,7 +3,7 @@
 use super::launch::{Buffer, Executor, KernelDtype, LaunchError};
 
 /// How the operands of a [`Product`] lie, all row-major.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Operands {
     /// a `[M, K]`, b `[N, K]`: a linear layer's forward, as [`super::matmul::nt`].
     Nt,
@@ -13,7 +13,7 @@ pub enum Operands {
     Tn,
 }
 
-/// d `[M, N]` = a b + bias + residual, summed in f32 and rounded once. Addresses are of contiguous memory.
+/// d `[M, N]` = a b + bias + residual, summed in f32 and rounded once. Addresses are of contiguous memory, multiples of 16 bytes.
 ///
 /// The epilogues save passes: a bias or a residual that is added here is neither read nor written by a kernel of its own.
 #[derive(Clone, Copy, Debug)]
@@ -24,13 +24,13 @@ pub struct Product {
     pub a: u64,
     pub b: u64,
     pub d: u64,
-    /// Of a, b, the bias and the residual.
+    /// Of a and b.
     pub dtype: KernelDtype,
-    /// Of d: that of the operands, or F32.
+    /// Of d, the bias and the residual: that of the operands, or F32.
     pub out_dtype: KernelDtype,
     /// `[N]`, added to each row.
     pub bias: Option<u64>,
-    /// `[M, N]` of d's type, added; may be d itself.
+    /// `[M, N]`, added; may be d itself.
     pub residual: Option<u64>,
 }
 
@@ -44,7 +44,7 @@ pub trait Gpu: Executor {
     /// Queues a product behind the kernels that were started.
     ///
     /// # Errors
-    /// When cuBLASLt has no way to do it, or fails.
+    /// When an address is no multiple of 16 bytes, or cuBLASLt has no way to do it, or fails.
     fn product(&self, product: &Product) -> Result<(), LaunchError>;
 
     /// Queues a copy.
@@ -56,9 +56,12 @@ pub trait Gpu: Executor {
     /// Frees all memory that was allocated; its addresses are of no more use.
     fn free_all(&self);
 
-    /// Milliseconds between the start and the end of what `work` queues, by the GPU's clock.
+    /// Milliseconds between the start and the end of what `work` queues behind `before`, by the GPU's clock.
     ///
     /// # Errors
-    /// When `work` or the device fails.
-    fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), LaunchError>) -> Result<f64, LaunchError>;
+    /// When `before`, `work` or the device fails.
+    fn time_ms(&self, before: Queue, work: Queue) -> Result<f64, LaunchError>;
 }
+
+/// What queues work.
+pub type Queue<'q> = &'q mut dyn FnMut() -> Result<(), LaunchError>;

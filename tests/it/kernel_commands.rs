@@ -25,13 +25,14 @@ fn traffic_of_a_step_is_what_the_document_says() {
 #[test]
 fn times_stand_beside_those_of_pytorch() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = r#"{"gpu": "GPU 0 (made up)", "copy_gb_s": 1000.0, "product_tflop_s": 100.0, "kernels": [
-        {"name": "swiglu_fwd", "work": {"bytes": 900000000}, "median_ms": 1.0},
-        {"name": "attention_fwd prefix 0", "work": {"flops": 50000000000}, "median_ms": 1.0}]}"#;
+    let bench = r#"{"gpu": "GPU 0 (made up)", "is_rehearsal": false, "copy_gb_s": 1000.0, "product_tflop_s": 100.0}
+{"name": "swiglu_fwd", "work": {"bytes": 900000000}, "median_ms": 1.0}
+{"name": "attention_fwd prefix 0", "work": {"flops": 50000000000}, "median_ms": 1.0}
+"#;
     let torch = r#"{"about": {"torch": "2.11"}, "median_ms": {"swiglu_fwd": 1.5}, "failed": {"attention": "RuntimeError: no kernel"}}"#;
-    std::fs::write(dir.path().join("bench.json"), bench).unwrap();
+    std::fs::write(dir.path().join("bench.jsonl"), bench).unwrap();
     std::fs::write(dir.path().join("torch.json"), torch).unwrap();
-    let Ran { code, stdout, stderr, .. } = glmddp_in(dir.path(), &["kernels", "report", "bench.json", "--torch", "torch.json"]);
+    let Ran { code, stdout, stderr, .. } = glmddp_in(dir.path(), &["kernels", "report", "bench.jsonl", "--torch", "torch.json"]);
     assert_eq!(code, 0, "{stderr}");
     insta::assert_snapshot!("kernels_report", stdout);
     let missing = glmddp_in(dir.path(), &["kernels", "report", "torch.json"]);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result};
 use cudarc::nvrtc::Ptx;
 
@@ -46,7 +47,10 @@ impl CudaExecutor {
         let build = build().ok_or(CudaError::NotBuilt)?;
         let device = driver()?.device(ordinal, build.toolkit)?.clone();
         let context = CudaContext::new(ordinal).map_err(|e| failed("cuDevicePrimaryCtxRetain", e))?;
-        let stream = context.per_thread_stream();
+        // SAFETY: all that is queued goes to the one stream below, so that nothing has to be ordered by events. They would be two an allocation.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(|e| failed("cuStreamCreate", e))?;
+        keep_freed_memory(&context).map_err(|e| failed("cuMemPoolSetAttribute", e))?;
         let (modules, kernels, buffers, last, blas) = Default::default();
         Ok(Self { device, build, context, stream, modules, kernels, buffers, last, blas })
     }
@@ -95,6 +99,16 @@ impl CudaExecutor {
         let since = if last.is_empty() { String::new() } else { format!(" (the last kernel started was `{last}`)") };
         let name = format!("at {:#x}", buffer.address);
         LaunchError::Memory { name, bytes: buffer.bytes, reason: format!("{}{since}", failed(call, error)) }
+    }
+}
+
+/// Lets the device's pool keep what was freed. By default each synchronisation gives it back to the system, and the next allocation pays for it.
+fn keep_freed_memory(context: &CudaContext) -> Result<(), DriverError> {
+    let mut most = u64::MAX;
+    // SAFETY: the device is the context's own; the driver copies the attribute, 8 bytes.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, (&raw mut most).cast())
     }
 }
 

@@ -1,6 +1,7 @@
 //! cuBLASLt's products, copies and the clock of a [`CudaExecutor`].
 #![allow(unsafe_code, reason = "cuBLASLt is a C library")]
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 
 use cudarc::cublas::sys::cublasOperation_t;
@@ -9,18 +10,41 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaSlice, DevicePtr};
 
-use super::super::gpu::{Gpu, Operands, Product};
-use super::super::launch::{Buffer, KernelDtype, LaunchError};
+use super::super::gpu::{Gpu, Operands, Product, Queue};
+use super::super::launch::{Buffer, KernelDtype, LaunchError, require_aligned};
 use super::device::failed;
 use super::{CUBLAS_LT, CudaError, CudaExecutor, load};
 
 /// What NVIDIA recommends for Hopper; less serves the others.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
+/// What every address of a product is a multiple of. cuBLASLt would assume 256 bytes, which the middle of a buffer need not be.
+const ALIGNMENT: u32 = 16;
+
+/// What an algorithm is chosen for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Shape {
+    operands: Operands,
+    sizes: [usize; 3],
+    dtype: KernelDtype,
+    out_dtype: KernelDtype,
+    has_bias: bool,
+    has_residual: bool,
+}
+
+impl Shape {
+    fn of(product: &Product) -> Self {
+        let &Product { operands, sizes, dtype, out_dtype, bias, residual, .. } = product;
+        Self { operands, sizes, dtype, out_dtype, has_bias: bias.is_some(), has_residual: residual.is_some() }
+    }
+}
+
 /// A handle of cuBLASLt with its workspace.
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: CudaSlice<u8>,
+    /// Chosen at the first product of a shape and kept: asking takes time, and another algorithm may give other bits.
+    algorithms: BTreeMap<Shape, sys::cublasLtMatmulAlgo_t>,
 }
 
 impl Blas {
@@ -33,7 +57,7 @@ impl Blas {
             bytes: WORKSPACE_BYTES,
             reason: failed("cuMemAllocAsync", e).to_string(),
         })?;
-        Ok(Self { handle, workspace })
+        Ok(Self { handle, workspace, algorithms: BTreeMap::new() })
     }
 }
 
@@ -101,13 +125,27 @@ struct Preference(sys::cublasLtMatmulPreference_t);
 
 impl Preference {
     fn new() -> Result<Self, LaunchError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = Self(result::create_matmul_pref().map_err(|e| product_failed("cublasLtMatmulPreferenceCreate", e))?);
-        let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        let bytes = WORKSPACE_BYTES;
-        // SAFETY: cuBLASLt copies the value, a size.
-        unsafe { result::set_matmul_pref_attribute(preference.0, attribute, (&raw const bytes).cast(), size_of::<usize>()) }
-            .map_err(|e| product_failed("cublasLtMatmulPreferenceSetAttribute", e))?;
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE_BYTES)?;
+        // A sum that is split over blocks stays in f32 until it is whole. By default its parts may be rounded to d's type before they are added.
+        let scheme = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, scheme)?;
+        for attribute in [
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        ] {
+            preference.set(attribute, ALIGNMENT)?;
+        }
         Ok(preference)
+    }
+
+    fn set<T>(&self, attribute: sys::cublasLtMatmulPreferenceAttributes_t, value: T) -> Result<(), LaunchError> {
+        // SAFETY: cuBLASLt copies the value; each attribute above is given its own type.
+        unsafe { result::set_matmul_pref_attribute(self.0, attribute, (&raw const value).cast(), size_of::<T>()) }
+            .map_err(|e| product_failed("cublasLtMatmulPreferenceSetAttribute", e))
     }
 }
 
@@ -126,6 +164,8 @@ impl Gpu for CudaExecutor {
             let (op, supported) = ("a matrix product's result".to_owned(), vec![dtype, KernelDtype::F32]);
             return Err(CudaError::Dtype { op, dtype: out_dtype, supported }.into());
         }
+        let (bias_at, residual_at) = (bias.unwrap_or(0), residual.unwrap_or(0));
+        require_aligned("matrix product", &[a, b, d, bias_at, residual_at])?;
         let mut blas = self.blas.borrow_mut();
         let blas = match &mut *blas {
             Some(blas) => blas,
@@ -147,14 +187,22 @@ impl Gpu for CudaExecutor {
         if let Some(bias) = bias {
             description.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
             description.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
-            description.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &data_type(dtype))?;
+            description.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &data_type(out_dtype))?;
         }
-        let preference = Preference::new()?;
-        // SAFETY: all handles live; the layouts are those of the product.
-        let heuristic = unsafe {
-            result::get_matmul_algo_heuristic(blas.handle, description.0, layout_b.0, layout_a.0, layout_d.0, layout_d.0, preference.0)
-        }
-        .map_err(|e| product_failed("cublasLtMatmulAlgoGetHeuristic", e))?;
+        let shape = Shape::of(product);
+        let algorithm = match blas.algorithms.get(&shape) {
+            Some(algorithm) => *algorithm,
+            None => {
+                let preference = Preference::new()?;
+                // SAFETY: all handles live; the layouts are those of the product.
+                let heuristic = unsafe {
+                    let (handle, description, preference) = (blas.handle, description.0, preference.0);
+                    result::get_matmul_algo_heuristic(handle, description, layout_b.0, layout_a.0, layout_d.0, layout_d.0, preference)
+                }
+                .map_err(|e| product_failed("cublasLtMatmulAlgoGetHeuristic", e))?;
+                *blas.algorithms.entry(shape).or_insert(heuristic.algo)
+            }
+        };
         let (alpha, beta) = (1f32, if residual.is_some() { 1f32 } else { 0f32 });
         let pointer = |address: u64| address as *const c_void;
         let workspace = blas.workspace.device_ptr(&self.stream).0 as *mut c_void;
@@ -174,7 +222,7 @@ impl Gpu for CudaExecutor {
                 layout_d.0,
                 d as *mut c_void,
                 layout_d.0,
-                &raw const heuristic.algo,
+                &raw const algorithm,
                 workspace,
                 WORKSPACE_BYTES,
                 self.stream.cu_stream().cast(),
@@ -197,9 +245,10 @@ impl Gpu for CudaExecutor {
         self.buffers.borrow_mut().clear();
     }
 
-    fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), LaunchError>) -> Result<f64, LaunchError> {
+    fn time_ms(&self, before: Queue, work: Queue) -> Result<f64, LaunchError> {
         let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
         let clock = |e| LaunchError::Kernel { kernel: self.last.borrow().clone(), reason: failed("an event", e).to_string() };
+        before()?;
         let start = event().map_err(clock)?;
         work()?;
         let end = event().map_err(clock)?;
