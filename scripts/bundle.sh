@@ -2,7 +2,8 @@
 # Makes one folder, and an archive of it, that runs glmddp on a machine with nothing but NVIDIA's driver and cuBLAS (from the system, from
 # wheels, or put into lib/): the binary with kernels for all architectures, licences, a README. Without MPI. Needs nvcc here, no GPU.
 #
-#   scripts/bundle.sh [FOLDER]     FOLDER/glmddp-VERSION-cudaX.Y-ARCH and the same with .tar.gz (default: bundle/ in the folder of builds)
+#   scripts/bundle.sh [FOLDER]     FOLDER/glmddp-VERSION-cudaX.Y-ARCH and the same with .tar.gz (default: bundle/ in the folder of builds);
+#                                  prints the folder's path as the last line of stdout
 #
 # It then starts the binary in an empty root that has the C library alone, and fails where that does not work or the archive is too large.
 set -euo pipefail
@@ -31,6 +32,14 @@ rm -rf "$folder" "$folder.tar.gz"
 mkdir -p "$folder/bin" "$folder/lib"
 cp "$binary" "$folder/bin/"
 cp -R "$root/LICENSE" "$root/configs" "$folder/"
+
+# NCCL's file is called libnccl.so.2, and cudarc's loader asks for libnccl.so. A link would need to know where it is; a library without content
+# that needs libnccl.so.2 sends the loader to wherever that is found. `nothing` is there to link against.
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+nothing=$work/libnccl.so.2
+cc -shared -Wl,-soname,libnccl.so.2 -o "$nothing" -x c /dev/null
+cc -shared -s -Wl,--no-as-needed -o "$folder/lib/libnccl.so" -x c /dev/null -x none "$nothing"
 # A line a crate; the folders of this machine are left out.
 "$root/scripts/lean_cuda.sh" tree --edges normal --prefix none --format '{p} | {l} | {r}' |
     sed -e 's| (/[^)]*)||' -e 's| (\*)||' -e 's| (proc-macro)||' | grep -v '^glmddp ' | sort -u >"$folder/THIRD_PARTY.txt"
@@ -43,7 +52,7 @@ Fine-tunes ChatGLM2-6B on one device; this build is without MPI. Start it where 
     bin/glmddp train --help
 
 It needs Linux with glibc $glibc or newer and, for a GPU, NVIDIA's driver for CUDA $cuda or newer and a GPU of compute capability 8.0 or higher. cuBLAS,
-cuBLASLt and cuRAND are looked for in \`lib/\`, on LD_LIBRARY_PATH and where the system has them; PyTorch's wheels have them in \`nvidia/cu13/lib\`.
+cuBLASLt, cuRAND and (for more than one GPU) NCCL are looked for in \`lib/\`, on LD_LIBRARY_PATH and where the system has them; PyTorch's wheels have them in \`nvidia/cu13/lib\` and \`nvidia/nccl/lib\`.
 
 Licence: Apache-2.0 (LICENSE). What is linked in has the licences that THIRD_PARTY.txt names.
 README
@@ -51,8 +60,8 @@ tar -C "$out" --sort=name --owner=0 --group=0 --numeric-owner --mtime="@${SOURCE
     -c "$name" | gzip -n -9 >"$folder.tar.gz"
 
 say "starting it in an empty root: the archive, the C library, nothing else"
-bare=$(mktemp -d)
-trap 'rm -rf "$bare"' EXIT
+bare=$work/root
+mkdir "$bare"
 tar -C "$bare" -xzf "$folder.tar.gz"
 ldd "$binary" | grep -o '/[^ ]*' | while read -r library; do
     mkdir -p "$bare$(dirname "$library")"
@@ -67,3 +76,4 @@ cat "$bare/doctor" >&2
 megabytes=$(($(stat -c %s "$folder.tar.gz") / 1000000))
 [ "$megabytes" -lt "$MAX_MB" ] || die "the archive has $megabytes MB, and is to have less than $MAX_MB"
 say "$folder.tar.gz: $(stat -c %s "$folder.tar.gz") bytes; the binary: $(stat -c %s "$folder/bin/glmddp"); glibc $glibc or newer"
+echo "$folder"

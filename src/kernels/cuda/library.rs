@@ -2,7 +2,8 @@
 
 use super::Version;
 
-/// A library, the files that the loader is asked for, and where it comes from.
+/// A library, the file names that cudarc tries (without its rarer spellings), and where it comes from. A file of another name is of no use:
+/// cudarc would not find it, and panics where it finds none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Library {
     pub name: &'static str,
@@ -40,8 +41,9 @@ pub const CURAND: Library = Library {
 pub const NCCL: Library = Library {
     name: "NCCL",
     needed_for: "more than one NVIDIA GPU",
-    files: &["libnccl.so", "libnccl.so.2"],
-    remedy: "apt-get install libnccl2 (from NVIDIA's repository), or pip install nvidia-nccl-cu13 and its nvidia/nccl/lib on LD_LIBRARY_PATH",
+    files: &["libnccl.so"],
+    remedy: "apt-get install libnccl-dev (from NVIDIA's repository), or pip install nvidia-nccl-cu13, its nvidia/nccl/lib on LD_LIBRARY_PATH and \
+             in it ln -s libnccl.so.2 libnccl.so",
 };
 
 /// The first branch of NVIDIA's Linux driver that runs CUDA `version` (CUDA Toolkit Release Notes, table 3).
