@@ -2,6 +2,8 @@
 // alignment, reads of what nobody wrote, races within a block between barriers and races of blocks, barriers and warp operations that not all
 // threads come to, asynchronous copies that nobody waits for. The first fault ends the launch with a message.
 //
+// With SHIM_PLAIN only barriers and warp operations are watched, not memory.
+//
 // Memory is watched in granules of two bytes. __syncthreads orders a block, __syncwarp a warp; shuffles and mma order nothing, as in CUDA.
 // Not modelled: caches, bank conflicts, the order in which a tensor core adds, concurrent blocks (they must not depend on each other).
 #include <math.h>
@@ -15,13 +17,14 @@
 #include <ucontext.h>
 #endif
 
+#include "half.h"
 #include "shim.h"
 
 namespace {
 
 constexpr int MAX_THREADS = 1024, WARP = 32, MAX_REGIONS = 128, MAX_COPIES = 256;
 constexpr size_t STACK = 64 << 10, GUARD = 4096, GRANULE = 2;
-constexpr uint16_t MANY = 0xffff;
+[[maybe_unused]] constexpr uint16_t MANY = 0xffff;
 
 // What is known of a granule.
 struct Cell {
@@ -74,8 +77,8 @@ struct Warp {
     bool flag;
 };
 
-Region regions[MAX_REGIONS];
-int num_regions;
+[[maybe_unused]] Region regions[MAX_REGIONS];
+[[maybe_unused]] int num_regions;
 Region shared_region;
 Fiber fibers[MAX_THREADS];
 Warp warps[MAX_THREADS / WARP];
@@ -93,7 +96,7 @@ shim_index block, grid;
 void (*kernel_function)(const void*);
 const unsigned char* kernel_args;
 size_t kernel_args_bytes;
-uint64_t counts[4];
+[[maybe_unused]] uint64_t counts[4];
 
 // ---- switching -----------------------------------------------------------------------------------------------------------------------
 
@@ -185,6 +188,16 @@ void prepare(int thread) {
 
 // ---- memory --------------------------------------------------------------------------------------------------------------------------
 
+#if defined(SHIM_PLAIN)
+void access(const void*, size_t, bool) {}
+void expect_shared(const void*, const char*) {}
+template <typename T>
+T atomic_min(T* at, T value) {
+    T old = *at;
+    if (value < old) *at = value;
+    return old;
+}
+#else
 Region* region_of(uintptr_t at) {
     if (at - shared_region.start < shared_region.bytes) return &shared_region;
     for (int i = 0; i < num_regions; i++)
@@ -281,6 +294,7 @@ T atomic_min(T* at, T value) {
     if (value < old) *at = value;
     return old;
 }
+#endif
 
 // ---- warps ---------------------------------------------------------------------------------------------------------------------------
 
@@ -366,7 +380,9 @@ void in_warp(Operation operation, unsigned lanes) {
 
 // ---- blocks --------------------------------------------------------------------------------------------------------------------------
 
-void clear(Region& region) { memset(region.cells, 0, (region.bytes / GRANULE + 1) * sizeof(Cell)); }
+void clear(Region& region) {
+    if (region.cells) memset(region.cells, 0, (region.bytes / GRANULE + 1) * sizeof(Cell));
+}
 
 // Runs one block; `order` shuffles its threads.
 void run_block(int order) {
@@ -448,6 +464,7 @@ void shim_load_matrices(uint32_t* r, const void* row, bool transposed) {
     in_warp(MATRICES, 0xffffffffu);
 }
 
+#if !defined(SHIM_PLAIN)
 void shim_load(void* to, const void* from, int bytes) {
     access(from, size_t(bytes), false);
     memcpy(to, from, size_t(bytes));
@@ -487,34 +504,15 @@ void shim_copy_async_wait(int open) {
     }
     fiber.num_copies = kept;
 }
+#endif
 uint32_t shim_atomic_min(uint32_t* at, uint32_t value) { return atomic_min(at, value); }
 unsigned long long shim_atomic_min_64(unsigned long long* at, unsigned long long value) { return atomic_min(at, value); }
 
-float shim_f16_to_f32(uint16_t h) {
-    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
-    if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | mantissa << 13);
-    if (exponent == 0) {
-        float x = float(mantissa) * 0x1p-24f;
-        return sign ? -x : x;
-    }
-    return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-uint16_t shim_f32_to_f16(float x) {
-    uint32_t bits = __float_as_uint(x);
-    uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-    float size = fabsf(x);
-    if (size != size) return uint16_t(sign | 0x7e00);
-    if (size >= 65520.0f) return uint16_t(sign | 0x7c00);
-    if (size < 0x1p-14f) return uint16_t(sign | uint16_t(rintf(size * 0x1p24f)));
-    uint32_t rest = bits & 0x7fffffff;
-    return uint16_t(sign | ((rest + 0xfff + (rest >> 13 & 1) - (112u << 23)) >> 13));
-}
-uint16_t shim_f32_to_bf16(float x) {
-    uint32_t bits = __float_as_uint(x);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+float shim_f16_to_f32(uint16_t bits) { return half::from_f16(bits); }
+uint16_t shim_f32_to_f16(float x) { return half::to_f16(x); }
+uint16_t shim_f32_to_bf16(float x) { return half::to_bf16(x); }
 
+#if !defined(SHIM_PLAIN)
 // ---- what -fsanitize=thread calls ----------------------------------------------------------------------------------------------------
 
 #define ACCESS(bytes)                                                      \
@@ -572,6 +570,7 @@ void shim_take_counts(uint64_t* to) {
     memcpy(to, counts, sizeof counts);
     memset(counts, 0, sizeof counts);
 }
+#endif
 
 // Null, or what went wrong.
 const char* shim_launch(void (*function)(const void*), const int* grid_size, int threads, size_t shared_bytes, const void* args,
@@ -589,7 +588,9 @@ const char* shim_launch(void (*function)(const void*), const int* grid_size, int
     shared_region.bytes = shared_bytes;
     shared_region.is_shared = true;
     snprintf(shared_region.name, sizeof shared_region.name, "shared memory");
+#if !defined(SHIM_PLAIN)
     shared_region.cells = static_cast<Cell*>(calloc(shared_bytes / GRANULE + 1, sizeof(Cell)));
+#endif
     launch_epoch = ++epoch;
     long num_blocks = long(grid.x) * grid.y * grid.z;
     for (long i = 0; i < num_blocks && !failed; i++) {

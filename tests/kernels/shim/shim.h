@@ -1,5 +1,6 @@
 // CUDA's words for the host's compiler: a block's threads are fibers, and every access to memory is checked by runtime.cpp. Kernels are
 // compiled with -fsanitize=thread, whose callbacks (not its library) tell of their accesses.
+// With SHIM_PLAIN nothing is checked and nothing is told: for whole programs, where speed counts (tests/standin).
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -19,11 +20,13 @@ void shim_sync_block();
 void shim_sync_warp(unsigned lanes);
 uint64_t shim_shuffle(unsigned lanes, uint64_t value, int from);
 unsigned shim_ballot(unsigned lanes, bool value);
+#if !defined(SHIM_PLAIN)
 void shim_load(void* to, const void* from, int bytes);
 void shim_store(void* to, const void* from, int bytes);
 void shim_copy_async(void* shared, const void* global, bool is_there);
 void shim_copy_async_commit();
 void shim_copy_async_wait(int open);
+#endif
 void shim_mma(float* c, const uint32_t* a, const uint32_t* b, bool is_bf16);
 void shim_load_matrices(uint32_t* r, const void* row, bool transposed);
 float shim_f16_to_f32(uint16_t bits);
@@ -34,6 +37,19 @@ unsigned long long shim_atomic_min_64(unsigned long long* at, unsigned long long
 }
 
 #define DEVICE inline __attribute__((always_inline))
+#if defined(SHIM_PLAIN)
+DEVICE void shim_load(void* to, const void* from, int bytes) { memcpy(to, from, size_t(bytes)); }
+DEVICE void shim_store(void* to, const void* from, int bytes) { memcpy(to, from, size_t(bytes)); }
+DEVICE void shim_copy_async(void* shared, const void* global, bool is_there) {
+    if (is_there) {
+        memcpy(shared, global, 16);
+    } else {
+        memset(shared, 0, 16);
+    }
+}
+DEVICE void shim_copy_async_commit() {}
+DEVICE void shim_copy_async_wait(int) {}
+#endif
 #define threadIdx (shim_thread_index())
 #define blockIdx (shim_block_index())
 #define blockDim (shim_block_size())
