@@ -5,6 +5,9 @@
 #
 #   scripts/test.sh               everything; may be run again
 #
+# GLMDDP_REQUIRE    what may not be skipped, separated by commas: `torch` (PyTorch's benchmarks; installs it where it is missing, 5 GB), `root`
+#                   (the rehearsal of the GPU scripts, for which bwrap has to be allowed to make an empty root)
+#
 # All steps use the release profile, so that dependencies are compiled once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,6 +16,7 @@ source scripts/setup.sh
 
 NEXTEST=0.9.143
 DENY=0.20.2
+is_required() { [[ ,${GLMDDP_REQUIRE:-}, == *,$1,* ]]; }
 not_run=()
 skip() {
     not_run+=("$1")
@@ -45,7 +49,7 @@ install_tool cargo-deny "cargo-deny@$DENY"
 have shellcheck || apt_install shellcheck
 
 step cargo fmt --check
-step shellcheck --severity=style scripts/*.sh launch/*.sh .ci/run
+step shellcheck --severity=style scripts/*.sh launch/*.sh .ci/run tests/standin/build.sh tests/standin/compute-sanitizer
 step cargo clippy --release --locked --all-targets -- -D warnings
 step cargo clippy --release --locked --all-targets --no-default-features -- -D warnings
 step scripts/lean_cuda.sh clippy --release --all-targets -- -D warnings
@@ -53,7 +57,25 @@ step scripts/kernel_table.sh
 step env RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
 step cargo nextest run --release --locked
 step cargo test --release --locked --doc
-step scripts/lean_cuda.sh test --release --lib cuda
+
+# The same profile as the bundle's, so that what it depends on is compiled once.
+step scripts/lean_cuda.sh test --profile bundle --lib --test standin cuda
+rehearse() {
+    say "scripts/gpu_rehearsal.sh $*"
+    local status=0
+    scripts/gpu_rehearsal.sh "$@" || status=$?
+    case $status in
+        0) ;;
+        77) if is_required root; then die "bwrap may not make an empty root here"; else skip "scripts/gpu_rehearsal.sh $* (bwrap may not make an empty root)"; fi ;;
+        *) die "scripts/gpu_rehearsal.sh $* failed" ;;
+    esac
+}
+rehearse
+if is_required torch || [ -x "$cache/venv-torch-2.11.0/bin/python" ]; then
+    rehearse --torch
+else
+    skip "PyTorch's benchmarks (no PyTorch; GLMDDP_REQUIRE=torch installs it)"
+fi
 
 step cargo deny --locked check bans licenses sources
 if timeout 120 cargo deny fetch db >/dev/null 2>&1 || compgen -G "${CARGO_HOME:-$HOME/.cargo}/advisory-dbs/*/.git" >/dev/null; then
