@@ -28,6 +28,13 @@ struct Shape {
     wanted: Wanted,
 }
 
+impl Shape {
+    /// The size of what gradients are multiplied with: queries are as much larger as the scores.
+    fn factor(self) -> f32 {
+        self.logits.max(1.0)
+    }
+}
+
 const SMALL: Shape =
     Shape { rows: &[64, 31], prefix: 0, prefix_rows: PrefixRows::Shared, heads: (2, 1, 64), gap: 0, logits: 1.0, wanted: Wanted::All };
 
@@ -147,7 +154,7 @@ fn forward(check: &mut Check, dtype: KernelDtype, shape: Shape) -> Result<(), Ch
     };
     device::fwd(check.executor, dtype, &batch)?;
     let out = out.reshape((inputs.tokens(), inputs.heads.num_heads, inputs.heads.head_dim))?;
-    expect(check, "out", batch.out, dtype, &out, Tolerance::rounded_inside(dtype))?;
+    expect(check, "out", batch.out, dtype, &out, 1.0, Tolerance::rounded_inside(dtype))?;
     check.expect("lse", batch.lse, KernelDtype::F32, &values(&lse)?, Tolerance::rounded_once(KernelDtype::F32))
 }
 
@@ -192,12 +199,12 @@ fn backward(check: &mut Check, dtype: KernelDtype, shape: Shape) -> Result<(), C
                 to[..width].copy_from_slice(from);
             }
         }
-        check.expect_sized("dqkv", address, dtype, &expected, &sizes, Tolerance::rounded_inside(dtype))?;
+        check.expect_sized("dqkv", address, dtype, &expected, &sizes, shape.factor(), Tolerance::rounded_inside(dtype))?;
     }
     let Some((dk, dv)) = &grads.dprefix else { return Ok(()) };
-    let (stored, inside) = (KernelDtype::F32, Tolerance::rounded_inside(dtype));
-    expect(check, "dprefix k", on_device.dprefix_k, stored, dk, inside)?;
-    expect(check, "dprefix v", on_device.dprefix_v, stored, dv, inside)?;
+    let (stored, inside, factor) = (KernelDtype::F32, Tolerance::rounded_inside(dtype), shape.factor());
+    expect(check, "dprefix k", on_device.dprefix_k, stored, dk, factor, inside)?;
+    expect(check, "dprefix v", on_device.dprefix_v, stored, dv, factor, inside)?;
     if shape.prefix_rows == PrefixRows::PerRow {
         return Ok(());
     }
@@ -210,8 +217,8 @@ fn backward(check: &mut Check, dtype: KernelDtype, shape: Shape) -> Result<(), C
         num_rows,
     };
     device::sum_rows(check.executor, &sums)?;
-    expect(check, "dk of all rows", sums.dk, stored, &dk.sum(0)?, inside)?;
-    expect(check, "dv of all rows", sums.dv, stored, &dv.sum(0)?, inside)
+    expect(check, "dk of all rows", sums.dk, stored, &dk.sum(0)?, factor, inside)?;
+    expect(check, "dv of all rows", sums.dv, stored, &dv.sum(0)?, factor, inside)
 }
 
 /// `expected` `[.., D]`
@@ -221,8 +228,9 @@ fn expect(
     address: u64,
     stored: KernelDtype,
     expected: &Tensor,
+    factor: f32,
     tolerance: Tolerance,
 ) -> Result<(), CheckError> {
     let (head_dim, expected) = (expected.dim(candle_core::D::Minus1)?, values(expected)?);
-    check.expect_sized(what, address, stored, &expected, &vector_sizes(&expected, head_dim), tolerance)
+    check.expect_sized(what, address, stored, &expected, &vector_sizes(&expected, head_dim), factor, tolerance)
 }

@@ -14,7 +14,10 @@ mod rms_norm;
 mod rotary;
 mod swiglu;
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::rc::Rc;
 
 use bytemuck::Pod;
 use candle_core::{Device, Tensor};
@@ -115,15 +118,15 @@ impl Case {
     /// # Errors
     /// When a kernel fails, or gives something else than the specification.
     pub fn run(&self, executor: &dyn Executor) -> Result<String, CheckError> {
-        self.run_in(Check { executor, gpu: None, outputs: Sha256::new() })
+        self.run_in(Check { executor, gpu: None, memo: &Memo::default(), outputs: Sha256::new() })
     }
 
-    /// As [`Self::run`], with what only a GPU has.
+    /// As [`Self::run`], with what only a GPU has; `memo` is of this case's runs.
     ///
     /// # Errors
     /// As [`Self::run`].
-    pub fn run_on(&self, gpu: &dyn Gpu) -> Result<String, CheckError> {
-        self.run_in(Check { executor: gpu, gpu: Some(gpu), outputs: Sha256::new() })
+    pub fn run_on(&self, gpu: &dyn Gpu, memo: &Memo) -> Result<String, CheckError> {
+        self.run_in(Check { executor: gpu, gpu: Some(gpu), memo, outputs: Sha256::new() })
     }
 
     fn run_in(&self, mut check: Check) -> Result<String, CheckError> {
@@ -131,6 +134,10 @@ impl Case {
         Ok(hex(&check.outputs.finalize()))
     }
 }
+
+/// What a case computes on the CPU and takes long, by name: kept from run to run.
+#[derive(Default)]
+pub struct Memo(RefCell<BTreeMap<&'static str, Rc<Vec<f32>>>>);
 
 /// A bound on a difference: a part of the expected value, and a part of the size of what it belongs to.
 #[derive(Clone, Copy, Debug, Default)]
@@ -197,6 +204,7 @@ impl Tolerance {
 pub struct Check<'e> {
     pub executor: &'e dyn Executor,
     gpu: Option<&'e dyn Gpu>,
+    memo: &'e Memo,
     outputs: Sha256,
 }
 
@@ -209,6 +217,16 @@ impl<'e> Check<'e> {
             expected: "a GPU".to_owned(),
             found: self.executor.describe(),
         })
+    }
+
+    /// The values that `make` computes, which it does once a case.
+    pub fn once(&self, name: &'static str, make: impl FnOnce() -> Result<Vec<f32>, CheckError>) -> Result<Rc<Vec<f32>>, CheckError> {
+        if let Some(values) = self.memo.0.borrow().get(name) {
+            return Ok(values.clone());
+        }
+        let values = Rc::new(make()?);
+        self.memo.0.borrow_mut().insert(name, values.clone());
+        Ok(values)
     }
 
     fn slack(&self) -> f32 {
@@ -265,7 +283,8 @@ impl<'e> Check<'e> {
     }
 
     /// As [`Self::expect`], with the absolute tolerance in units of each value's `sizes` ([`vector_sizes`]): the errors of many rounded
-    /// products grow with the vector that they make up. What is left of exact cancellation may differ as it does in f32.
+    /// products grow with the vector that they make up. What is left of exact cancellation may differ as it does in f32, in units of the largest
+    /// `factor` of the products.
     pub fn expect_sized(
         &mut self,
         what: &str,
@@ -273,10 +292,11 @@ impl<'e> Check<'e> {
         dtype: KernelDtype,
         expected: &[f32],
         sizes: &[f32],
+        factor: f32,
         tolerance: Tolerance,
     ) -> Result<(), CheckError> {
         let slack = self.slack();
-        let left = slack * Tolerance::rounded_inside(KernelDtype::F32).arithmetic.absolute;
+        let left = factor * slack * Tolerance::rounded_inside(KernelDtype::F32).arithmetic.absolute;
         self.compare(what, address, dtype, expected, |at, value| tolerance.of(value, sizes[at], slack) + left)
     }
 

@@ -38,15 +38,21 @@ pub fn cases() -> Vec<Case> {
                     let shape = Shape { operands, sizes, dtype, out_dtype, bias, residual };
                     cases.push(Case::new("products", shape.name(), move |check| product(check, shape)));
                 };
-                for sizes in [[1, 64, 32], [33, 128, 64]] {
+                // The number of tokens is odd, and widths are multiples of 8, as in a model: rows begin at multiples of 16 bytes.
+                let of = |tokens, from, to| match operands {
+                    Operands::Nt => [tokens, to, from],
+                    Operands::Nn => [tokens, from, to],
+                    Operands::Tn => [to, from, tokens],
+                };
+                for sizes in [of(1, 32, 64), of(33, 64, 128)] {
                     for bias in [false, true] {
                         for residual in [Residual::None, Residual::Elsewhere, Residual::InPlace] {
                             add(sizes, bias, residual);
                         }
                     }
                 }
-                // The second has few rows and many terms, for which cuBLASLt likes to split the sum over blocks.
-                for sizes in [[193, 1152, 1024], [40, 64, 4096]] {
+                // The second has few results of many terms each, for which cuBLASLt likes to split the sum over blocks.
+                for sizes in [of(193, 1024, 1152), if operands == Operands::Tn { [64, 40, 4097] } else { of(41, 4096, 64) }] {
                     add(sizes, false, Residual::None);
                     add(sizes, true, Residual::Elsewhere);
                 }
@@ -73,20 +79,25 @@ impl Shape {
 fn product(check: &mut Check, shape: Shape) -> Result<(), CheckError> {
     let Shape { operands, sizes: [m, n, k], dtype, out_dtype, bias: with_bias, residual: kind } = shape;
     let scale = 1.0 / (k as f32).sqrt();
-    let (a, b) = (random(1, m * k, 1.0, dtype), random(2, n * k, scale, dtype));
-    let (bias, residual) = (random(3, n, 1.0, out_dtype), random(4, m * n, 1.0, out_dtype));
-    let tensor = |values: &[f32], rows: usize| Tensor::from_slice(values, (rows, values.len() / rows), &Device::Cpu);
-    let expected = match operands {
-        Operands::Nt => matmul::nt(&tensor(&a, m)?, &tensor(&b, n)?)?,
-        Operands::Nn => matmul::nn(&tensor(&a, m)?, &tensor(&b, k)?)?,
-        Operands::Tn => matmul::tn(&tensor(&a, k)?, &tensor(&b, k)?)?,
-    };
-    let mut expected: Vec<f32> = expected.flatten_all()?.to_vec1()?;
-    for (row, residual) in expected.chunks_exact_mut(n).zip(residual.chunks_exact(n)) {
-        for ((value, bias), residual) in row.iter_mut().zip(&bias).zip(residual) {
-            *value += if with_bias { *bias } else { 0.0 } + if kind == Residual::None { 0.0 } else { *residual };
+    let a = check.once("a", || Ok(random(1, m * k, 1.0, dtype)))?;
+    let b = check.once("b", || Ok(random(2, n * k, scale, dtype)))?;
+    let bias = check.once("bias", || Ok(random(3, n, 1.0, out_dtype)))?;
+    let residual = check.once("residual", || Ok(random(4, m * n, 1.0, out_dtype)))?;
+    let expected = check.once("expected", || {
+        let tensor = |values: &[f32], rows: usize| Tensor::from_slice(values, (rows, values.len() / rows), &Device::Cpu);
+        let product = match operands {
+            Operands::Nt => matmul::nt(&tensor(&a, m)?, &tensor(&b, n)?)?,
+            Operands::Nn => matmul::nn(&tensor(&a, m)?, &tensor(&b, k)?)?,
+            Operands::Tn => matmul::tn(&tensor(&a, k)?, &tensor(&b, k)?)?,
+        };
+        let mut expected: Vec<f32> = product.flatten_all()?.to_vec1()?;
+        for (row, residual) in expected.chunks_exact_mut(n).zip(residual.chunks_exact(n)) {
+            for ((value, bias), residual) in row.iter_mut().zip(bias.iter()).zip(residual) {
+                *value += if with_bias { *bias } else { 0.0 } + if kind == Residual::None { 0.0 } else { *residual };
+            }
         }
-    }
+        Ok(expected)
+    })?;
     let d = match kind {
         Residual::InPlace => check.input("d", out_dtype, &residual)?,
         Residual::None | Residual::Elsewhere => check.output("d", out_dtype, m * n)?,
