@@ -97,6 +97,9 @@ fn bench(args: &BenchArgs) -> anyhow::Result<()> {
 struct TorchTimes {
     about: BTreeMap<String, serde_json::Value>,
     median_ms: BTreeMap<String, f64>,
+    /// Names of times that may hold waiting for the host.
+    #[serde(default)]
+    host_late: Vec<String>,
     failed: BTreeMap<String, String>,
 }
 
@@ -105,11 +108,15 @@ fn table(args: &ReportArgs) -> anyhow::Result<()> {
         Some(path) => Some(serde_json::from_str(&read(path)?).with_context(|| reading(path))?),
         None => None,
     };
-    let lines = read(&args.bench)?
-        .lines()
-        .enumerate()
-        .map(|(i, line)| serde_json::from_str(line).with_context(|| format!("{}, line {}", reading(&args.bench), i + 1)))
-        .collect::<anyhow::Result<Vec<Line>>>()?;
+    let mut lines = Vec::new();
+    for (i, line) in read(&args.bench)?.lines().enumerate() {
+        // The ceilings come first, then a time a line.
+        let parsed = if i == 0 { serde_json::from_str(line).map(Line::Ceilings) } else { serde_json::from_str(line).map(Line::Timed) };
+        lines
+            .push(parsed.with_context(|| {
+                format!("{}, line {}: expected what `glmddp kernels bench --json` prints", reading(&args.bench), i + 1)
+            })?);
+    }
     report::print(&text(&lines, torch.as_ref()))?;
     Ok(())
 }
@@ -125,26 +132,28 @@ fn read(path: &Path) -> anyhow::Result<String> {
 /// A Markdown table of what was measured, which may have ended early.
 fn text(lines: &[Line], torch: Option<&TorchTimes>) -> String {
     let ceilings = lines.iter().find_map(|line| if let Line::Ceilings(ceilings) = line { Some(ceilings) } else { None });
-    let Some(Ceilings { gpu, is_rehearsal, copy_gb_s, product_tflop_s }) = ceilings else {
+    let Some(Ceilings { gpu, product_library, is_rehearsal, copy_gb_s, product_tflop_s }) = ceilings else {
         return "Nothing was measured.\n".to_owned();
     };
     let mut text = if *is_rehearsal { "REHEARSAL at a small shape: the times say nothing.\n\n".to_owned() } else { String::new() };
     let _ = write!(
         text,
-        "{gpu}. Measured there: a copy of 1 GiB {copy_gb_s:.0} GB/s (read and written), a product of 8192 x 8192 bf16 {product_tflop_s:.0} TFLOP/s.\n\n\
+        "{gpu}; {product_library}. Measured there: a copy of 1 GiB {copy_gb_s:.0} GB/s (read and written), a product of 8192 x 8192 bf16 {product_tflop_s:.0} TFLOP/s.\n\n\
          | kernel | median, ms | speed | of what was measured | PyTorch, ms | PyTorch / glmddp |\n| --- | ---: | ---: | ---: | ---: | ---: |\n"
     );
     for kernel in lines.iter().filter_map(|line| if let Line::Timed(timed) = line { Some(timed) } else { None }) {
-        let Timed { name, median_ms, work } = kernel;
+        let Timed { name, median_ms, work, host_was_late } = kernel;
+        let late = if *host_was_late { " (host late)" } else { "" };
         let (unit, of) = match work {
             Work::Bytes(_) => ("GB/s", copy_gb_s),
             Work::Flops(_) => ("TFLOP/s", product_tflop_s),
         };
         let torch_ms = torch.and_then(|torch| torch.median_ms.get(name));
+        let torch_late = if torch.is_some_and(|torch| torch.host_late.contains(name)) { " (host late)" } else { "" };
         let (theirs, ratio) =
-            torch_ms.map_or(("-".to_owned(), "-".to_owned()), |ms| (format!("{ms:.4}"), format!("{:.2}", ms / median_ms)));
+            torch_ms.map_or(("-".to_owned(), "-".to_owned()), |ms| (format!("{ms:.4}{torch_late}"), format!("{:.2}", ms / median_ms)));
         let speed = kernel.speed();
-        let _ = writeln!(text, "| {name} | {median_ms:.4} | {speed:.0} {unit} | {:.0} % | {theirs} | {ratio} |", 100.0 * speed / of);
+        let _ = writeln!(text, "| {name}{late} | {median_ms:.4} | {speed:.0} {unit} | {:.0} % | {theirs} | {ratio} |", 100.0 * speed / of);
     }
     if let Some(torch) = torch {
         let about: Vec<String> =

@@ -7,10 +7,10 @@ use clap::builder::PossibleValuesParser;
 use serde_json::json;
 
 use super::report;
-use crate::kernels::check::{self, Case, CheckError};
+use crate::kernels::check::{self, Case, CheckError, Memo};
 use crate::kernels::cuda;
 use crate::kernels::gpu::Gpu;
-use crate::kernels::launch::{LaunchError, download, upload};
+use crate::kernels::launch::{Buffer, LaunchError, download, upload};
 
 /// Hold every kernel against the CPU's code at many sizes, and its results against those of its other runs
 ///
@@ -27,9 +27,9 @@ pub struct CheckArgs {
     /// Only the cases of this file of kernels
     #[arg(long, value_parser = PossibleValuesParser::new(check::FILES))]
     pub file: Option<String>,
-    /// Only cases whose name contains this
-    #[arg(long, default_value = "")]
-    pub only: String,
+    /// Only cases whose name contains this; may be given several times
+    #[arg(long)]
+    pub only: Vec<String>,
     /// Only the first of every N cases of a file: a quick look
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub every: u16,
@@ -55,7 +55,8 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         report::print(&format!("{}\n", check::FILES.join("\n")))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let wanted = |case: &Case| args.file.as_ref().is_none_or(|file| file == case.file) && case.name.contains(&args.only);
+    let is_named = |case: &Case| args.only.is_empty() || args.only.iter().any(|part| case.name.contains(part));
+    let wanted = |case: &Case| args.file.as_ref().is_none_or(|file| file == case.file) && is_named(case);
     let mut cases: Vec<Case> = check::cases().into_iter().chain(check::products::cases()).filter(wanted).collect();
     cases.sort_by_key(|case| check::FILES.iter().position(|file| *file == case.file));
     let gpu = cuda::open(args.gpu)?;
@@ -81,7 +82,11 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         }
     }
     if cases.is_empty() {
-        report::warn(&[format!("no case of {} has a name with `{}`", args.file.as_deref().unwrap_or("any file"), args.only)]);
+        report::warn(&[format!(
+            "no case of {} has a name with `{}`",
+            args.file.as_deref().unwrap_or("any file"),
+            args.only.join("` or `")
+        )]);
     }
     Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
@@ -110,9 +115,9 @@ fn run_file(gpu: &dyn Gpu, cases: &[&Case], args: &CheckArgs) -> anyhow::Result<
 
 /// What is wrong with a case, in the first run that shows it.
 fn run_case(gpu: &dyn Gpu, case: &Case, repeat: u32) -> Option<String> {
-    let mut first = None;
+    let (mut first, memo) = (None, Memo::default());
     for run in 1..=repeat {
-        let result = case.run_on(gpu);
+        let result = case.run_on(gpu, &memo);
         gpu.free_all();
         match (result, &first) {
             (Ok(hash), None) => first = Some(hash),
@@ -133,7 +138,7 @@ fn describe(error: &CheckError) -> String {
 fn answers(gpu: &dyn Gpu) -> Result<(), LaunchError> {
     let word = [0x5au8; 4];
     let address = upload(gpu, "a word", &word)?;
-    download::<u8>(gpu, crate::kernels::launch::Buffer { address, bytes: word.len() })?;
+    download::<u8>(gpu, Buffer { address, bytes: word.len() })?;
     gpu.free_all();
     Ok(())
 }

@@ -56,11 +56,25 @@ pub trait Gpu: Executor {
     /// Frees all memory that was allocated; its addresses are of no more use.
     fn free_all(&self);
 
-    /// Milliseconds between the start and the end of what `work` queues behind `before`, by the GPU's clock.
+    /// The time between the start and the end of what `work` queues behind `before`, by the GPU's clock.
     ///
     /// # Errors
     /// When `before`, `work` or the device fails.
-    fn time_ms(&self, before: Queue, work: Queue) -> Result<f64, LaunchError>;
+    fn time(&self, before: Queue, work: Queue) -> Result<Elapsed, LaunchError>;
+
+    /// The library that computes products, and its version.
+    ///
+    /// # Errors
+    /// When it is not there.
+    fn product_library(&self) -> Result<String, LaunchError>;
+}
+
+/// What work took.
+#[derive(Clone, Copy, Debug)]
+pub struct Elapsed {
+    pub ms: f64,
+    /// The GPU was done with `before` when the host had queued the rest: it may have waited for the host, and that is in the time.
+    pub host_was_late: bool,
 }
 
 /// What queues work.

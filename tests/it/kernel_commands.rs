@@ -25,11 +25,11 @@ fn traffic_of_a_step_is_what_the_document_says() {
 #[test]
 fn times_stand_beside_those_of_pytorch() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = r#"{"gpu": "GPU 0 (made up)", "is_rehearsal": false, "copy_gb_s": 1000.0, "product_tflop_s": 100.0}
-{"name": "swiglu_fwd", "work": {"bytes": 900000000}, "median_ms": 1.0}
-{"name": "attention_fwd prefix 0", "work": {"flops": 50000000000}, "median_ms": 1.0}
+    let bench = r#"{"gpu": "GPU 0 (made up)", "product_library": "cuBLASLt 13.1.0", "is_rehearsal": false, "copy_gb_s": 1000.0, "product_tflop_s": 100.0}
+{"name": "swiglu_fwd", "work": {"bytes": 900000000}, "median_ms": 1.0, "host_was_late": false}
+{"name": "attention_fwd prefix 0", "work": {"flops": 50000000000}, "median_ms": 1.0, "host_was_late": true}
 "#;
-    let torch = r#"{"about": {"torch": "2.11"}, "median_ms": {"swiglu_fwd": 1.5}, "failed": {"attention": "RuntimeError: no kernel"}}"#;
+    let torch = r#"{"about": {"torch": "2.11"}, "median_ms": {"swiglu_fwd": 1.5}, "host_late": ["swiglu_fwd"], "failed": {"attention": "RuntimeError: no kernel"}}"#;
     std::fs::write(dir.path().join("bench.jsonl"), bench).unwrap();
     std::fs::write(dir.path().join("torch.json"), torch).unwrap();
     let Ran { code, stdout, stderr, .. } = glmddp_in(dir.path(), &["kernels", "report", "bench.jsonl", "--torch", "torch.json"]);

@@ -10,7 +10,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaSlice, DevicePtr};
 
-use super::super::gpu::{Gpu, Operands, Product, Queue};
+use super::super::gpu::{Elapsed, Gpu, Operands, Product, Queue};
 use super::super::launch::{Buffer, KernelDtype, LaunchError, require_aligned};
 use super::device::failed;
 use super::{CUBLAS_LT, CudaError, CudaExecutor, load};
@@ -245,14 +245,22 @@ impl Gpu for CudaExecutor {
         self.buffers.borrow_mut().clear();
     }
 
-    fn time_ms(&self, before: Queue, work: Queue) -> Result<f64, LaunchError> {
+    fn time(&self, before: Queue, work: Queue) -> Result<Elapsed, LaunchError> {
         let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
         let clock = |e| LaunchError::Kernel { kernel: self.last.borrow().clone(), reason: failed("an event", e).to_string() };
         before()?;
         let start = event().map_err(clock)?;
         work()?;
         let end = event().map_err(clock)?;
+        let host_was_late = start.try_is_complete().map_err(clock)?;
         // sync: the time is read here.
-        Ok(f64::from(start.elapsed_ms(&end).map_err(clock)?))
+        Ok(Elapsed { ms: f64::from(start.elapsed_ms(&end).map_err(clock)?), host_was_late })
+    }
+
+    fn product_library(&self) -> Result<String, LaunchError> {
+        load(&CUBLAS_LT)?;
+        // SAFETY: it takes nothing, and gives a number.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        Ok(format!("cuBLASLt {}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100))
     }
 }
