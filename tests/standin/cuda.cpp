@@ -2,7 +2,7 @@
 // src/kernels/*.cu, found by name. Enough of the driver's interface for glmddp and candle's CUDA device; everything is done when a call returns.
 //
 // It refuses what the driver refuses: unknown kernels, grids and blocks that no GPU has, shared memory that was not asked for, copies beyond an
-// allocation, freeing what is not allocated. Memory that was not written holds 0xcd bytes; freed memory is given back to the system.
+// allocation, freeing what is not allocated. Tensor cores cut off what they align, as real ones do. Memory that was not written holds 0xcd bytes; freed memory is given back to the system.
 //
 // GLMDDP_STANDIN_BYTES      memory of the GPU (default 4 GiB); more is refused
 // GLMDDP_STANDIN_FAULT      a launch of a kernel whose name contains this faults: from then on every call fails, as after an illegal address
@@ -29,6 +29,7 @@ enum {
     OUT_OF_MEMORY = 2,
     INVALID_DEVICE = 101,
     NOT_FOUND = 500,
+    NOT_READY = 600,
     ILLEGAL_ADDRESS = 700,
     LAUNCH_OUT_OF_RESOURCES = 701,
 };
@@ -42,6 +43,7 @@ const Text TEXTS[] = {
     {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
+    {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {LAUNCH_OUT_OF_RESOURCES, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
 };
@@ -59,7 +61,7 @@ struct Function {
 };
 struct Event {
     timespec at;
-    bool is_recorded;
+    bool is_recorded, is_waited_for;
 };
 
 std::recursive_mutex one_at_a_time;
@@ -203,12 +205,13 @@ Result cuEventCreate(void** to, unsigned) { return *to = new Event{}, fault; }
 Result cuEventDestroy_v2(void* event) { return delete static_cast<Event*>(event), fault; }
 Result cuEventRecord(void* to, void*) {
     Event* event = static_cast<Event*>(to);
-    event->is_recorded = true;
+    event->is_recorded = true, event->is_waited_for = false;
     clock_gettime(CLOCK_MONOTONIC, &event->at);
     return fault;
 }
-Result cuEventQuery(void*) { return fault; }
-Result cuEventSynchronize(void*) { return wait(); }
+// As on a GPU that is busy: not there before somebody has waited for it.
+Result cuEventQuery(void* event) { return fault ? fault : static_cast<Event*>(event)->is_waited_for ? SUCCESS : NOT_READY; }
+Result cuEventSynchronize(void* event) { return static_cast<Event*>(event)->is_waited_for = true, wait(); }
 Result cuEventElapsedTime_v2(float* ms, void* start, void* end) {
     const Event &a = *static_cast<Event*>(start), &b = *static_cast<Event*>(end);
     if (!a.is_recorded || !b.is_recorded) return refuse(INVALID_VALUE, "the time of an event that was not recorded");

@@ -2,7 +2,7 @@
 // alignment, reads of what nobody wrote, races within a block between barriers and races of blocks, barriers and warp operations that not all
 // threads come to, asynchronous copies that nobody waits for. The first fault ends the launch with a message.
 //
-// With SHIM_PLAIN only barriers and warp operations are watched, not memory.
+// With SHIM_PLAIN only barriers and warp operations are watched, not memory, and a tensor core adds as a real one does, which cuts off.
 //
 // Memory is watched in granules of two bytes. __syncthreads orders a block, __syncwarp a warp; shuffles and mma order nothing, as in CUDA.
 // Not modelled: caches, bank conflicts, the order in which a tensor core adds, concurrent blocks (they must not depend on each other).
@@ -303,6 +303,26 @@ float half_value(uint32_t bits, bool is_bf16) {
     return __uint_as_float(bits << 16);
 }
 
+#if defined(SHIM_PLAIN)
+// As tensor cores add (measured by Fasi et al. 2021, doi:10.7717/peerj-cs.330): what is added is aligned to the largest of it, and bits below the
+// last of 24 are cut off, as are those of the sum. Real ones keep 0 to 3 bits more.
+float add_up(const double (&terms)[17]) {
+    double largest = 0.0;
+    for (double term : terms) largest = fmax(largest, fabs(term));
+    if (!(largest > 0.0 && largest < INFINITY)) {
+        float sum = 0.0f;
+        for (double term : terms) sum += float(term);
+        return sum;
+    }
+    const double unit = ldexp(1.0, ilogb(largest) - 23), inverse = 1.0 / unit;
+    int64_t units = 0;
+    for (double term : terms) units += int64_t(term * inverse);
+    const double sum = double(units) * unit;
+    const float rounded = float(sum);
+    return fabs(double(rounded)) > fabs(sum) ? nextafterf(rounded, 0.0f) : rounded;
+}
+#endif
+
 void multiply(Warp& warp) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < WARP; lane++) {
@@ -317,9 +337,15 @@ void multiply(Warp& warp) {
         int group = lane / 4, place = lane % 4;
         for (int i = 0; i < 4; i++) {
             int row = group + 8 * (i / 2), column = 2 * place + i % 2;
+#if defined(SHIM_PLAIN)
+            double terms[17] = {warp.c[lane][i]};
+            for (int k = 0; k < 16; k++) terms[k + 1] = double(a[row][k]) * double(b[k][column]);
+            warp.c[lane][i] = add_up(terms);
+#else
             float sum = warp.c[lane][i];
             for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
             warp.c[lane][i] = sum;
+#endif
         }
     }
 }
