@@ -19,6 +19,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -145,9 +146,17 @@ def profiled(device):
     return profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else []))
 
 
-def run_steps(args, trainer, steps):
-    """Seconds of the timed steps, all losses, seconds of the warm-up."""
-    device, times, losses = args.device, [], []
+class Ended(Exception):
+    """The process was told to end (SIGTERM)."""
+
+
+def end(*_):
+    raise Ended
+
+
+def run_steps(args, trainer, steps, times, losses):
+    """Adds to the seconds of the timed steps and to all losses; gives the seconds of the warm-up."""
+    device = args.device
     warmup_started = warmup_ended = time.perf_counter()
     for number, batches in enumerate(steps):
         if number == args.warmup:
@@ -170,7 +179,7 @@ def run_steps(args, trainer, steps):
             times.append(took)
             if enough(times, args.seconds):
                 break
-    return times, losses, warmup_ended - warmup_started
+    return warmup_ended - warmup_started
 
 
 def speeds(c: Config, batches, times, num_trained, peak):
@@ -200,22 +209,28 @@ def speeds(c: Config, batches, times, num_trained, peak):
 
 
 def measure(args, c: Config):
-    dtype = getattr(torch, args.dtype)
-    rows, origin = load_rows(args.tokens, c)
-    batches = make_batches(c, rows, args.accum * (args.warmup + args.steps))
-    steps = [batches[i : i + args.accum] for i in range(0, len(batches), args.accum)]
-    peak = None if args.no_peak else matmul_peak(args.device, dtype)
-    say(f"matrix product: {'not measured' if args.no_peak else f'{peak:.1f} TFLOP/s'}")
-    trainer = Trainer(c, args.device, dtype, args.lr, peft=bool(args.peft))
-    sync(args.device)
-    start_s = time.perf_counter() - STARTED
-    say(f"model made: {start_s:.1f} s since the start")
-    times, losses, warmup_s = run_steps(args, trainer, steps)
+    """Prints the line. Told to end, it prints what it has: a part that runs out of its time is not lost. False if no step was timed."""
+    signal.signal(signal.SIGTERM, end)
+    times, losses, ended_early, start_s, warmup_s, peak = [], [], False, 0.0, 0.0, None
+    batches, trainer = [], None
+    try:
+        dtype = getattr(torch, args.dtype)
+        rows, origin = load_rows(args.tokens, c)
+        batches = make_batches(c, rows, args.accum * (args.warmup + args.steps))
+        steps = [batches[i : i + args.accum] for i in range(0, len(batches), args.accum)]
+        peak = None if args.no_peak else matmul_peak(args.device, dtype)
+        say(f"matrix product: {'not measured' if args.no_peak else f'{peak:.1f} TFLOP/s'}")
+        trainer = Trainer(c, args.device, dtype, args.lr, peft=bool(args.peft))
+        sync(args.device)
+        start_s = time.perf_counter() - STARTED
+        say(f"model made: {start_s:.1f} s since the start")
+        warmup_s = run_steps(args, trainer, steps, times, losses)
+    except Ended:
+        ended_early = True
+        warmup_s = time.perf_counter() - STARTED - start_s - sum(times)
+        say(f"told to end after {len(losses)} steps, {len(times)} of them timed")
 
-    timed = [batch for step in steps[args.warmup :][: len(times)] for batch in step]
-    num_trained = sum(p.numel() for p in trainer.trained)
     is_gpu = args.device == "cuda"
-    peak_gib = [round(read() / 2**30, 2) if is_gpu else None for read in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)]
     left_out = ("check", "selftest", "only", "tokens", "profile", "no_peak")
     result = {name: value for name, value in vars(args).items() if name not in left_out}
     result |= {f.name: getattr(c, f.name) for f in fields(Config)}  # the defaults that depend on other options, too
@@ -223,21 +238,30 @@ def measure(args, c: Config):
         "world": WORLD,
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if is_gpu else "cpu",
-        "rows_from": origin,
-        "params": trainer.num_frozen,
-        "trainable": num_trained,
+        "ended_early": ended_early,
         "start_s": round(start_s, 1),
         "warmup_s": round(warmup_s, 1),
         "steps_timed": len(times),
-        "step_ms_median": round(1e3 * statistics.median(times), 2),
-        "step_ms_min": round(1e3 * min(times), 2),
-        "step_ms_max": round(1e3 * max(times), 2),
+        "losses": [round(loss, 4) for loss in losses],
     }
-    result |= speeds(c, timed, times, num_trained, peak)
-    result |= {"peak_alloc_gib": peak_gib[0], "peak_reserved_gib": peak_gib[1]}
-    result |= {"first_loss": round(losses[0], 4), "last_loss": round(losses[-1], 4)}
+    if times:
+        timed = batches[args.accum * args.warmup :][: args.accum * len(times)]
+        num_trained = sum(p.numel() for p in trainer.trained)
+        read_peaks = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+        peak_gib = [round(read() / 2**30, 2) if is_gpu else None for read in read_peaks]
+        result |= {
+            "rows_from": origin,
+            "params": trainer.num_frozen,
+            "trainable": num_trained,
+            "step_ms_median": round(1e3 * statistics.median(times), 2),
+            "step_ms_min": round(1e3 * min(times), 2),
+            "step_ms_max": round(1e3 * max(times), 2),
+        }
+        result |= speeds(c, timed, times, num_trained, peak)
+        result |= {"peak_alloc_gib": peak_gib[0], "peak_reserved_gib": peak_gib[1]}
     if RANK == 0:
         print(json.dumps(result), flush=True)
+    return bool(times)
 
 
 # Tests
@@ -425,7 +449,7 @@ def main():
         torch._dynamo.config.recompile_limit = 64  # many variants share one compiled function
         good = check(args) if args.check else selftest(args)
     else:
-        measure(args, c)
+        good = measure(args, c)
     if WORLD > 1:
         dist.destroy_process_group()
     sys.exit(0 if good else 1)

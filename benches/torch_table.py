@@ -17,11 +17,15 @@ def main(path):
     for r in results:
         method = f"LoRA {r['lora']}" if r["lora"] else f"prefix {r['pre']}"
         way = f"{r['pad']}, {r['attn']}, gqa {r['gqa']}, logits {r['logits']}, checkpoint {r['ckpt']}, compile {r['compile']}"
+        if not r["steps_timed"]:
+            print(f"| {method}: {way} | ended before a step was timed |{' - |' * (len(columns) - 1)}")
+            continue
+        way += ", ended early" * r["ended_early"]
         shares = "-" if r["mfu"] is None else f"{100 * r['real_mfu']:.1f} % ({100 * r['mfu']:.1f} %)"
         step = f"{r['step_ms_median']:.1f} ({r['step_ms_min']:.1f} to {r['step_ms_max']:.1f})"
         speed = f"{r['real_model_tflops_s']:.1f} ({r['model_tflops_s']:.1f})"
         print(f"| {method}: {way} | {r['real_tokens_s']:,.0f} | {step} | {speed} | {shares} | {r['peak_alloc_gib'] or '-'} |")
-    for about in sorted({f"{r['gpu']}, PyTorch {r['torch']}, rows: {r['rows_from']}" for r in results}):
+    for about in sorted({f"{r['gpu']}, PyTorch {r['torch']}, rows: {r['rows_from']}" for r in results if r['steps_timed']}):
         print(f"\n{about}")
 
 

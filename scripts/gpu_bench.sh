@@ -6,7 +6,7 @@
 #
 # --quick     glmddp's kernels and products at the shapes of ChatGLM2-6B; PyTorch's; PyTorch's training steps with P-Tuning v2, as THUDM trains,
 #             padded at its best, packed: at most 195 s
-# --rest      the same steps with LoRA, and what they need with recompute: at most 135 s; without either: all
+# --rest      the same steps with LoRA, and what they need with recompute: at most 125 s; without either: all
 # --small     small shapes, PyTorch on the CPU, to rehearse: the times say nothing
 # --out       where bench-quick.md (bench-rest.md, bench-all.md), log.txt, kernels.jsonl, torch.json and steps.jsonl go (default: here)
 # --seconds, --part-seconds    other limits of all parts together, and of each
@@ -24,7 +24,8 @@ tables() {
         local torch=()
         [ ! -s "$out/torch.json" ] || torch=(--torch "$out/torch.json")
         printf '\n## Kernels\n'
-        "$glmddp" kernels report "$out/kernels.jsonl" "${torch[@]}" || echo "The times could not be read."
+        # PyTorch's file may have been cut off.
+        "$glmddp" kernels report "$out/kernels.jsonl" "${torch[@]}" || "$glmddp" kernels report "$out/kernels.jsonl" || echo "Unreadable."
     fi
     if [ -s "$out/steps.jsonl" ]; then
         printf "\n## PyTorch's training steps\n"
@@ -32,7 +33,7 @@ tables() {
     fi
 }
 
-begin bench 195 135
+begin bench 195 125
 # torch.compile asks for a name of the user, which a container need not have.
 export USER=${USER:-nobody} PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton
 has_torch=''
@@ -53,10 +54,10 @@ torch_part() {
     if [ -n "$has_torch" ]; then part "$@"; else skip "$1" "PyTorch is not installed"; fi
 }
 
-# steps PART LIMIT OPTION...: the timed steps take a third of the time, the rest is for weights, compilation and warm-up.
+# steps PART LIMIT OPTION...: the timed steps take a quarter of the time, the rest is for weights, compilation and warm-up.
 steps() {
     torch_part "$1" "$2" --json "$out/steps.jsonl" \
-        python3 "$here/bench_torch_gpu.py" --tokens "$here/tokens.json" --seconds "$(($2 / 3))" "${@:3}" "${shape[@]}"
+        python3 "$here/bench_torch_gpu.py" --tokens "$here/tokens.json" --seconds "$(($2 / 4))" "${@:3}" "${shape[@]}"
 }
 
 thudm=(--ckpt 1 --attn mask --logits all --pad max --batch 24)
@@ -66,9 +67,10 @@ packed=(--attn "$flex" --logits labels --pad packed --compile "$compile")
 if is quick; then
     rm -f "$out"/{kernels.jsonl,torch.json,steps.jsonl}
     part "kernels of glmddp" 40 --json "$out/kernels.jsonl" "$glmddp" kernels bench --json "${small[@]}"
+    clocks
     torch_part "kernels of PyTorch" 60 --json "$out/torch.json" python3 "$here/kernels_torch.py" "${kernels_torch[@]}"
     # Keys that are repeated for each head give flex_attention's backward pass more to do at once; stored once they take less memory.
-    steps "steps of PyTorch, P-Tuning v2, packed" 60 "${packed[@]}" --gqa 0
+    steps "steps of PyTorch, P-Tuning v2, packed" 90 "${packed[@]}" --gqa 0
     steps "steps of PyTorch, P-Tuning v2, as THUDM trains" 40 "${thudm[@]}"
     steps "steps of PyTorch, P-Tuning v2, padded" 60 "${padded[@]}"
 fi

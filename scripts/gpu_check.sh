@@ -5,7 +5,7 @@
 #   gpu_check.sh [--quick | --rest] [--small] [--out FOLDER] [--seconds N] [--part-seconds N]
 #
 # --quick     every kernel and product against the CPU's code, twice each with equal bits: at most 100 s
-# --rest      compute-sanitizer (memcheck, racecheck, synccheck) on small cases, and 20 runs of each case: at most 160 s; without either: all
+# --rest      compute-sanitizer (memcheck, racecheck, synccheck) on small cases, and 20 runs of each case: at most 170 s; without either: all
 # --small     few cases, to rehearse
 # --out       where check-quick.md (check-rest.md, check-all.md), what a person reads, and log.txt go (default: here)
 # --seconds, --part-seconds    other limits of all parts together, and of each
@@ -16,51 +16,56 @@ set -euo pipefail
 # shellcheck source=scripts/gpu_parts.sh
 source "$(dirname "$0")/gpu_parts.sh"
 options "$@"
-begin check 100 160
+begin check 100 170
 
 mapfile -t files < <("$glmddp" kernels check --list)
 every=() repeats=20
 if [ ${#small[@]} -gt 0 ]; then every=(--every 25) repeats=3; fi
 
-# A tool that does not work on this machine, or is too slow for its time, found no error.
+# A tool that does not work on this machine, or is too slow for its time, found no error. racecheck counts hazards, the others errors; a warning
+# of racecheck is a hazard.
 judge_sanitizer() {
-    local status=$1 output=$2 result=$3
-    if grep -q 'ERROR SUMMARY: 0 errors' "$output" && [ "$status" = 0 ]; then
-        echo ok
-    elif grep -q 'ERROR SUMMARY: [1-9]' "$output"; then
-        echo "FAILED: $(grep -o 'ERROR SUMMARY: .*' "$output" | tail -n 1)"
-    elif [ "$status" = 124 ] || [ "$status" = 137 ]; then
-        echo "NOT RUN: ${result#FAILED: }"
-    elif grep -q 'ERROR SUMMARY' "$output"; then
-        echo "$result"
-    else
-        echo "NOT RUN: $(tail -n 1 "$output" | cut -c 1-200)"
-    fi
+    local status=$1 output=$2 result=$3 summary
+    summary=$(grep -oE '(ERROR SUMMARY: [0-9]+ error|RACECHECK SUMMARY: [0-9]+ hazard).*' "$output" | tail -n 1)
+    case $summary in
+        *': 0 '*) if [ "$status" = 0 ]; then echo ok; else echo "$result"; fi ;;
+        *SUMMARY*) echo "FAILED: $summary" ;;
+        *)
+            if [ "$status" != 124 ] && [ "$status" != 137 ]; then result=$(tail -n 1 "$output" | cut -c 1-200); fi
+            echo "NOT RUN: ${result#FAILED: }"
+            ;;
+    esac
+}
+
+# sanitizer LIMIT CASES ONLY...: each tool on the cases whose names contain one of ONLY.
+sanitizer() {
+    local limit=$1 cases=$2 tool only=()
+    for part in "${@:3}"; do only+=(--only "$part"); done
+    for tool in memcheck racecheck synccheck; do
+        if command -v compute-sanitizer >/dev/null; then
+            part "sanitizer $tool on $cases" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+                "$glmddp" kernels check --repeat 1 "${only[@]}" "${every[@]}"
+        else
+            skip "sanitizer $tool on $cases" "compute-sanitizer is not installed"
+        fi
+    done
 }
 
 if is quick; then
-    if command -v nvidia-smi >/dev/null; then
-        part "clocks" 10 nvidia-smi --format=csv \
-            --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit
-    fi
+    # PyTorch is read from the disk while the kernels are checked: it is used next, and its first import takes a while.
+    python3 -c 'import torch, triton' >/dev/null 2>&1 &
+    clocks
     for file in "${files[@]}"; do
         part "kernels $file, twice" 25 "$glmddp" kernels check --file "$file" --repeat 2 "${every[@]}"
     done
 fi
 if is rest; then
-    for tool in memcheck racecheck synccheck; do
-        # The memory-bound kernels' smallest cases, and attention with a prefix over three rows.
-        for only in '[1, 64]' 'rows: [31, 1, 33], prefix: 1,'; do
-            if command -v compute-sanitizer >/dev/null; then
-                part "sanitizer $tool on \`$only\`" 20 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-                    "$glmddp" kernels check --repeat 1 --only "$only" "${every[@]}"
-            else
-                skip "sanitizer $tool on \`$only\`" "compute-sanitizer is not installed"
-            fi
-        done
-    done
+    # One row and several blocks of rows; a block's sums and largest value; the norm, which is staged through shared memory.
+    sanitizer 25 'small cases' '[1, 64]' '[129, 64]' '[5, 1000]' 'norm of 1500'
+    # A prefix over three rows.
+    sanitizer 30 'attention' 'rows: [31, 1, 33], prefix: 1,'
     for file in "${files[@]}"; do
-        part "repeats of $file, $repeats" 20 "$glmddp" kernels check --file "$file" --repeat "$repeats" "${every[@]}"
+        part "repeats of $file, $repeats" 25 "$glmddp" kernels check --file "$file" --repeat "$repeats" "${every[@]}"
     done
 fi
 finish

@@ -7,9 +7,9 @@
 # --tokens    rows for PyTorch's training steps: JSON, [[ids of the prompt, ids of the answer], ...]. They are not part of the repository: without
 #             the option they are looked for in ../shared, and where there are none the steps use random ids in rows of AdvertiseGen's lengths.
 #
-# There:
-#   bash FOLDER/gpu_check.sh --quick --out RESULTS && bash FOLDER/gpu_bench.sh --quick --out RESULTS     # under 300 s
-#   bash FOLDER/gpu_check.sh --rest --out RESULTS && bash FOLDER/gpu_bench.sh --rest --out RESULTS       # under 300 s
+# There (the bench is worth having where a check failed, too; each line leaves at most 6 files in RESULTS):
+#   bash FOLDER/gpu_check.sh --quick --out RESULTS; bash FOLDER/gpu_bench.sh --quick --out RESULTS     # under 300 s
+#   bash FOLDER/gpu_check.sh --rest --out RESULTS; bash FOLDER/gpu_bench.sh --rest --out RESULTS       # under 300 s
 set -euo pipefail
 # shellcheck source=scripts/setup_cuda.sh
 source "$(dirname "$0")/setup_cuda.sh"

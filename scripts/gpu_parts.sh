@@ -12,6 +12,8 @@ die() {
     exit 2
 }
 
+# Where CUDA's tools are if nobody said so.
+PATH=$PATH:/usr/local/cuda/bin
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 glmddp=$here/bundle/bin/glmddp
 mode=all out=. budget='' part_seconds=''
@@ -34,7 +36,8 @@ options() {
         shift
     done
     [[ $budget$part_seconds =~ ^[0-9]*$ ]] || die "--seconds $budget, --part-seconds $part_seconds: expected whole numbers"
-    [ -x "$glmddp" ] || die "$glmddp is not there" "scripts/gpu_pack.sh makes the folder that this is started from"
+    # A copy may have lost its modes.
+    [ -x "$glmddp" ] || chmod +x "$glmddp" 2>/dev/null || die "$glmddp is not there" "scripts/gpu_pack.sh makes the folder that this is started from"
 }
 
 # is MODE: does this run have the parts of MODE (quick or rest)?
@@ -126,6 +129,12 @@ part() {
         printf '```\n'
     } >>"$work/sections"
     outcome "$what" "$result" $((SECONDS - began))
+}
+
+# clocks: what the GPU runs at; it is idle then.
+clocks() {
+    local query=name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit
+    if command -v nvidia-smi >/dev/null; then part clocks 10 nvidia-smi --format=csv --query-gpu="$query"; fi
 }
 
 # write_report running|ended: whole or not at all.

@@ -145,6 +145,14 @@ grep -q '^| kernels swiglu, twice | FAILED' "$report" || die "the part of the fa
 grep -q 'CUDA_ERROR_ILLEGAL_ADDRESS' "$report" || die "the report does not say what the fault was: $(cat "$report")"
 [ "$(parts "$report" FAILED)" = 1 ] || die "a kernel that faults failed other parts than its own: $(cat "$report")"
 
+say "a kernel that races"
+racing=$work/racing
+if gpu "$racing" GLMDDP_STANDIN_FINDS=racecheck gpu_check.sh --rest --small >/dev/null; then die "gpu_check.sh passed with a race"; fi
+report=$racing/check-rest.md
+is_complete "$report"
+grep -q '^| sanitizer racecheck on attention | FAILED: RACECHECK SUMMARY: 1 hazard' "$report" || die "the race was not found: $(cat "$report")"
+[ "$(parts "$report" FAILED)" = 2 ] || die "a race failed other parts than racecheck's two: $(cat "$report")"
+
 say "a kernel that hangs"
 hanging=$work/hanging
 if gpu "$hanging" GLMDDP_STANDIN_HANG=rotary gpu_check.sh --quick --small --part-seconds 6 >/dev/null; then

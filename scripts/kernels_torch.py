@@ -7,11 +7,13 @@ python3 scripts/kernels_torch.py --device cpu --shape small   a rehearsal: every
 What a name stands for is the fastest way that PyTorch offers by itself: SDPA with its flash backend, functional.rms_norm, compiled SwiGLU,
 rotary and cross-entropy, fused AdamW. What cannot run on this version is listed with its error instead of a time.
 
-Before each timed run a filler keeps the GPU busy for about 200 us, so that the host has queued start event, run and end event before the
-first of them begins. It moves more than L2 holds, so that operands come from memory.
+Before each timed run a filler keeps the GPU busy for about 300 us, so that the host has queued start event, run and end event before the
+first of them begins. Where the host was late all the same, the filler grows, and what remains is listed as `host_late`. It moves more than L2
+holds, so that operands come from memory, and ends with reading, so that nothing is left to be written back beside what is timed.
 """
 
 import argparse
+import importlib.metadata
 import json
 import signal
 import statistics
@@ -24,6 +26,8 @@ import torch.nn.functional as F
 from torch._functorch import config as functorch
 
 WARM_UP, RUNS = 5, 20
+DOUBLINGS = 3  # of the filler, at most
+SPIN_S = 0.3  # of filler before the first time: until then clocks rise
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ class Bench:
     def __init__(self, device, shape):
         self.device, self.shape = device, shape
         self.filler = torch.randint(255, (2, shape.filler_bytes), dtype=torch.uint8, device=device)
+        self.host_was_late = False  # in most runs of the last median
+        if device == "cuda":
+            self.spin()
 
     def tensor(self, *shape, grad=False):
         return torch.randn(*shape, device=self.device, dtype=torch.bfloat16, requires_grad=grad)
@@ -74,32 +81,45 @@ class Bench:
         """A CPU only rehearses the graph: its code would take a compiler a minute."""
         return torch.compile(op, dynamic=False, backend="inductor" if self.device == "cuda" else "aot_eager")
 
-    def fill(self):
-        for _ in range(self.shape.filler_copies):
+    def fill(self, times=1):
+        for _ in range(times * self.shape.filler_copies):
             self.filler[0].copy_(self.filler[1])
+        self.filler[0].view(torch.int32).amax()
 
-    def once_ms(self, run):
+    def spin(self):
+        end = time.perf_counter() + SPIN_S
+        while time.perf_counter() < end:
+            self.fill(100)
+            torch.cuda.synchronize()
+
+    def once(self, run):
+        """Milliseconds, and whether the GPU came to the start before the host had queued the end."""
         if self.device == "cpu":
             begun = time.perf_counter()
             run()
-            return 1e3 * (time.perf_counter() - begun)
+            return 1e3 * (time.perf_counter() - begun), False
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
         end.record()
+        late = start.query()
         end.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end), late
 
     def median_ms(self, run, restore=lambda: None):
         """Of `run`, each time after `restore` and the filler."""
-        times = []
-        for number in range(WARM_UP + RUNS):
-            restore()
-            self.fill()
-            ms = self.once_ms(run)
-            if number >= WARM_UP:
-                times.append(ms)
-        return statistics.median(times)
+        for doubling in range(DOUBLINGS + 1):
+            results = []
+            for number in range(WARM_UP + RUNS):
+                restore()
+                self.fill(1 << doubling)
+                result = self.once(run)
+                if number >= WARM_UP:
+                    results.append(result)
+            self.host_was_late = sum(late for _, late in results) > RUNS // 2
+            if not self.host_was_late:
+                break
+        return statistics.median(ms for ms, _ in results)
 
     def backward_ms(self, output, inputs):
         """Of the backward pass alone; the graph is kept."""
@@ -251,12 +271,16 @@ def main():
     only = set(filter(None, args.only.split(",")))
     if unknown := only - {group.__name__ for group in GROUPS}:
         parser.error(f"no such group: {', '.join(sorted(unknown))}")
-    about = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "none, a CPU", "runs": RUNS}
+    try:
+        cublas = importlib.metadata.version("nvidia-cublas")
+    except importlib.metadata.PackageNotFoundError:
+        cublas = "not a wheel"
+    about = {"torch": torch.__version__, "cublas": cublas, "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "none, a CPU", "runs": RUNS}
     if args.device == "cpu" or args.shape != "6b":
         about["rehearsal"] = f"--device {args.device} --shape {args.shape}: the times say nothing"
     functorch.donated_buffer = False  # backward passes run more than once on what their forward pass kept
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: told to stop; what was measured so far is printed"))
-    times, failed = {}, {}
+    times, failed, late = {}, {}, []
     try:
         bench = Bench(args.device, SHAPES[args.shape])
         for group in GROUPS:
@@ -265,14 +289,16 @@ def main():
             try:
                 for name, ms in group(bench):
                     times[name] = ms
-                    say(f"{name}: {ms:.4f} ms")
+                    if bench.host_was_late:
+                        late.append(name)
+                    say(f"{name}: {ms:.4f} ms{' (host late)' * bench.host_was_late}")
             except Exception as error:  # a backend that this version lacks, or too little memory; told below, never taken for a time
                 failed[group.__name__] = f"{type(error).__name__}: {error}"
                 say(f"FAILED {group.__name__}: {failed[group.__name__]}")
             if args.device == "cuda":
                 torch.cuda.empty_cache()
     finally:
-        print(json.dumps({"about": about, "median_ms": times, "failed": failed}, indent=1), flush=True)
+        print(json.dumps({"about": about, "median_ms": times, "host_late": late, "failed": failed}, indent=1), flush=True)
 
 
 if __name__ == "__main__":
