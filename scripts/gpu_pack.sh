@@ -35,7 +35,9 @@ rm -rf "$to"
 mkdir -p "$to/golden"
 cp -R "$bundle" "$to/bundle"
 cp "$root"/scripts/gpu_{parts,check,bench}.sh "$root/scripts/kernels_torch.py" "$root"/benches/{bench_torch_gpu,torch_chatglm2,torch_table}.py "$to/"
-cp -R "$root/tests/golden/case2" "$to/golden/"
+# What bench_torch_gpu.py --check reads of a case.
+mkdir "$to/golden/case2"
+cp -R "$root"/tests/golden/case2/{hf,inputs.safetensors,ptuning.safetensors} "$to/golden/case2/"
 if [ -f "$tokens" ]; then cp "$tokens" "$to/tokens.json"; else note "no rows of tokens: PyTorch's steps will use random ids"; fi
 commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
 [ -z "$(git -C "$root" status --porcelain 2>/dev/null)" ] || commit="$commit, with changes"
