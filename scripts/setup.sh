@@ -3,9 +3,9 @@
 # Installs only what is missing, with apt-get (as root or through sudo) and rustup, and says so; does nothing when all is there.
 #
 #   scripts/setup.sh              run by itself: checks and installs
-#   source scripts/setup.sh       the same, and leaves cargo on PATH and CARGO_TARGET_DIR set for what follows
+#   source scripts/setup.sh       the same, and leaves cargo on PATH and what cargo builds with set for what follows
 #
-# GLMDDP_CACHE_DIR    what a second clone can use again: downloads, and builds when CARGO_TARGET_DIR is not set (default:
+# GLMDDP_CACHE_DIR    what a second clone can use again: downloads, and compiled dependencies when CARGO_TARGET_DIR is not set (default:
 #                     $XDG_CACHE_HOME/glmddp or ~/.cache/glmddp); where it cannot be written, builds go to ./target and the rest to ./.cache
 set -euo pipefail
 
@@ -73,18 +73,8 @@ install_cargo() {
     at_least "$wanted" "$found" || die "cargo is $found, and glmddp needs $wanted or newer" "rustup update stable"
 }
 
-# Sets $cache and CARGO_TARGET_DIR.
-choose_folders() {
-    cache=${GLMDDP_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/glmddp}
-    local builds=$cache/target
-    if ! mkdir -p "$builds" 2>/dev/null || [ ! -w "$builds" ]; then
-        cache=$root/.cache
-        builds=$root/target
-    fi
-    export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$builds}
-}
-
 install_system_packages
 install_cargo
-choose_folders
+# shellcheck source=scripts/folders.sh
+source "$root/scripts/folders.sh"
 say "tool chain: $(cargo --version), $(mpirun --version 2>/dev/null | head -n 1); builds go to $CARGO_TARGET_DIR"

@@ -2,13 +2,13 @@
 # Gives the comparisons with PyTorch their Python: a virtual environment outside the clone, with packages from PyPI. Sourced after
 # scripts/setup.sh; sets $python. Training itself never needs Python.
 #
-# GLMDDP_VENV         an environment to use or to make (default: venv in the cache folder beside the builds)
+# GLMDDP_VENV         an environment to use or to make (default: venv in the cache folder)
 # GLMDDP_TORCH        a version of PyTorch, in an environment of its own (default: the newest there is)
 # GLMDDP_VENV_EXTRA   further packages that the sourcing script needs
 set -euo pipefail
 
 : "${root:?source scripts/setup.sh first}"
-venv=${GLMDDP_VENV:-$(dirname "$CARGO_TARGET_DIR")/venv${GLMDDP_TORCH:+-torch-$GLMDDP_TORCH}}
+venv=${GLMDDP_VENV:-$cache/venv${GLMDDP_TORCH:+-torch-$GLMDDP_TORCH}}
 case $venv in "$root"/*) venv=${TMPDIR:-/tmp}/glmddp-venv ;; esac
 python=$venv/bin/python
 if ! "$python" -c 'import torch, numpy, safetensors, sentencepiece' 2>/dev/null; then
