@@ -49,7 +49,7 @@ def commands(a):
     counts = ["--steps", str(a.steps), "--warmup", str(a.warmup), "--threads", str(a.threads)]
     torch = [sys.executable, os.path.join(HERE, "bench_torch_cpu.py"), "--tokenizer", a.tokenizer, "--data", a.train_file, *counts]
     shape = "--layers 8 --hidden 512 --ffn 1368 --heads 8 --groups 2 --kv 64 --vocab 65024 --pre_seq_len 128 --rows 4".split()
-    method = ["--method", a.method] if a.method else ["--lora", str(a.lora)]
+    method = ["--method", a.method] if a.method else ["--lora", str(a.lora)] if a.lora else []
     update = ["--adamw", "fused"] if a.method else []  # of a prefix or LoRA the update is too small to matter
     torch += method
     glmddp = [a.glmddp, "bench", "step", *shape, *counts, *method, "--tokenizer", a.tokenizer, "--train_file", a.train_file, "--json"]

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # The gate: installs what is missing, then formatting, lints, tests, documentation, licences. Continuous integration calls this and
-# nothing else. Needs no GPU and no ../shared; tests that want ../shared say when they did not run. Kernels for GPUs are compiled, with the
-# nvcc of scripts/setup_cuda.sh.
+# nothing else. Needs no GPU and nothing beside the clone: the tests first run as if ../shared (rows, a tokenizer and golden values that may not be
+# shipped) were not there, and where it is those run once more to which it adds something. Kernels for GPUs are compiled, with the nvcc of
+# scripts/setup_cuda.sh. What did not run is counted at the end, with the reason.
 #
 #   scripts/test.sh               everything; may be run again
 #
 # GLMDDP_REQUIRE    what may not be skipped, separated by commas: `torch` (PyTorch's benchmarks; installs it where it is missing, 5 GB), `root`
-#                   (the rehearsal of the GPU scripts, for which bwrap has to be allowed to make an empty root)
+#                   (the rehearsal of the GPU scripts, for which bwrap has to be allowed to make an empty root), and what tests need: `mpi`, `mount`,
+#                   `fma`, `clear_refs`, `shared`
 #
 # All steps use the release profile, so that dependencies are compiled once.
 set -euo pipefail
@@ -27,8 +29,10 @@ skip() {
 install_tool() {
     have "$1" && return
     say "installing $2 into ${CARGO_HOME:-$HOME/.cargo} (some minutes, once)"
-    CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR=$CARGO_TARGET_DIR/tools cargo install --locked --debug "${@:2}"
-    rm -rf "$CARGO_TARGET_DIR/tools"
+    local tools=$CARGO_TARGET_DIR/tools
+    env -u RUSTC_WORKSPACE_WRAPPER CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR="$tools" CARGO_BUILD_BUILD_DIR="$tools" \
+        cargo install --locked --debug "${@:2}"
+    rm -rf "$tools"
 }
 
 step() {
@@ -50,12 +54,29 @@ have shellcheck || apt_install shellcheck
 
 step cargo fmt --check
 step shellcheck --severity=style scripts/*.sh launch/*.sh .ci/run tests/standin/build.sh tests/standin/compute-sanitizer
-step cargo clippy --release --locked --all-targets -- -D warnings
-step cargo clippy --release --locked --all-targets --no-default-features -- -D warnings
-step scripts/lean_cuda.sh clippy --release --all-targets -- -D warnings
+step cargo clippy --release --locked --all-targets -- -D warnings --cfg "$clone"
+step cargo clippy --release --locked --all-targets --no-default-features -- -D warnings --cfg "$clone"
+step scripts/lean_cuda.sh clippy --release --all-targets -- -D warnings --cfg "$clone"
 step scripts/kernel_table.sh
 step env RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
-step cargo nextest run --release --locked
+
+skipped=$(mktemp)
+trap 'rm -f "$skipped"' EXIT
+tests() { GLMDDP_NOT_RUN=$skipped cargo nextest run --release --locked "$@"; }
+# words_of_tests WORD: the names of tests that lacked what WORD stands for (tests/it/not_run.rs), each once.
+words_of_tests() { awk -F '\t' -v word="$1" '$1 == word { print $2 }' "$skipped" | sort -u; }
+# The first run is a newcomer's, who has nothing beside the clone.
+required=,${GLMDDP_REQUIRE:-},
+GLMDDP_REQUIRE=${required/,shared,/,} GLMDDP_SHARED='' step tests
+mapfile -t without_shared < <(words_of_tests shared)
+if [ -d ../shared ] && [ ${#without_shared[@]} -gt 0 ]; then
+    sed -i '/^shared\t/d' "$skipped"
+    step tests -E "$(printf 'test(=%s) + ' "${without_shared[@]}")none()"
+elif is_required shared && [ ${#without_shared[@]} -gt 0 ]; then
+    die "${#without_shared[@]} tests need ../shared, which is not there"
+fi
+# A line a reason: how many tests did not run, or in part.
+while read -r count reason; do not_run+=("$count tests, or parts of them: $reason"); done < <(sort -u "$skipped" | cut -f 3 | sort | uniq -c)
 step cargo test --release --locked --doc
 
 # The same profile as the bundle's, so that what it depends on is compiled once.

@@ -1,5 +1,9 @@
 //! How much memory this process took.
 
+#[cfg(test)]
+#[path = "../../tests/it/not_run.rs"]
+mod not_run;
+
 /// The largest resident size so far, where the system says it (Linux).
 pub fn peak_rss_bytes() -> Option<u64> {
     parse_peak(&std::fs::read_to_string("/proc/self/status").ok()?)
@@ -19,6 +23,7 @@ fn parse_peak(status: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::not_run::{Missing, not_run};
     use super::*;
 
     #[test]
@@ -40,7 +45,7 @@ mod tests {
         let before = peak_rss_bytes().unwrap();
         drop(block);
         if !reset_peak_rss() {
-            eprintln!("NOT RUN: /proc/self/clear_refs cannot be written here, and the test needs it");
+            not_run(Missing::ClearRefs, "/proc/self/clear_refs cannot be written here, and the test needs it");
             return;
         }
         // Other tests may run in this process, but none holds so much.

@@ -6,6 +6,7 @@ use std::process::Command;
 use glmddp::compare::{Figures, Report, RunResult};
 
 use crate::cli_support::{Ran, glmddp_in};
+use crate::not_run::{Missing, not_run};
 
 /// Three methods with small sizes; [optim] and [method] of the shared part are passed over with a warning.
 const CONFIG: &str = r#"
@@ -175,7 +176,7 @@ fn compare_on_two_ranks_gives_the_same_bits() {
     setup.compared(&[]);
     let program = env!("CARGO_BIN_EXE_glmddp");
     if !cfg!(feature = "mpi") || Command::new("mpirun").arg("--version").output().is_err() {
-        eprintln!("NOT RUN: there is no mpirun, or this build has no feature `mpi`, and the test needs both");
+        not_run(Missing::Mpi, "there is no mpirun, or this build has no feature `mpi`, and the test needs both");
         return;
     }
     let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/mpirun.sh"));

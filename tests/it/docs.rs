@@ -4,8 +4,15 @@ use std::path::Path;
 
 use crate::rust_source::files_below;
 
-const PAGES: &[&str] =
-    &["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "src/ARCHITECTURE.md", "src/checkpoint/FORMAT.md", "launch/README.md"];
+pub const PAGES: &[&str] = &[
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "src/ARCHITECTURE.md",
+    "src/checkpoint/FORMAT.md",
+    "src/kernels/PERFORMANCE.md",
+    "launch/README.md",
+];
 /// Top-level names of the repository: something in backticks that starts with one of them is a path.
 const TREES: &[&str] = &["src/", "launch/", "configs/", "tests/", "benches/", "scripts/", ".ci/", ".config/"];
 /// Files at the top that are named without a folder.

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use glmddp::checkpoint::{Disk, RealDisk, newest_first, open};
 
 use crate::cli_support::glmddp_in;
+use crate::not_run::{Missing, not_run};
 
 /// Runs of six steps that save every two, on `disk`. What a step leaves is copied out of the mount, and the program's words and exit status with it.
 const SCRIPT: &str = r#"
@@ -71,7 +72,7 @@ fn full_disk_keeps_what_was_saved_and_the_run_goes_on_when_there_is_room() {
         assert_eq!(glmddp_in(dir.path(), args).code, 0);
     }
     let Some(ran) = run_mounted(dir.path()) else {
-        eprintln!("NOT RUN: this user may not mount a tmpfs in a namespace of its own, and the test needs one");
+        not_run(Missing::Mount, "this user may not mount a tmpfs in a namespace of its own, and the test needs one");
         return;
     };
     assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));

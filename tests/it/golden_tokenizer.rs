@@ -5,6 +5,7 @@ use std::path::Path;
 use glmddp::tokenizer::GlmTokenizer;
 use serde_json::Value;
 
+use crate::not_run::{Missing, not_run};
 use crate::support;
 
 /// Calls `check` with each root's `tokenizer/<file>`, and prints how many items it compared.
@@ -23,7 +24,7 @@ fn for_each_golden(file: &str, check: impl Fn(&GlmTokenizer, &Value) -> usize) {
         println!("golden {}: {compared} items equal", path.display());
     }
     if !found {
-        eprintln!("NOT RUN: no golden folder has tokenizer/{file}");
+        not_run(Missing::Shared, &format!("no golden folder has tokenizer/{file}, and the test needs it"));
     }
 }
 

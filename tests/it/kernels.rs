@@ -9,6 +9,8 @@ use glmddp::kernels::rotary::{self, Angles, Direction, Precision, Table};
 use glmddp::kernels::{elementwise, kl, matmul, rms_norm, swiglu};
 use glmddp::rng::{KeyedRng, Stream};
 
+use crate::not_run::{Missing, not_run};
+
 const RELATIVE: f64 = 2e-5;
 
 fn random(shape: &[usize], key: u64) -> Tensor {
@@ -82,7 +84,7 @@ fn by_definition(x: &Tensor, w: &Tensor, start: Option<&Tensor>) -> Vec<u32> {
 #[test]
 fn matmul_of_any_size_and_strides_is_the_same_chain_of_multiply_adds() {
     if cfg!(target_arch = "x86_64") && !std::arch::is_x86_feature_detected!("fma") {
-        eprintln!("NOT RUN: this processor does not fuse multiply-adds");
+        not_run(Missing::Fma, "this processor does not fuse multiply-adds, and the test needs it");
         return;
     }
     let bits = |t: &Tensor| values(t).into_iter().map(f32::to_bits).collect::<Vec<_>>();

@@ -13,6 +13,8 @@ use glmddp::dist::{
 };
 use glmddp::rng::{KeyedRng, Stream};
 
+use crate::not_run::{Missing, not_run};
+
 /// Names the scenario that a rank plays.
 const SCENARIO: &str = "GLMDDP_TEST_MPI_SCENARIO";
 /// A line with it on a rank's stdout starts the clock of a test.
@@ -49,7 +51,7 @@ impl Job {
 /// Runs `scenario` on `num_ranks` ranks; `on_mark` gets the text after the mark. None, said loudly, where there is no MPI.
 fn run(num_ranks: usize, scenario: &str, on_mark: impl Fn(&str)) -> Option<Job> {
     if !cfg!(feature = "mpi") {
-        eprintln!("NOT RUN: this build has no feature `mpi`, and the test needs it");
+        not_run(Missing::Mpi, "this build has no feature `mpi`, and the test needs it");
         return None;
     }
     let mut command = Command::new("mpirun");
@@ -73,7 +75,7 @@ fn run(num_ranks: usize, scenario: &str, on_mark: impl Fn(&str)) -> Option<Job> 
     let mut child = match command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn() {
         Ok(child) => child,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            eprintln!("NOT RUN: mpirun is not installed, and the test needs it");
+            not_run(Missing::Mpi, "mpirun is not installed, and the test needs it");
             return None;
         }
         Err(error) => panic!("cannot start mpirun: {error}"),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cli_support::glmddp_in;
+use crate::not_run::{Missing, not_run};
 
 /// A run that does nothing is waited for so long; far above what a loaded machine needs.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -44,7 +45,7 @@ impl Setup {
     /// `glmddp train` into `out` on one rank, or on two under a launcher; none, said loudly, where there is no mpirun.
     fn command(&self, by: By, out: &str, args: &[&str]) -> Option<Command> {
         if by != By::Nobody && (!cfg!(feature = "mpi") || Command::new("mpirun").arg("--version").output().is_err()) {
-            eprintln!("NOT RUN: there is no mpirun, or this build has no feature `mpi`, and the test needs both");
+            not_run(Missing::Mpi, "there is no mpirun, or this build has no feature `mpi`, and the test needs both");
             return None;
         }
         let program = env!("CARGO_BIN_EXE_glmddp");

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use glmddp::checkpoint::RealDisk;
 use glmddp::digest::sha256_hex;
 
+use crate::not_run::{Missing, not_run};
+
 /// Folders with golden values: `GLMDDP_GOLDEN_DIR` alone if it is set, else the committed copy and `../shared/golden` where it is there.
 pub fn golden_roots() -> Vec<PathBuf> {
     if let Some(dir) = std::env::var_os("GLMDDP_GOLDEN_DIR") {
@@ -17,14 +19,18 @@ pub fn golden_roots() -> Vec<PathBuf> {
     roots
 }
 
-/// A file or folder of `../shared`, or none after saying loudly that the test did not run on it.
+/// A file or folder of `../shared`, or of what `GLMDDP_SHARED` names (nothing if it is empty); None after saying that the test did not run on it.
 pub fn shared(name: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(name);
-    if path.exists() {
-        return Some(path);
+    let folder = match std::env::var_os("GLMDDP_SHARED") {
+        Some(folder) if folder.is_empty() => None,
+        Some(folder) => Some(PathBuf::from(folder)),
+        None => Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared")),
+    };
+    let path = folder.map(|folder| folder.join(name)).filter(|path| path.exists());
+    if path.is_none() {
+        not_run(Missing::Shared, &format!("../shared/{name} is not there, and the test needs it"));
     }
-    eprintln!("NOT RUN: ../shared/{name} is not there, and the test needs it");
-    None
+    path
 }
 
 /// The safetensors shard of a model's folder that holds a tensor.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use glmddp::digest::sha256_hex;
 
 use crate::cli_support::glmddp_in;
+use crate::not_run::{Missing, not_run};
 use crate::support;
 
 /// Rows of a step: 12 micro-batches of 2, which 1, 2, 3 and 4 ranks share evenly.
@@ -40,7 +41,7 @@ const FUSION: [&str; 6] =
 /// A job that fails must end within this time.
 const END: Duration = Duration::from_secs(10);
 
-/// A folder with a model of 4 layers and rows: AdvertiseGen's and the real tokenizer where they are there, else our own.
+/// A folder with a model of 4 layers and rows.
 struct Setup {
     dir: tempfile::TempDir,
     train_file: PathBuf,
@@ -58,23 +59,28 @@ fn weight_files(dir: &Path) -> Vec<PathBuf> {
 }
 
 impl Setup {
+    /// With a tokenizer and rows of our own making.
     fn new(method: &'static [&'static str]) -> Self {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let mut init = vec!["init-model", "--preset", "tiny", "--num_layers", "4", "--output_dir", "model"];
-        let tokenizer = support::shared("chatglm2/tokenizer.model").map(|p| p.canonicalize().unwrap().display().to_string());
-        if let Some(tokenizer) = &tokenizer {
-            init.extend(["--tokenizer", tokenizer]);
-        }
-        let ran = glmddp_in(dir.path(), &init);
-        assert_eq!(ran.code, 0, "{}", ran.stderr);
-        let train_file = match (tokenizer, support::shared("data/advertisegen/train.jsonl")) {
-            (Some(_), Some(rows)) => rows.canonicalize().unwrap(),
-            _ => {
-                assert_eq!(glmddp_in(dir.path(), &["demo-data", "--output_dir", "data", "--rows", "200"]).code, 0);
-                dir.path().join("data/train.jsonl")
-            }
-        };
+        let dir = Self::model(&[]);
+        assert_eq!(glmddp_in(dir.path(), &["demo-data", "--output_dir", "data", "--rows", "200"]).code, 0);
+        let train_file = dir.path().join("data/train.jsonl");
         Self { dir, train_file, method }
+    }
+
+    /// With AdvertiseGen's rows and the published tokenizer, if they are there.
+    fn real(method: &'static [&'static str]) -> Option<Self> {
+        let tokenizer = support::shared("chatglm2/tokenizer.model")?.canonicalize().unwrap();
+        let train_file = support::shared("data/advertisegen/train.jsonl")?.canonicalize().unwrap();
+        let dir = Self::model(&["--tokenizer", tokenizer.to_str().unwrap()]);
+        Some(Self { dir, train_file, method })
+    }
+
+    fn model(more: &[&str]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let init = ["init-model", "--preset", "tiny", "--num_layers", "4", "--output_dir", "model"];
+        let ran = glmddp_in(dir.path(), &[&init, more].concat());
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        dir
     }
 
     /// `train` on `ranks` ranks into `output`; none, said loudly, where there is no mpirun and more than one rank is asked for.
@@ -84,7 +90,7 @@ impl Setup {
             Command::new(program)
         } else {
             if !cfg!(feature = "mpi") || Command::new("mpirun").arg("--version").output().is_err() {
-                eprintln!("NOT RUN: there is no mpirun, or this build has no feature `mpi`, and the test needs both");
+                not_run(Missing::Mpi, "there is no mpirun, or this build has no feature `mpi`, and the test needs both");
                 return None;
             }
             let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/mpirun.sh"));
@@ -136,6 +142,18 @@ fn mpirun_train_of_a_prefix_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits
 #[test]
 fn mpirun_train_of_a_peft_prefix_on_1_to_4_ranks_and_over_resumes_gives_the_same_bits() {
     same_bits_on_1_to_4_ranks_and_over_resumes(&PEFT_PREFIX);
+}
+
+#[test]
+fn mpirun_train_of_a_prefix_on_real_rows_gives_the_same_bits() {
+    let Some(setup) = Setup::real(&PREFIX) else { return };
+    same_bits_of(&setup, &[]);
+}
+
+#[test]
+fn mpirun_train_of_the_whole_base_on_real_rows_gives_the_same_bits() {
+    let Some(setup) = Setup::real(&FULL) else { return };
+    same_bits_of(&setup, &SHARDED);
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::cli_support::glmddp_in;
+use crate::not_run::{Missing, not_run};
 
 fn ok(dir: &Path, args: &[&str]) -> String {
     let ran = glmddp_in(dir, args);
@@ -92,7 +93,7 @@ fn folder_without_an_adapter_that_can_be_read_is_refused() {
 #[test]
 fn held_out_loss_has_the_same_bits_on_one_and_on_three_ranks() {
     if !cfg!(feature = "mpi") || Command::new("mpirun").arg("--version").output().is_err() {
-        eprintln!("NOT RUN: there is no mpirun, or this build has no feature `mpi`, and the test needs both");
+        not_run(Missing::Mpi, "there is no mpirun, or this build has no feature `mpi`, and the test needs both");
         return;
     }
     let dir = setup();
