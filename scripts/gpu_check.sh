@@ -39,8 +39,8 @@ judge_sanitizer() {
 
 # sanitizer LIMIT CASES ONLY...: each tool on the cases whose names contain one of ONLY.
 sanitizer() {
-    local limit=$1 cases=$2 tool only=()
-    for part in "${@:3}"; do only+=(--only "$part"); done
+    local limit=$1 cases=$2 tool text only=()
+    for text in "${@:3}"; do only+=(--only "$text"); done
     for tool in memcheck racecheck synccheck; do
         if command -v compute-sanitizer >/dev/null; then
             part "sanitizer $tool on $cases" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 \
