@@ -19,6 +19,7 @@ else
     own=$cache/$clone
     mkdir -p "$own"
 fi
+printf '%s\n' "$root" >"$own/root"
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target} RUSTC_WORKSPACE_WRAPPER=$own/rustc
 if [ ! -x "$RUSTC_WORKSPACE_WRAPPER" ]; then
     # Whole or not there: another script may start at the same time.

@@ -35,6 +35,17 @@ install_tool() {
     rm -rf "$tools"
 }
 
+# A clone leaves a gigabyte in the cache. What was built from one is deleted after a week, and its folder when the clone is gone.
+clean_cache() {
+    local own
+    for own in "$cache"/clone_*/; do
+        [ ! -f "$own/root" ] || [ -d "$(cat "$own/root")" ] || rm -rf "$own"
+    done
+    [ ! -d "$cache/build" ] || find "$cache/build" -path '*/deps/*' -mtime +7 \
+        \( -name 'glmddp-*' -o -name 'libglmddp-*' -o -name 'it-*' -o -name 'kernels-*' -o -name 'fuzz-*' -o -name 'standin-*' \) -delete
+}
+clean_cache
+
 step() {
     say "$*"
     local started=$SECONDS
