@@ -18,7 +18,7 @@ set -euo pipefail
 source "$(dirname "$0")/gpu_parts.sh"
 options "$@"
 
-# Of what was measured until now.
+# tables: prints what was measured so far.
 tables() {
     if [ -s "$out/kernels.jsonl" ] && is quick; then
         local torch=()

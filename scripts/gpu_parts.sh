@@ -94,8 +94,8 @@ outcome() {
 # skip PART REASON
 skip() { outcome "$1" "NOT RUN: $2" 0; }
 
-# part PART LIMIT [--json FILE] COMMAND...: runs COMMAND for at most LIMIT seconds; its output goes to the log as it comes, and what tells
-# something of it into the report. With --json FILE stdout goes there, and only stderr to the log.
+# part PART LIMIT [--json FILE] COMMAND...: runs COMMAND for at most LIMIT seconds; its output goes to the log as it comes, and the
+# telling lines go into the report. With --json FILE stdout goes there, and only stderr to the log.
 # Where the function judge_PART's first word is defined, it is given the exit status and the output's file, and prints the result.
 part() {
     local what=$1 limit=$2 json='' status=0 began=$SECONDS result

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The gate: installs what is missing, then formatting, lints, tests, documentation, licences. Continuous integration calls this and
-# nothing else. Needs no GPU and nothing beside the clone: the tests first run as if ../shared (rows, a tokenizer and golden values that may not be
-# shipped) were not there, and where it is those run once more to which it adds something. Kernels for GPUs are compiled, with the nvcc of
+# nothing else. Needs no GPU and nothing beside the clone. The tests first run as if ../shared (rows, a tokenizer and golden values that may not be
+# shipped) were not there. If it is there, the tests to which it adds something then run again. Kernels for GPUs are compiled, with the nvcc of
 # scripts/setup_cuda.sh. What did not run is counted at the end, with the reason.
 #
 #   scripts/test.sh               everything; may be run again
@@ -74,12 +74,12 @@ step env RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --doc
 skipped=$(mktemp)
 trap 'rm -f "$skipped"' EXIT
 tests() { GLMDDP_NOT_RUN=$skipped cargo nextest run --release --locked "$@"; }
-# words_of_tests WORD: the names of tests that lacked what WORD stands for (tests/it/not_run.rs), each once.
-words_of_tests() { awk -F '\t' -v word="$1" '$1 == word { print $2 }' "$skipped" | sort -u; }
+# tests_without WORD: the tests that lacked what WORD stands for (tests/it/not_run.rs), each once.
+tests_without() { awk -F '\t' -v word="$1" '$1 == word { print $2 }' "$skipped" | sort -u; }
 # The first run is a newcomer's, who has nothing beside the clone.
 required=,${GLMDDP_REQUIRE:-},
 GLMDDP_REQUIRE=${required/,shared,/,} GLMDDP_SHARED='' step tests
-mapfile -t without_shared < <(words_of_tests shared)
+mapfile -t without_shared < <(tests_without shared)
 if [ -d ../shared ] && [ ${#without_shared[@]} -gt 0 ]; then
     sed -i '/^shared\t/d' "$skipped"
     step tests -E "$(printf 'test(=%s) + ' "${without_shared[@]}")none()"

@@ -2,7 +2,7 @@
 //!
 //! Before each timed run a filler keeps the GPU busy for about 300 us, so that the host has queued start event, kernel and end event before the
 //! first of them begins: a launch would else be a quarter of what a small kernel takes. Where the host was late all the same, the filler grows, and
-//! what remains is told. It moves more than L2 holds, so that operands come from memory, and ends with reading, so that nothing is left to be
+//! what remains late is marked. It moves more than L2 holds, so that operands come from memory, and ends with reading, so that nothing is left to be
 //! written back beside what is timed.
 
 use serde::{Deserialize, Serialize};
@@ -18,16 +18,16 @@ const DOUBLINGS: usize = 3;
 /// What the machine itself is measured with.
 #[derive(Clone, Copy, Debug)]
 pub struct Machine {
-    /// Of a copy.
+    /// Size of the copy.
     pub copy_bytes: usize,
-    /// Of a square product.
+    /// Rows and columns of the square product.
     pub side: usize,
     /// Copied `filler_copies` times before each run, then read.
     pub filler_bytes: usize,
     pub filler_copies: usize,
-    /// Of fillers before the first time: until then clocks rise.
+    /// How long fillers run before the first measurement, while clocks rise.
     pub spin_ms: f64,
-    /// Runs before those that count.
+    /// Runs that do not count.
     pub warm_up: usize,
     pub runs: usize,
 }
@@ -88,7 +88,7 @@ struct Clock<'g> {
     gpu: &'g dyn Gpu,
     from: Buffer,
     to: Buffer,
-    /// Of the pass that reads.
+    /// Address of the 8 bytes into which the reading pass reports.
     fault: u64,
     machine: Machine,
 }

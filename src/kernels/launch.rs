@@ -225,30 +225,32 @@ impl KernelDtype {
     }
 }
 
+/// For tests: has no memory, and a launch is an error that says "started".
+#[cfg(test)]
+pub(crate) struct Nowhere;
+
+#[cfg(test)]
+impl Executor for Nowhere {
+    fn describe(&self) -> String {
+        "nowhere".to_owned()
+    }
+    fn alloc(&self, name: &str, _: usize) -> Result<Buffer, LaunchError> {
+        unreachable!("{name}")
+    }
+    fn write(&self, to: Buffer, _: &[u8]) -> Result<(), LaunchError> {
+        unreachable!("{to:?}")
+    }
+    fn read(&self, from: Buffer) -> Result<Vec<u8>, LaunchError> {
+        unreachable!("{from:?}")
+    }
+    fn launch(&self, name: &str, _: Launch, _: &[u8]) -> Result<(), LaunchError> {
+        Err(LaunchError::Kernel { kernel: name.to_owned(), reason: "started".to_owned() })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Starts nothing, and says so.
-    struct Nowhere;
-
-    impl Executor for Nowhere {
-        fn describe(&self) -> String {
-            "nowhere".to_owned()
-        }
-        fn alloc(&self, name: &str, _: usize) -> Result<Buffer, LaunchError> {
-            unreachable!("{name}")
-        }
-        fn write(&self, to: Buffer, _: &[u8]) -> Result<(), LaunchError> {
-            unreachable!("{to:?}")
-        }
-        fn read(&self, from: Buffer) -> Result<Vec<u8>, LaunchError> {
-            unreachable!("{from:?}")
-        }
-        fn launch(&self, name: &str, _: Launch, _: &[u8]) -> Result<(), LaunchError> {
-            Err(LaunchError::Kernel { kernel: name.to_owned(), reason: "started".to_owned() })
-        }
-    }
 
     fn outcome(blocks: [usize; 2]) -> String {
         let result = launch(&Nowhere, "some", Launch::grid(blocks, 32, 0), &[0u64; 1]);

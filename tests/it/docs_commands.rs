@@ -107,7 +107,7 @@ fn options_of_scripts_in_the_documents_are_options_of_theirs() {
     for Named { place, words } in all_commands() {
         let Some(at) = words.iter().position(|word| word.starts_with("scripts/") && word.ends_with(".sh")) else { continue };
         num_scripts += 1;
-        // A command of cargo's, or of nobody here, is passed on.
+        // It passes its arguments on to cargo.
         if words[at] == "scripts/lean_cuda.sh" {
             continue;
         }

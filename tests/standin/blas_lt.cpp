@@ -80,7 +80,7 @@ float rounded(float x, int type) {
 
 int log2_of(uint32_t x) { return x ? __builtin_ctz(x) : 8; }
 
-// Of the product, or why there is none.
+// Fills in `p`, or returns the code with which cuBLASLt refuses the product.
 int describe(const Description& d, const Layout& a, const Layout& b, const Layout& c, const Layout& to, Problem& p) {
     memset(&p, 0, sizeof p);
     bool ta = d.transposes_a == OP_T, tb = d.transposes_b == OP_T;

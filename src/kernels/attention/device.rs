@@ -288,28 +288,7 @@ impl<'e> Op<'e> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::launch::Buffer;
-
-    /// Starts nothing.
-    struct Nowhere;
-
-    impl Executor for Nowhere {
-        fn describe(&self) -> String {
-            "nowhere".to_owned()
-        }
-        fn alloc(&self, name: &str, _: usize) -> Result<Buffer, LaunchError> {
-            unreachable!("{name}")
-        }
-        fn write(&self, to: Buffer, _: &[u8]) -> Result<(), LaunchError> {
-            unreachable!("{to:?}")
-        }
-        fn read(&self, from: Buffer) -> Result<Vec<u8>, LaunchError> {
-            unreachable!("{from:?}")
-        }
-        fn launch(&self, name: &str, _: Launch, _: &[u8]) -> Result<(), LaunchError> {
-            Err(LaunchError::Kernel { kernel: name.to_owned(), reason: "started".to_owned() })
-        }
-    }
+    use crate::kernels::launch::Nowhere;
 
     /// What is said of a backward pass that `change` was done to.
     fn refusal(change: impl FnOnce(&mut Batch, &mut GradsAt)) -> String {

@@ -8,7 +8,7 @@ use crate::kernels::rotary::{self, Direction};
 use crate::kernels::{adamw, elementwise, embedding, non_finite, rms_norm, swiglu};
 
 const COLUMNS: usize = 64;
-/// Aligned, of nobody.
+/// An aligned address that nothing may read or write.
 const NOWHERE: u64 = 256;
 
 pub fn cases() -> Vec<Case> {
