@@ -36,6 +36,15 @@ pub fn cases() -> Vec<Case> {
         "kernel `rms_norm_fwd_bf16`: rows of 12 values, expected a multiple of 8 up to 16384",
         |executor| device::fwd(executor, KernelDtype::Bf16, &device::Rows { x: 0, w: 0, y: 0, rstd: 0, rows: 1, columns: 12 }, EPS),
     ));
+    cases.push(Case::refused(
+        "rms_norm",
+        "an address between bounds",
+        "kernel `rms_norm_bwd_f32`: a buffer at 0x18, expected a multiple of 16 bytes",
+        |executor| {
+            let rows = device::Rows { x: 0, w: 0, y: 0, rstd: 0, rows: 1, columns: 64 };
+            device::bwd_add(executor, KernelDtype::F32, &rows, 0x18)
+        },
+    ));
     cases
 }
 
