@@ -2,7 +2,7 @@
 
 use super::figures::LAST_STEPS;
 use super::{Figures, Report, RunResult};
-use crate::telemetry::{hours, thousands};
+use crate::telemetry::{bytes, hours, thousands};
 
 /// The page's name in the comparison's output folder.
 pub const FILE: &str = "compare.md";
@@ -93,7 +93,7 @@ fn absent() -> String {
 }
 
 fn cells(label: &str, f: &Figures) -> [String; 9] {
-    let memory = f.peak_rss_bytes.map_or_else(absent, |b| format!("{}{}", if f.peak_is_of_this_run { "" } else { "≤ " }, size(b)));
+    let memory = f.peak_rss_bytes.map_or_else(absent, |b| format!("{}{}", if f.peak_is_of_this_run { "" } else { "≤ " }, bytes(b)));
     [
         label.to_owned(),
         thousands(f.trainable_parameters),
@@ -102,7 +102,7 @@ fn cells(label: &str, f: &Figures) -> [String; 9] {
         number(f.train_loss),
         number(f.held_out_loss),
         f.drift_kl.map_or_else(absent, small),
-        size(f.weight_bytes),
+        bytes(f.weight_bytes),
         hours(std::time::Duration::from_secs_f64(f.seconds.clamp(0.0, 1e12))),
     ]
 }
@@ -122,23 +122,12 @@ fn number(x: Option<f64>) -> String {
     x.map_or_else(absent, |x| format!("{x:.4}"))
 }
 
-/// `7.3 MiB`
-pub(super) fn size(bytes: u64) -> String {
-    let (mut n, mut unit) = (bytes as f64, 0);
-    while n >= 1024.0 && unit < 3 {
-        n /= 1024.0;
-        unit += 1;
-    }
-    format!("{n:.*} {}", if unit == 0 || n >= 100.0 { 0 } else { 1 }, ["B", "KiB", "MiB", "GiB"][unit])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn numbers_are_written_as_people_read_them() {
-        assert_eq!([0, 1023, 1536, 25 << 30, 200 << 20].map(size), ["0 B", "1023 B", "1.5 KiB", "25.0 GiB", "200 MiB"]);
         assert_eq!([0.0, 0.25, 0.01, 4.8137e-6].map(small), ["0.0000", "0.2500", "0.0100", "4.81e-6"]);
         assert_eq!((number(None), number(Some(3.0))), ("–".to_owned(), "3.0000".to_owned()));
     }

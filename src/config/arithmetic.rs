@@ -8,12 +8,10 @@ use serde::Serialize;
 
 use super::plan::{BatchPlan, Plan, Recompute, Reduction, WeightDtype};
 use crate::dist::Shards;
+use crate::model::loss::LOGITS_CHUNK;
 use crate::model::shape::ModelShape;
 use crate::optim;
 use crate::peft::{Costs, MethodError};
-
-/// Logits are computed for so many target positions at a time.
-pub const LOGITS_CHUNK_ROWS: usize = 512;
 
 const F32_BYTES: u64 = 4;
 
@@ -167,7 +165,7 @@ pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, Me
             },
             slot_sums: F32_BYTES * costs.site_elements * gradient_buffers(&plan.batch, plan.optim.reduction),
             saved_activations: F32_BYTES * micro_batch_tokens * saved,
-            logits: F32_BYTES * (LOGITS_CHUNK_ROWS as u64).min(rows * max_row_targets) * shape.vocab,
+            logits: F32_BYTES * (LOGITS_CHUNK as u64).min(rows * max_row_targets) * shape.vocab,
         },
     })
 }
@@ -214,6 +212,7 @@ mod tests {
         vocab: 65024,
         qkv_bias: true,
         linear_bias: false,
+        final_norm: true,
     };
 
     #[test]

@@ -7,8 +7,9 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use super::ModelError;
 use super::block::{Block, NoObserver, Observer, Pass, Saved};
 use super::config::ModelConfig;
-use super::hooks::{BaseWeight, Hooks, Reach};
+use super::hooks::{BaseWeight, Hooks, LinearSite, Reach};
 use super::linear::Linear;
+use super::shape::ModelShape;
 use super::soft::Extended;
 use super::weights::WeightSource;
 use crate::kernels::attention::{Heads, Rows};
@@ -106,38 +107,32 @@ impl ChatGlm2 {
         get: impl Fn(&str, &[usize]) -> std::result::Result<Tensor, ModelError>,
     ) -> std::result::Result<Self, ModelError> {
         let c = &config;
-        let (h, f) = (c.hidden_size, c.ffn_hidden_size);
-        let heads = Heads { num_heads: c.num_attention_heads, num_groups: c.multi_query_group_num, head_dim: c.kv_channels };
-        let linear = |name: &str, out: usize, input: usize, bias: bool| -> std::result::Result<Linear, ModelError> {
-            let weight = get(&format!("{name}.weight"), &[out, input])?;
-            let bias = if bias { Some(get(&format!("{name}.bias"), &[out])?) } else { None };
-            Ok(Linear::new(weight, bias))
+        let shape = ModelShape::from(c);
+        let get = |weight: BaseWeight| get(&weight.name(), &shape.dims(weight));
+        let get_if_there = |weight: BaseWeight| shape.has(weight).then(|| get(weight)).transpose();
+        let linear = |layer, site| {
+            let (weight, bias) = (get(BaseWeight::Weight(layer, site))?, get_if_there(BaseWeight::Bias(layer, site))?);
+            Ok::<_, ModelError>(Linear::new(weight, bias))
         };
+        let heads = Heads { num_heads: c.num_attention_heads, num_groups: c.multi_query_group_num, head_dim: c.kv_channels };
         let blocks = (0..c.num_layers)
             .map(|layer| {
-                let at = |name: &str| format!("transformer.encoder.layers.{layer}.{name}");
                 Ok(Block {
                     layer,
                     heads,
                     norm_eps: c.layernorm_epsilon,
-                    input_layernorm_H: get(&at("input_layernorm.weight"), &[h])?,
-                    query_key_value: linear(
-                        &at("self_attention.query_key_value"),
-                        heads.qkv_width(),
-                        h,
-                        c.add_qkv_bias || c.add_bias_linear,
-                    )?,
-                    dense: linear(&at("self_attention.dense"), h, heads.num_heads * heads.head_dim, c.add_bias_linear)?,
-                    post_attention_layernorm_H: get(&at("post_attention_layernorm.weight"), &[h])?,
-                    dense_h_to_4h: linear(&at("mlp.dense_h_to_4h"), 2 * f, h, c.add_bias_linear)?,
-                    dense_4h_to_h: linear(&at("mlp.dense_4h_to_h"), h, f, c.add_bias_linear)?,
+                    input_layernorm_H: get(BaseWeight::InputLayernorm(layer))?,
+                    query_key_value: linear(layer, LinearSite::QueryKeyValue)?,
+                    dense: linear(layer, LinearSite::Dense)?,
+                    post_attention_layernorm_H: get(BaseWeight::PostAttentionLayernorm(layer))?,
+                    dense_h_to_4h: linear(layer, LinearSite::DenseHTo4h)?,
+                    dense_4h_to_h: linear(layer, LinearSite::Dense4hToH)?,
                 })
             })
             .collect::<std::result::Result<_, ModelError>>()?;
-        let v = c.padded_vocab_size;
-        let embedding_VH = get("transformer.embedding.word_embeddings.weight", &[v, h])?;
-        let final_layernorm_H = if c.post_layer_norm { Some(get("transformer.encoder.final_layernorm.weight", &[h])?) } else { None };
-        let output_layer = linear("transformer.output_layer", v, h, false)?;
+        let embedding_VH = get(BaseWeight::Embedding)?;
+        let final_layernorm_H = get_if_there(BaseWeight::FinalLayernorm)?;
+        let output_layer = Linear::new(get(BaseWeight::OutputLayer)?, None);
         let precision = match rope {
             RopeTable::Exact => Precision::Exact,
             RopeTable::Published => Precision::Published(c.torch_dtype),

@@ -90,35 +90,10 @@ impl ModelConfig {
         2 * self.num_layers * self.multi_query_group_num * self.kv_channels
     }
 
-    /// Names and shapes of the checkpoint's parameters. `inv_freq` is none: it is computed.
+    /// Names and shapes of the checkpoint's parameters.
     pub fn parameter_shapes(&self) -> BTreeMap<String, Vec<usize>> {
-        let (hidden, ffn) = (self.hidden_size, self.ffn_hidden_size);
-        let queries = self.num_attention_heads * self.kv_channels;
-        let qkv = queries + 2 * self.multi_query_group_num * self.kv_channels;
-        let mut shapes = BTreeMap::new();
-        let mut add = |name: String, shape: &[usize]| _ = shapes.insert(name, shape.to_vec());
-        add("transformer.embedding.word_embeddings.weight".to_owned(), &[self.padded_vocab_size, hidden]);
-        for layer in 0..self.num_layers {
-            let at = format!("transformer.encoder.layers.{layer}");
-            add(format!("{at}.input_layernorm.weight"), &[hidden]);
-            add(format!("{at}.post_attention_layernorm.weight"), &[hidden]);
-            for (module, outputs, inputs, bias) in [
-                ("self_attention.query_key_value", qkv, hidden, self.add_qkv_bias || self.add_bias_linear),
-                ("self_attention.dense", hidden, queries, self.add_bias_linear),
-                ("mlp.dense_h_to_4h", 2 * ffn, hidden, self.add_bias_linear),
-                ("mlp.dense_4h_to_h", hidden, ffn, self.add_bias_linear),
-            ] {
-                add(format!("{at}.{module}.weight"), &[outputs, inputs]);
-                if bias {
-                    add(format!("{at}.{module}.bias"), &[outputs]);
-                }
-            }
-        }
-        if self.post_layer_norm {
-            add("transformer.encoder.final_layernorm.weight".to_owned(), &[hidden]);
-        }
-        add("transformer.output_layer.weight".to_owned(), &[self.padded_vocab_size, hidden]);
-        shapes
+        let shape = ModelShape::from(self);
+        shape.weights().map(|weight| (weight.name(), shape.dims(weight))).collect()
     }
 }
 

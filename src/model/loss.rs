@@ -9,7 +9,7 @@ use crate::kernels::{kl, matmul, rms_norm};
 
 /// Positions whose logits are held at once: 133 MB in f32 at ChatGLM2's vocabulary. A weight of the head is packed once a chunk, so smaller
 /// chunks cost time.
-pub const CHUNK: usize = 512;
+pub const LOGITS_CHUNK: usize = 512;
 
 /// Logits of hidden states `[N, H]` (before the final norm) -> `[N, V]`.
 ///
@@ -25,7 +25,7 @@ pub fn logits(model: &ChatGlm2, hidden_NH: &Tensor) -> Result<Tensor> {
 /// When a target's index or id is out of range.
 pub fn nll(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Result<Vec<f32>> {
     let mut losses = Vec::with_capacity(targets.len());
-    for chunk in targets.chunks(CHUNK) {
+    for chunk in targets.chunks(LOGITS_CHUNK) {
         let (index, ids) = split(chunk);
         let x_NH = hidden_TH.index_select(&Tensor::new(index, hidden_TH.device())?, 0)?;
         losses.extend(cross_entropy::nll_(&logits(model, &x_NH)?, &ids, Logits::Discard)?);
@@ -41,7 +41,7 @@ pub fn nll(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Resu
 pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)], hooks: &mut dyn Hooks) -> Result<(Vec<f32>, Tensor)> {
     let mut losses = Vec::with_capacity(targets.len());
     let mut dx_TH = hidden_TH.zeros_like()?;
-    for chunk in targets.chunks(CHUNK) {
+    for chunk in targets.chunks(LOGITS_CHUNK) {
         let (index, ids) = split(chunk);
         let index = Tensor::new(index, hidden_TH.device())?;
         let x_NH = hidden_TH.index_select(&index, 0)?;
@@ -67,7 +67,7 @@ pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u
 /// When a target's index is out of range or the vocabularies differ.
 pub fn kl(base: (&ChatGlm2, &Tensor), tuned: (&ChatGlm2, &Tensor), targets: &[(u32, u32)]) -> Result<Vec<f64>> {
     let mut divergences = Vec::with_capacity(targets.len());
-    for chunk in targets.chunks(CHUNK) {
+    for chunk in targets.chunks(LOGITS_CHUNK) {
         let (index, _) = split(chunk);
         let index = Tensor::new(index, base.1.device())?;
         let logits_NV = |(model, hidden_TH): (&ChatGlm2, &Tensor)| logits(model, &hidden_TH.index_select(&index, 0)?);

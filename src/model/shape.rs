@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::chatglm2::Recompute;
 use super::config::ModelConfig;
-use super::hooks::LinearSite;
+use super::hooks::{BaseWeight, LinearSite};
 
 /// The sizes in config.json that costs depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -21,6 +21,8 @@ pub struct ModelShape {
     pub qkv_bias: bool,
     /// Every linear layer of a block has one.
     pub linear_bias: bool,
+    /// A norm stands before the head.
+    pub final_norm: bool,
 }
 
 impl From<&ModelConfig> for ModelShape {
@@ -35,6 +37,7 @@ impl From<&ModelConfig> for ModelShape {
             vocab: config.padded_vocab_size as u64,
             qkv_bias: config.add_qkv_bias,
             linear_bias: config.add_bias_linear,
+            final_norm: config.post_layer_norm,
         }
     }
 }
@@ -59,6 +62,36 @@ impl ModelShape {
         self.linear_bias || (self.qkv_bias && site == LinearSite::QueryKeyValue)
     }
 
+    /// Whether the model has such a parameter.
+    pub fn has(&self, weight: BaseWeight) -> bool {
+        match weight {
+            BaseWeight::Bias(_, site) => self.has_bias(site),
+            BaseWeight::FinalLayernorm => self.final_norm,
+            _ => true,
+        }
+    }
+
+    /// The shape of a parameter, in a model that has it.
+    pub fn dims(&self, weight: BaseWeight) -> Vec<usize> {
+        let dims = match weight {
+            BaseWeight::Embedding | BaseWeight::OutputLayer => vec![self.vocab, self.hidden],
+            BaseWeight::InputLayernorm(_) | BaseWeight::PostAttentionLayernorm(_) | BaseWeight::FinalLayernorm => vec![self.hidden],
+            BaseWeight::Weight(_, site) => vec![self.linear(site).0, self.linear(site).1],
+            BaseWeight::Bias(_, site) => vec![self.linear(site).0],
+        };
+        dims.into_iter().map(|size| size as usize).collect()
+    }
+
+    /// Elements of a parameter, in a model that has it.
+    pub fn elements(&self, weight: BaseWeight) -> u64 {
+        self.dims(weight).iter().map(|&size| size as u64).product()
+    }
+
+    /// Every parameter that the model has.
+    pub fn weights(&self) -> impl Iterator<Item = BaseWeight> {
+        BaseWeight::all(self.layers as usize).filter(|&weight| self.has(weight))
+    }
+
     /// Weights of the blocks' linears.
     pub fn trunk_weights(&self) -> u64 {
         self.layers * LinearSite::ALL.into_iter().map(|site| self.linear(site)).map(|(out, input)| out * input).sum::<u64>()
@@ -70,8 +103,7 @@ impl ModelShape {
 
     /// All parameters: linears with their biases, norms, embedding table, head.
     pub fn parameters(&self) -> u64 {
-        let biases: u64 = LinearSite::ALL.into_iter().filter(|&site| self.has_bias(site)).map(|site| self.linear(site).0).sum();
-        self.trunk_weights() + self.layers * (biases + 2 * self.hidden) + self.hidden + 2 * self.head_weights()
+        self.weights().map(|weight| self.elements(weight)).sum()
     }
 
     /// Values that the backward pass of one layer needs of one token.

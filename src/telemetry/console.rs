@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::format::{hours, step_line};
+use super::format::step_line;
+use super::numbers::hours;
 use super::record::StepRecord;
 
 /// Writes whole lines above the progress bar. Clones write to the same place.

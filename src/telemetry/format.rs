@@ -1,14 +1,13 @@
-//! Numbers as people read them, and the step line.
+//! The step line.
 
-use std::time::Duration;
-
+use super::numbers::{bytes, hours, thousands};
 use super::record::StepRecord;
 
 /// The fixed, greppable line of one step:
 /// `step   120/3000 | loss 2.3411 | grad_norm 0.812 | lr 1.96e-02 | 14,210 tok/s | 412 ms (data 3, fwd+bwd 371, comm 9, optim 2) | mem 21.3 GiB | eta 0:19:42`
 pub fn step_line(record: &StepRecord) -> String {
     let phases = &record.phases;
-    let memory = record.memory_bytes.map_or_else(|| "n/a".to_owned(), |bytes| format!("{:.1} GiB", bytes as f64 / f64::from(1u32 << 30)));
+    let memory = record.memory_bytes.map_or_else(|| "n/a".to_owned(), bytes);
     let eta = record.remaining_time.map_or_else(|| "-:--:--".to_owned(), hours);
     format!(
         "step {:>5}/{} | loss {:.4} | grad_norm {:.3} | lr {} | {} tok/s | {:.0} ms (data {:.0}, fwd+bwd {:.0}, comm {:.0}, optim {:.0}) | mem {memory} | eta {eta}",
@@ -34,27 +33,10 @@ fn scientific(value: f64) -> String {
     format!("{mantissa}e{sign}{digits:0>2}")
 }
 
-/// `14,210`
-pub fn thousands(value: u64) -> String {
-    let digits = value.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// A duration in whole seconds: `0:19:42`.
-pub fn hours(time: Duration) -> String {
-    let seconds = time.as_secs();
-    format!("{}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::super::record::PhaseMillis;
     use super::*;
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
-use super::format::hours;
+use super::numbers::hours;
 
 /// One optimizer step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]

@@ -11,8 +11,18 @@ use glmddp::model::shape::ModelShape;
 
 use crate::cli_support::{glmddp_in, glmddp_with};
 
-const CHATGLM2_6B: ModelShape =
-    ModelShape { layers: 28, hidden: 4096, ffn: 13696, heads: 32, groups: 2, kv: 128, vocab: 65024, qkv_bias: true, linear_bias: false };
+const CHATGLM2_6B: ModelShape = ModelShape {
+    layers: 28,
+    hidden: 4096,
+    ffn: 13696,
+    heads: 32,
+    groups: 2,
+    kv: 128,
+    vocab: 65024,
+    qkv_bias: true,
+    linear_bias: false,
+    final_norm: true,
+};
 
 /// ChatGLM2-6B's config.json, as far as it is read.
 const CONFIG_JSON: &str = r#"{"model_type": "chatglm", "architectures": ["ChatGLMModel"], "num_layers": 28, "hidden_size": 4096, "ffn_hidden_size": 13696,
