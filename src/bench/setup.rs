@@ -14,7 +14,6 @@ use crate::data::prompt::Truncation;
 use crate::data::record::{Columns, OnBadRow};
 use crate::data::tokenize::Limits;
 use crate::data::{self, Alone, Dataset, MicroBatch, collate::collate};
-use crate::dist::Reduction;
 use crate::kernels::host;
 use crate::model::config::Rope;
 use crate::model::{ChatGlm2, ModelConfig, Recompute, RopeTable};
@@ -72,13 +71,7 @@ impl Bench {
         model.replace_weights(&method.trained_base_weights()?)?;
         let adamw = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let optimizer = Optimizer::replicated(adamw, method.params().layout().num_elements(), model.device())?;
-        let settings = StepSettings {
-            num_slots: setup.slots.get(),
-            recompute: setup.recompute,
-            loss_mean: LossMean::Token,
-            reduction: Reduction::SlotTree,
-            max_grad_norm: Some(1.0),
-        };
+        let settings = StepSettings { recompute: setup.recompute, loss_mean: LossMean::Token, max_grad_norm: Some(1.0) };
         Ok(Self { model, method, optimizer, data, settings, setup: setup.clone() })
     }
 

@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::setup::{Bench, BenchSetup};
 use crate::data::sampler::slots_of_rank;
-use crate::dist::ProcessGroup;
+use crate::dist::{Collectives, ProcessGroup, Reduction};
 use crate::telemetry::{PhaseMillis, PhaseTimer, peak_rss_bytes};
 use crate::train::TrainError;
 use crate::train::requests::Wish;
-use crate::train::step::Trainer;
+use crate::train::step::{Trainer, gradient_sum};
 
 /// Medians over the measured steps; a step's time is the slowest rank's.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -51,8 +51,10 @@ impl Phases {
 ///
 /// # Errors
 /// When a file cannot be read, the sizes do not fit, or a collective fails.
-pub fn run(setup: &BenchSetup, group: &dyn ProcessGroup, warmup: usize, steps: usize) -> Result<StepTimes, TrainError> {
+pub fn run(setup: &BenchSetup, tensors: &dyn Collectives, warmup: usize, steps: usize) -> Result<StepTimes, TrainError> {
     let mut bench = Bench::new(setup)?;
+    let group = tensors.group();
+    let sum = gradient_sum(tensors, Reduction::SlotTree, setup.slots.get(), &*bench.method, &bench.optimizer)?;
     let world_size = std::num::NonZeroUsize::new(group.world_size()).unwrap_or(std::num::NonZeroUsize::MIN);
     let slots = slots_of_rank(setup.slots.get(), world_size, group.rank());
     let timer = PhaseTimer::default();
@@ -64,7 +66,7 @@ pub fn run(setup: &BenchSetup, group: &dyn ProcessGroup, warmup: usize, steps: u
             timer.time(crate::telemetry::Phase::Data, || slots.clone().map(|slot| (slot, bench.micro_batch(step, slot))).collect());
         let settings = bench.settings;
         let (model, method, optimizer) = (&bench.model, &mut *bench.method, &mut bench.optimizer);
-        let mut trainer = Trainer { model, method, optimizer, group, settings, wish: &Wish::default };
+        let mut trainer = Trainer { model, method, optimizer, sum: &sum, group, settings, wish: &Wish::default };
         losses.push(trainer.step(&batches, 2e-2, &timer)?.loss);
         let took = started.elapsed().as_secs_f64();
         let took = slowest(group, took)?;

@@ -211,12 +211,13 @@ fn flops_lines(recompute: Recompute, f: &Flops) -> String {
 }
 
 fn time(args: &StepArgs) -> anyhow::Result<()> {
-    let group = dist::connect(&environment::variable)?;
-    dist::install_panic_hook(&*group);
-    let threads = dist::plan_threads(&*group, args.threads)?;
+    let tensors = dist::connect(&environment::variable)?;
+    let group = tensors.group();
+    dist::install_panic_hook(group);
+    let threads = dist::plan_threads(group, args.threads)?;
     dist::install_thread_pool(threads.count)?;
     let slots = args.slots.unwrap_or(NonZeroUsize::new(group.world_size()).unwrap_or(NonZeroUsize::MIN));
-    let result = step::run(&args.sizes.setup(slots)?, &*group, args.warmup, args.steps.get());
+    let result = step::run(&args.sizes.setup(slots)?, &*tensors, args.warmup, args.steps.get());
     let times = match result {
         Ok(times) => times,
         Err(error) if group.world_size() > 1 => group.abort(&error.to_string()),
@@ -226,7 +227,7 @@ fn time(args: &StepArgs) -> anyhow::Result<()> {
         let text = if args.json { format!("{}\n", serde_json::to_string(&times)?) } else { times_line(&times) };
         report::print(&text)?;
     }
-    group.finish();
+    tensors.finish();
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use crate::checkpoint::RealDisk;
 use crate::compare::{self, Compared, Contender, Options, REPORT_FILE, Report, StoppedRun, picture, table};
 use crate::config::sections::{BatchConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig};
 use crate::config::{self, ConfigError, RunConfig};
-use crate::dist::ProcessGroup;
+use crate::dist::Collectives;
 use crate::train::requests::Signals;
 
 /// Train several methods on the same rows and show them side by side
@@ -61,10 +61,11 @@ pub struct CompareArgs {
 pub fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let signals = signals::listen()?;
-    ranks::run(|group| run_on_rank(args, group, &signals, started))
+    ranks::run(|tensors| run_on_rank(args, tensors, &signals, started))
 }
 
-fn run_on_rank(args: &CompareArgs, group: &dyn ProcessGroup, signals: &Signals, started: Instant) -> anyhow::Result<()> {
+fn run_on_rank(args: &CompareArgs, tensors: &dyn Collectives, signals: &Signals, started: Instant) -> anyhow::Result<()> {
+    let group = tensors.group();
     let console = ranks::console(group, &args.messages)?;
     let contenders = contenders(args, group.world_size())?;
     let Some(Contender { plan, .. }) = contenders.first() else { return Ok(()) };
@@ -77,7 +78,7 @@ fn run_on_rank(args: &CompareArgs, group: &dyn ProcessGroup, signals: &Signals, 
         free_memory: &allocator::give_memory_back,
     };
     let limits = signals::limits(signals, plan, started, group)?;
-    let Compared { report, stopped: run } = compare::run(&contenders, options, group, &RealDisk, &console, &limits)?;
+    let Compared { report, stopped: run } = compare::run(&contenders, options, tensors, &RealDisk, &console, &limits)?;
     if group.rank() == 0 {
         if let Some(StoppedRun { label, step, total_steps, by }) = run {
             let command = restart::command(GoesOn::ByItself);

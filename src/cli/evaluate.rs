@@ -62,7 +62,7 @@ pub struct EvaluateArgs {
 }
 
 pub fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
-    ranks::run(|group| on_rank(args, group))
+    ranks::run(|tensors| on_rank(args, tensors.group()))
 }
 
 fn on_rank(args: &EvaluateArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> {

@@ -7,7 +7,7 @@ use clap::Args;
 use super::{environment, plan, report};
 use crate::compare::CompareError;
 use crate::config::{ConfigError, Plan};
-use crate::dist::{self, ProcessGroup};
+use crate::dist::{self, Collectives, ProcessGroup};
 use crate::telemetry::{self, Console, Verbosity};
 use crate::train::TrainError;
 
@@ -25,16 +25,17 @@ pub struct MessageArgs {
 ///
 /// # Errors
 /// That of `work`, or when the ranks cannot meet.
-pub fn run(work: impl FnOnce(&dyn ProcessGroup) -> anyhow::Result<()>) -> anyhow::Result<ExitCode> {
-    let group = dist::connect(&environment::variable)?;
-    dist::install_panic_hook(&*group);
-    match work(&*group) {
+pub fn run(work: impl FnOnce(&dyn Collectives) -> anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    let tensors = dist::connect(&environment::variable)?;
+    let group = tensors.group();
+    dist::install_panic_hook(group);
+    match work(&*tensors) {
         Ok(()) => {
-            group.finish();
+            tensors.finish();
             Ok(ExitCode::SUCCESS)
         }
         Err(error) if group.world_size() == 1 || is_everyones(&error) => {
-            group.finish();
+            tensors.finish();
             Err(error)
         }
         Err(error) => {

@@ -14,7 +14,7 @@ use super::run_args::RunArgs;
 use super::{report, signals};
 use crate::checkpoint::RealDisk;
 use crate::config::Plan;
-use crate::dist::ProcessGroup;
+use crate::dist::Collectives;
 use crate::train::requests::{Cause, Signals, Stop};
 use crate::train::run::{self, Ending};
 
@@ -30,16 +30,17 @@ pub struct TrainArgs {
 pub fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let signals = signals::listen()?;
-    ranks::run(|group| train(args, group, &signals, started))
+    ranks::run(|tensors| train(args, tensors, &signals, started))
 }
 
-fn train(args: &TrainArgs, group: &dyn ProcessGroup, signals: &Signals, started: Instant) -> anyhow::Result<()> {
+fn train(args: &TrainArgs, tensors: &dyn Collectives, signals: &Signals, started: Instant) -> anyhow::Result<()> {
+    let group = tensors.group();
     let console = ranks::console(group, &args.messages)?;
     let loaded = args.run.load()?;
     let plan = loaded.resolve(group.world_size())?;
     ranks::take_threads(group, &plan)?;
     let limits = signals::limits(signals, &plan, started, group)?;
-    let summary = run::run(&plan, group, &RealDisk, &console, &limits)?;
+    let summary = run::run(&plan, tensors, &RealDisk, &console, &limits)?;
     if group.rank() == 0 {
         keep_arguments(&plan)?;
         let checkpoint = summary.checkpoint.as_ref().map_or("none was saved".to_owned(), |path| path.display().to_string());

@@ -10,7 +10,7 @@ use crate::checkpoint::{self, Claim, Disk};
 use crate::config::Plan;
 use crate::config::plan::{Duration, Resume};
 use crate::data::sampler::Sampler;
-use crate::dist::ProcessGroup;
+use crate::dist::{Collectives, ProcessGroup};
 use crate::telemetry::{Console, reset_peak_rss};
 use crate::train::TrainError;
 use crate::train::base::Base;
@@ -45,6 +45,7 @@ pub struct Options<'a> {
 struct Scene<'a> {
     base: Base,
     options: Options<'a>,
+    tensors: &'a dyn Collectives,
     group: &'a dyn ProcessGroup,
     disk: &'a dyn Disk,
     console: &'a Console,
@@ -74,17 +75,18 @@ pub struct StoppedRun {
 pub fn run(
     contenders: &[Contender],
     options: Options,
-    group: &dyn ProcessGroup,
+    tensors: &dyn Collectives,
     disk: &dyn Disk,
     console: &Console,
     limits: &Limits,
 ) -> Result<Compared, CompareError> {
     let Some(Contender { plan, .. }) = contenders.first() else { return Err(CompareError::NoHeldOutRows) };
     let path = options.output_dir.join(REPORT_FILE);
-    let group: &dyn ProcessGroup = &run::watched(plan, group)?;
+    let tensors: &dyn Collectives = &run::watched(plan, tensors)?;
+    let group = tensors.group();
     let base = Base::load(plan, group)?;
     let shared = shared(&base, plan, &options)?;
-    let scene = Scene { base, options, group, disk, console, limits, steps: shared.steps };
+    let scene = Scene { base, options, tensors, group, disk, console, limits, steps: shared.steps };
     tracing::info!("{} methods, {} steps each: {} tokens", contenders.len(), shared.steps, shared.budget_tokens);
     let mut report = scene.read_report(&path)?.unwrap_or_else(|| Report::new(shared.clone()));
     report.check_shared(&path, &shared)?;
@@ -131,7 +133,7 @@ impl Scene<'_> {
         let plan = self.plan_of(contender)?;
         (self.options.free_memory)();
         let peak_is_of_this_run = reset_peak_rss();
-        let Outcome { summary, model, method } = match run::run_on(&self.base, &plan, self.group, self.disk, self.console, self.limits) {
+        let Outcome { summary, model, method } = match run::run_on(&self.base, &plan, self.tensors, self.disk, self.console, self.limits) {
             Ok(outcome) => outcome,
             Err(error @ TrainError::StepNotFinite { .. }) => {
                 return Ok(Competed::Measured(RunResult::Stopped { reason: error.to_string() }));

@@ -53,11 +53,18 @@ impl Fold {
     }
 }
 
+/// Whether a rank's slots are computed when it tells the others which they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Slots {
+    Ahead,
+    Computed,
+}
+
 /// The gradients of a rank's contiguous share of a step's slots, summed as far as the tree allows.
 ///
 /// Holds at most about 2 log2(number of slots) buffers.
 #[derive(Debug)]
-pub struct SlotAccumulator {
+pub(super) struct SlotAccumulator {
     range: Range<usize>,
     /// The slot that comes next.
     next: usize,
@@ -68,7 +75,7 @@ pub struct SlotAccumulator {
 
 impl SlotAccumulator {
     /// For the slots `range` of `tree`, in ascending order, with flat gradients of `[num_elements]` f32 on `device`.
-    pub fn new(reduction: Reduction, tree: SlotTree, range: Range<usize>, num_elements: usize, device: &Device) -> Self {
+    pub(super) fn new(reduction: Reduction, tree: SlotTree, range: Range<usize>, num_elements: usize, device: &Device) -> Self {
         Self { next: range.start, range, num_elements, device: device.clone(), fold: Fold::new(reduction, tree) }
     }
 
@@ -76,7 +83,7 @@ impl SlotAccumulator {
     ///
     /// # Errors
     /// When `slot` is not the next one of the range, or the gradient has another shape or dtype.
-    pub fn push(&mut self, slot: usize, grad: Tensor) -> Result<(), DistError> {
+    pub(super) fn push(&mut self, slot: usize, grad: Tensor) -> Result<(), DistError> {
         let partial = self.take_next(slot, grad)?;
         self.fold.push(partial)?;
         Ok(())
@@ -105,22 +112,14 @@ impl SlotAccumulator {
         self.next..self.range.end.max(self.next)
     }
 
-    /// Buffers that are alive.
-    pub fn num_buffers(&self) -> usize {
-        self.fold.partials.len()
+    /// What `rank` has to answer for where slots are missing.
+    pub(super) fn not_computed(&self, rank: usize) -> DistError {
+        not_computed(rank, self.missing())
     }
 
     /// All ranks' ranges; every rank finds the same fault if there is one.
-    pub(super) fn gather_ranges(&self, group: &dyn ProcessGroup) -> Result<Vec<Range<usize>>, DistError> {
-        self.gather_ranges_computed_to(group, self.next)
-    }
-
-    /// As [`Self::gather_ranges`] before the slots are computed.
-    pub(super) fn gather_ranges_ahead(&self, group: &dyn ProcessGroup) -> Result<Vec<Range<usize>>, DistError> {
-        self.gather_ranges_computed_to(group, self.range.end)
-    }
-
-    fn gather_ranges_computed_to(&self, group: &dyn ProcessGroup, next: usize) -> Result<Vec<Range<usize>>, DistError> {
+    pub(super) fn gather_ranges(&self, group: &dyn ProcessGroup, slots: Slots) -> Result<Vec<Range<usize>>, DistError> {
+        let next = if slots == Slots::Computed { self.next } else { self.range.end };
         let num_slots = self.fold.tree.num_slots();
         let mine = [
             usize::from(self.fold.reduction == Reduction::AllReduce),
@@ -145,7 +144,7 @@ impl SlotAccumulator {
                 return Err(DistError::Diverged { rank, expected: name(expected), found: name(common) });
             }
             if next < hi {
-                return Err(DistError::Slots { rank, problem: format!("slots {next}..{hi} of the step were not computed") });
+                return Err(not_computed(rank, next..hi));
             }
             ranges.push(lo..hi.max(lo));
         }
@@ -163,6 +162,10 @@ impl SlotAccumulator {
         }
         Ok(ranges)
     }
+}
+
+fn not_computed(rank: usize, slots: Range<usize>) -> DistError {
+    DistError::Slots { rank, problem: format!("slots {slots:?} of the step were not computed") }
 }
 
 #[cfg(test)]
@@ -187,9 +190,9 @@ pub(super) mod tests {
         let same = grad(0, 5);
         for slot in 0..33 {
             accumulator.push(slot, same.clone()).unwrap();
-            assert!(accumulator.num_buffers() <= 6);
+            assert!(accumulator.fold.partials.len() <= 6);
         }
-        assert_eq!(accumulator.num_buffers(), 1);
+        assert_eq!(accumulator.fold.partials.len(), 1);
         assert_eq!(bits(&same), bits(&grad(0, 5)));
     }
 

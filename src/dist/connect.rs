@@ -1,6 +1,6 @@
 //! Finds out whether a launcher started this process, and joins its group.
 
-use super::{DistError, ProcessGroup, Solo};
+use super::{Collectives, DistError, Solo};
 
 /// Reads one environment variable; the command line hands it in.
 pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -35,7 +35,7 @@ fn detect(env: Environment) -> Option<Launched> {
 ///
 /// # Errors
 /// When several processes were started and they cannot find each other: each would train alone and overwrite the others.
-pub fn connect(env: Environment) -> Result<Box<dyn ProcessGroup>, DistError> {
+pub fn connect(env: Environment) -> Result<Box<dyn Collectives>, DistError> {
     match detect(env) {
         None => Ok(Box::new(Solo)),
         Some(Launched { by, num_processes, speaks_mpi: false }) if cfg!(feature = "mpi") => {
@@ -46,16 +46,16 @@ pub fn connect(env: Environment) -> Result<Box<dyn ProcessGroup>, DistError> {
 }
 
 #[cfg(feature = "mpi")]
-fn join(launched: Launched) -> Result<Box<dyn ProcessGroup>, DistError> {
+fn join(launched: Launched) -> Result<Box<dyn Collectives>, DistError> {
     let group = super::mpi::Mpi::initialise()?;
     match launched.num_processes {
-        Some(claimed) if claimed > 1 && group.world_size() == 1 => Err(DistError::Unconnected { launcher: launched.by, claimed }),
+        Some(claimed) if claimed > 1 && group.group().world_size() == 1 => Err(DistError::Unconnected { launcher: launched.by, claimed }),
         _ => Ok(Box::new(group)),
     }
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join(launched: Launched) -> Result<Box<dyn ProcessGroup>, DistError> {
+fn join(launched: Launched) -> Result<Box<dyn Collectives>, DistError> {
     let processes = match launched.num_processes {
         Some(1) => return Ok(Box::new(Solo)),
         Some(n) => format!("{n} processes"),
@@ -86,7 +86,7 @@ mod tests {
 
     #[test]
     fn connect_without_a_launcher_is_alone() {
-        assert_eq!(connect(&with(&[])).unwrap().world_size(), 1);
+        assert_eq!(connect(&with(&[])).unwrap().group().world_size(), 1);
     }
 
     #[test]
@@ -101,7 +101,7 @@ mod tests {
     fn connect_without_mpi_under_mpirun_is_refused() {
         let Err(error) = connect(&with(&[("OMPI_COMM_WORLD_SIZE", "4")])) else { panic!("must be refused") };
         assert!(error.to_string().starts_with("started by mpirun as 4 processes, but this glmddp is built without MPI"), "{error}");
-        assert_eq!(connect(&with(&[("OMPI_COMM_WORLD_SIZE", "1")])).unwrap().world_size(), 1);
+        assert_eq!(connect(&with(&[("OMPI_COMM_WORLD_SIZE", "1")])).unwrap().group().world_size(), 1);
         assert!(connect(&with(&[("PMIX_RANK", "0")])).is_err());
     }
 }

@@ -44,7 +44,7 @@ pub(super) fn check_root(root: usize, world_size: usize) -> std::result::Result<
     Err(DistError::Argument { collective: "broadcast", expected: format!("a root below {world_size}"), found: root.to_string() })
 }
 
-/// Checks the arguments of [`super::ProcessGroup::all_to_all_v`].
+/// Checks the arguments of [`super::Collectives::all_to_all_v`].
 pub(super) fn check_parts(parts: &Tensor, send: &[usize], receive: &[usize], world_size: usize) -> std::result::Result<(), DistError> {
     let n = num_columns("all_to_all_v", parts, None)?;
     if send.len() == world_size && receive.len() == world_size && send.iter().sum::<usize>() == n {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use candle_core::Tensor;
 
 use super::abort::payload_text;
-use super::{Aborter, DistError, Duplicate, ProcessGroup, host};
+use super::{Aborter, Collectives, DistError, Duplicate, ProcessGroup, host};
 
 /// Runs `rank_main` on `world_size` threads, each with its own rank; results are ordered by rank.
 ///
@@ -213,16 +213,27 @@ impl ProcessGroup for Local {
         Ok(gifts.iter().filter_map(|g| if let Payload::Bytes(b) = &g.payload { Some(b.clone()) } else { None }).collect())
     }
 
+    fn barrier(&self) -> Result<(), DistError> {
+        self.exchange("barrier", Payload::Bytes(Vec::new())).map(|_| ())
+    }
+
+    fn abort(&self, message: &str) -> ! {
+        std::panic::resume_unwind(Box::new(Abort(message.to_owned())))
+    }
+
+    fn aborter(&self) -> Option<Aborter> {
+        None
+    }
+}
+
+impl Collectives for Local {
+    fn group(&self) -> &dyn ProcessGroup {
+        self
+    }
+
     fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError> {
         host::num_columns("all_gather", mine, None)?;
         Ok(Tensor::stack(&self.exchange_tensors("all_gather", mine)?, 0)?)
-    }
-
-    fn all_to_all(&self, rows: &Tensor) -> Result<Tensor, DistError> {
-        host::num_columns("all_to_all", rows, Some(self.world_size()))?;
-        let mine: Vec<Tensor> =
-            self.exchange_tensors("all_to_all", rows)?.iter().map(|t| t.get(self.rank)).collect::<candle_core::Result<_>>()?;
-        Ok(Tensor::stack(&mine, 0)?)
     }
 
     fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
@@ -256,23 +267,11 @@ impl ProcessGroup for Local {
         Ok(self.exchange_tensors("broadcast", mine)?[root].copy()?)
     }
 
-    fn barrier(&self) -> Result<(), DistError> {
-        self.exchange("barrier", Payload::Bytes(Vec::new())).map(|_| ())
-    }
-
     fn duplicate(&self) -> Duplicate {
         let (rank, index) = (self.rank, self.num_duplicates.get());
         self.num_duplicates.set(index + 1);
         let shared = self.shared.duplicate(index);
         Box::new(move || Box::new(Self::new(rank, shared)))
-    }
-
-    fn abort(&self, message: &str) -> ! {
-        std::panic::resume_unwind(Box::new(Abort(message.to_owned())))
-    }
-
-    fn aborter(&self) -> Option<Aborter> {
-        None
     }
 
     fn finish(self: Box<Self>) {}
@@ -294,10 +293,6 @@ mod tests {
                 let mine = filled(2, g.rank() as f32);
                 let gathered = g.all_gather(&mine)?.to_vec2::<f32>()?;
                 assert!(gathered.iter().enumerate().all(|(r, row)| row == &[r as f32; 2]) && gathered.len() == world_size);
-                let rows =
-                    Tensor::from_iter((0..world_size).map(|to| (10 * g.rank() + to) as f32), &Device::Cpu)?.reshape((world_size, 1))?;
-                let turned = g.all_to_all(&rows)?.to_vec2::<f32>()?;
-                assert!(turned.iter().enumerate().all(|(from, row)| row == &[(10 * from + g.rank()) as f32]));
                 // Rank r has s elements for rank s, and expects as many from each as its own number.
                 let (send, receive): (Vec<_>, Vec<_>) = (0..world_size).map(|other| (other, g.rank())).unzip();
                 let parts = Tensor::from_iter(send.iter().flat_map(|&to| vec![(10 * g.rank() + to) as f32; to]), &Device::Cpu)?;
@@ -356,7 +351,8 @@ mod tests {
         let all = run(3, |g| {
             let duplicate = g.duplicate();
             let beside = std::thread::spawn(move || {
-                let g = duplicate();
+                let duplicate = duplicate();
+                let g = duplicate.group();
                 (0..20).map(|i| g.all_gather_bytes(&[i, g.rank() as u8])).collect::<Result<Vec<_>, DistError>>()
             });
             for i in 100..120 {
@@ -376,7 +372,7 @@ mod tests {
             if g.rank() == 1 {
                 return Err(DistError::Slots { rank: 1, problem: "disk full".into() });
             }
-            duplicate.barrier()
+            duplicate.group().barrier()
         });
         for rank in [0, 2] {
             assert_eq!(all[rank].as_ref().unwrap_err().to_string(), "rank 1 of 3 failed: rank 1: disk full");

@@ -1,9 +1,10 @@
 //! Ranks and their collectives. The only MPI (and later NCCL) in the house; knows no parameter.
 //!
-//! - [`ProcessGroup`]: what a rank may do; [`Solo`], [`local`] (threads, for tests) and `Mpi` do it. [`connect()`] chooses.
-//! - [`SlotTree`], [`SlotAccumulator`], [`reduce()`]: the sum of gradients whose bits do not depend on the world size.
-//! - [`Shards`], [`reduce_scatter`], [`all_gather_shards`]: the same sum and other flat buffers, each rank with its own part of them.
-//! - [`CommThread`]: the same shards of the sum, range by range while the last slot's gradient is still being computed.
+//! - [`ProcessGroup`]: the ranks of a job, what they tell each other, and how they end. [`Collectives`]: how they move tensors. [`Solo`],
+//!   [`local`] (threads, for tests) and `Mpi` are both; [`connect()`] chooses.
+//! - [`GradientSum`]: the sum of a step's gradients, whose bits do not depend on the world size: on each rank, or its shard of it; at the end,
+//!   or part by part while the last slot's gradient is still being computed.
+//! - [`Shards`], [`all_gather_shards`]: flat buffers, each rank with its own part of them.
 //! - [`agree()`]: an error on some ranks becomes the same error on all. [`install_panic_hook`]: a panic on one ends all.
 //! - [`Watched`]: a collective that lasts too long ends the job, naming the rank that does not come.
 //! - [`plan_threads`]: how many threads a rank takes.
@@ -25,6 +26,7 @@ mod shards;
 mod slots;
 mod solo;
 mod stall;
+mod sum;
 mod threads;
 mod watch;
 mod words;
@@ -33,23 +35,19 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use abort::{Aborter, install_panic_hook};
-pub use accumulate::SlotAccumulator;
 pub use agree::{AgreedError, agree};
 pub use connect::connect;
 pub use error::DistError;
-pub use overlap::{CommThread, OverlapPlan, OverlappedSum};
-pub use reduce::{reduce, reduce_scatter};
 pub use shards::{Shards, Wire, all_gather_shards};
 pub use slots::{Node, SlotScalars, SlotTree, gather_slots, gather_slots_and_notes};
 pub use solo::Solo;
+pub use sum::{GradientSum, Part, StepSum};
 pub use threads::{Cores, Threads, install_thread_pool, plan_threads, threads_per_rank};
 pub use watch::Watched;
 pub use words::gather_words;
 
-/// The ranks of a job. Every rank calls the same sequence of collectives with the same shapes.
-///
-/// Two planes: tensors (gradients; MPI on a CPU, NCCL on GPUs) and bytes (losses, status, data; always the host). A result may share
-/// memory with this rank's own argument, never with another rank's.
+/// The ranks of a job: who they are, what they tell each other through host memory (losses, status, data), and how they end. Every rank calls
+/// the same sequence of collectives.
 pub trait ProcessGroup {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
@@ -62,22 +60,7 @@ pub trait ProcessGroup {
 
     /// Every rank's bytes, ordered by rank; lengths may differ.
     fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, DistError>;
-    /// `[n]` f32 on each rank -> `[world_size, n]`, ordered by rank.
-    fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError>;
-    /// `[world_size, n]` f32 -> `[world_size, n]`: row r goes to rank r; the result's row s came from rank s.
-    fn all_to_all(&self, rows: &Tensor) -> Result<Tensor, DistError>;
-    /// As [`Self::all_to_all`] with parts of any length: `parts` `[n]` f32 is the part for rank 0, then that for rank 1, and so on, `send[r]`
-    /// elements for rank r; the result has `receive[s]` elements from each rank s, in the same order. What r sends to s is what s expects
-    /// from r.
-    fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError>;
-    /// Sum over ranks of `[n]` f32, in the backend's own order (fast; bits depend on the world size).
-    fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError>;
-    /// Root's `[n]` f32 on every rank. All ranks pass a tensor of the same shape.
-    fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError>;
     fn barrier(&self) -> Result<(), DistError>;
-    /// What makes a second group of the same ranks, whose collectives do not meet this one's, for the thread that calls it. A collective:
-    /// every rank asks for it and calls it, and this group rests meanwhile.
-    fn duplicate(&self) -> Duplicate;
 
     /// Calls `wait`, in which this rank waits for collectives of another thread of it. Every rank calls it, as if it were a collective: a rank
     /// that does not come is found as in one.
@@ -92,13 +75,34 @@ pub trait ProcessGroup {
     fn abort(&self, message: &str) -> !;
     /// What ends the whole job from anywhere in this process; none where ranks are threads and an unwinding one is caught.
     fn aborter(&self) -> Option<Aborter>;
+}
+
+/// What moves flat f32 tensors between the ranks of a group: MPI through host memory, NCCL between GPUs. Every rank calls the same sequence
+/// with the same shapes. A result may share memory with this rank's own argument, never with another rank's.
+pub trait Collectives {
+    /// The ranks that take part.
+    fn group(&self) -> &dyn ProcessGroup;
+
+    /// `[n]` on each rank -> `[world_size, n]`, ordered by rank.
+    fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError>;
+    /// `parts` `[n]` is the part for rank 0, then that for rank 1, and so on, `send[r]` elements for rank r; the result has `receive[s]` elements
+    /// from each rank s, in the same order. What r sends to s is what s expects from r.
+    fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError>;
+    /// Sum over ranks of `[n]`, in the backend's own order (fast; bits depend on the world size).
+    fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError>;
+    /// Root's `[n]` on every rank. All ranks pass a tensor of the same shape.
+    fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError>;
+    /// What makes a second set of collectives of the same ranks, which do not meet these, for the thread that calls it. A collective: every rank
+    /// asks for it and calls it, and this set rests meanwhile.
+    fn duplicate(&self) -> Duplicate;
+
     /// Takes leave in good order; all ranks call it. A rank that ends without it has failed, and the launcher ends the others: so an
     /// error that only some ranks return can never leave the rest waiting.
     fn finish(self: Box<Self>);
 }
 
-/// Makes a group of ranks on the thread that calls it; see [`ProcessGroup::duplicate`].
-pub type Duplicate = Box<dyn FnOnce() -> Box<dyn ProcessGroup> + Send>;
+/// Makes collectives of a group's ranks on the thread that calls it; see [`Collectives::duplicate`].
+pub type Duplicate = Box<dyn FnOnce() -> Box<dyn Collectives> + Send>;
 
 /// How gradients are summed over slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,7 +13,7 @@ use mpi::environment::Universe;
 use mpi::topology::{Process, SimpleCommunicator};
 use mpi::traits::{Communicator, CommunicatorCollectives, Root};
 
-use super::{Aborter, DistError, Duplicate, ProcessGroup, host, pieces};
+use super::{Aborter, Collectives, DistError, Duplicate, ProcessGroup, host, pieces};
 
 /// Elements that one call of MPI moves at most, over all ranks.
 const MAX_COUNT: usize = i32::MAX as usize;
@@ -30,8 +30,10 @@ pub(super) struct Mpi {
     local_rank: usize,
     local_size: usize,
     machine: usize,
-    /// Finalises MPI when dropped, and that waits for all ranks: so only [`ProcessGroup::finish`] drops it. None in a duplicate.
+    /// Finalises MPI when dropped, and that waits for all ranks: so only [`Collectives::finish`] drops it. None in a duplicate.
     universe: Option<ManuallyDrop<Universe>>,
+    /// A duplicate: its thread sleeps while it waits.
+    is_beside_computation: bool,
 }
 
 impl Mpi {
@@ -48,7 +50,7 @@ impl Mpi {
         drop(neighbours);
         let machine = machine as usize;
         let (world, universe) = (ManuallyDrop::new(world), Some(ManuallyDrop::new(universe)));
-        Ok(Self { world, rank, world_size, local_rank, local_size, machine, universe })
+        Ok(Self { world, rank, world_size, local_rank, local_size, machine, universe, is_beside_computation: false })
     }
 
     fn root(&self, rank: usize) -> Process<'_> {
@@ -91,6 +93,25 @@ impl ProcessGroup for Mpi {
         }))
     }
 
+    fn barrier(&self) -> Result<(), DistError> {
+        self.world.barrier();
+        Ok(())
+    }
+
+    fn abort(&self, message: &str) -> ! {
+        self.as_aborter().abort(message)
+    }
+
+    fn aborter(&self) -> Option<Aborter> {
+        Some(self.as_aborter())
+    }
+}
+
+impl Collectives for Mpi {
+    fn group(&self) -> &dyn ProcessGroup {
+        self
+    }
+
     fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError> {
         let n = host::num_columns("all_gather", mine, None)?;
         let all = host::with_slice("all_gather", mine, |mine| {
@@ -99,15 +120,6 @@ impl ProcessGroup for Mpi {
         host::tensor(all, (self.world_size, n))
     }
 
-    fn all_to_all(&self, rows: &Tensor) -> Result<Tensor, DistError> {
-        let n = host::num_columns("all_to_all", rows, Some(self.world_size))?;
-        let turned = host::with_slice("all_to_all", rows, |rows| {
-            pieces::all_to_all(rows, n, self.piece(), |part, out| self.world.all_to_all_into(part, out))
-        })?;
-        host::tensor(turned, (self.world_size, n))
-    }
-
-    /// Sleeps while it waits: for the thread beside the computation.
     fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
         host::check_parts(parts, send, receive, self.world_size)?;
         let total = receive.iter().sum::<usize>();
@@ -121,13 +133,17 @@ impl ProcessGroup for Mpi {
             let mut received = vec![0.0f32; total];
             let from = Partition::new(parts, counts(send), send_starts);
             let mut to = PartitionMut::new(&mut received[..], counts(receive), receive_starts);
-            mpi::request::scope(|scope| {
-                let mut request = self.world.immediate_all_to_all_varcount_into(scope, &from, &mut to);
-                while let Err(pending) = request.test() {
-                    request = pending;
-                    std::thread::sleep(POLL);
-                }
-            });
+            if self.is_beside_computation {
+                mpi::request::scope(|scope| {
+                    let mut request = self.world.immediate_all_to_all_varcount_into(scope, &from, &mut to);
+                    while let Err(pending) = request.test() {
+                        request = pending;
+                        std::thread::sleep(POLL);
+                    }
+                });
+            } else {
+                self.world.all_to_all_varcount_into(&from, &mut to);
+            }
             received
         })?;
         host::tensor(received, total)
@@ -155,26 +171,13 @@ impl ProcessGroup for Mpi {
         host::tensor(data, n)
     }
 
-    fn barrier(&self) -> Result<(), DistError> {
-        self.world.barrier();
-        Ok(())
-    }
-
     fn duplicate(&self) -> Duplicate {
         let &Self { rank, world_size, local_rank, local_size, machine, .. } = self;
         Box::new(move || {
             // A duplicate's own duplicates are of the same ranks too.
             let world = ManuallyDrop::new(SimpleCommunicator::world().duplicate());
-            Box::new(Self { world, rank, world_size, local_rank, local_size, machine, universe: None })
+            Box::new(Self { world, rank, world_size, local_rank, local_size, machine, universe: None, is_beside_computation: true })
         })
-    }
-
-    fn abort(&self, message: &str) -> ! {
-        self.as_aborter().abort(message)
-    }
-
-    fn aborter(&self) -> Option<Aborter> {
-        Some(self.as_aborter())
     }
 
     fn finish(self: Box<Self>) {

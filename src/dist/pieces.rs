@@ -21,23 +21,6 @@ pub(super) fn all_gather(mine: &[f32], world_size: usize, piece: usize, mut gath
     all
 }
 
-/// Row r of `rows` `[world_size, n]` to rank r, for rows of `n` elements; `turn(part, out)` does it for one piece.
-pub(super) fn all_to_all(rows: &[f32], n: usize, piece: usize, mut turn: impl FnMut(&[f32], &mut [f32])) -> Vec<f32> {
-    let mut turned = vec![0.0; rows.len()];
-    if n <= piece {
-        turn(rows, &mut turned);
-        return turned;
-    }
-    for at in (0..n).step_by(piece) {
-        let len = piece.min(n - at);
-        let part: Vec<f32> = rows.chunks(n).flat_map(|row| &row[at..at + len]).copied().collect();
-        let mut received = vec![0.0; part.len()];
-        turn(&part, &mut received);
-        put_columns(&received, len, &mut turned, n, at);
-    }
-    turned
-}
-
 /// Writes `part`, rows of `len` elements, into columns `at..` of `all`, rows of `n`.
 fn put_columns(part: &[f32], len: usize, all: &mut [f32], n: usize, at: usize) {
     for (row, from) in part.chunks(len).enumerate() {
@@ -85,22 +68,6 @@ mod tests {
             let expected: Vec<f32> = (0..3).flat_map(|r| (0..n).map(move |i| (100 * r + i) as f32)).collect();
             for piece in [1, 4, 5, 100] {
                 assert_eq!(all_gather(&mine, 3, piece, gather), expected, "{n} elements by {piece}");
-            }
-        }
-    }
-
-    #[test]
-    fn all_to_all_in_pieces_of_any_size_equals_one_call() {
-        for n in LENGTHS {
-            let rows: Vec<f32> = (0..3 * n).map(|i| i as f32).collect();
-            // All ranks have the same rows, and this is rank 1: each sends its row 1.
-            let turn = |part: &[f32], out: &mut [f32]| {
-                let len = part.len() / 3;
-                (0..3).for_each(|r| out[r * len..][..len].copy_from_slice(&part[len..2 * len]));
-            };
-            let expected: Vec<f32> = (0..3).flat_map(|_| (n..2 * n).map(|i| i as f32)).collect();
-            for piece in [1, 4, 5, 100] {
-                assert_eq!(all_to_all(&rows, n, piece, turn), expected, "{n} elements by {piece}");
             }
         }
     }

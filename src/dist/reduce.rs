@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::accumulate::{Fold, Partial};
-use super::shards::{Bucket, Shards, Wire, all_gather_shards};
+use super::accumulate::{Fold, Partial, SlotAccumulator, Slots};
+use super::shards::{Shards, Wire, all_gather_shards};
 use super::slots::{Node, SlotTree};
-use super::{DistError, ProcessGroup, Reduction, SlotAccumulator};
+use super::{Collectives, DistError, ProcessGroup, Reduction, host};
 
 /// The sum `[n]` over all slots, on every rank.
 ///
@@ -16,65 +16,39 @@ use super::{DistError, ProcessGroup, Reduction, SlotAccumulator};
 ///
 /// # Errors
 /// On all ranks alike when the ranges do not cover the tree or differ in size.
-pub fn reduce(group: &dyn ProcessGroup, accumulator: SlotAccumulator) -> Result<Tensor, DistError> {
-    let (num_elements, device) = (accumulator.num_elements, accumulator.device.clone());
-    let shards = Shards::new(num_elements, group.world_size(), 1);
-    match Sums::agree(group, accumulator)? {
-        Sums::Whole { sum, root } => group.broadcast(&sum, root),
-        Sums::Parts(parts) if parts.fold.reduction == Reduction::AllReduce => group.all_reduce(&parts.own_sum()?),
-        Sums::Parts(parts) => {
-            let shard = parts.reduce_scatter(group, &shards)?;
-            let whole = Tensor::zeros(num_elements, DType::F32, &device)?;
-            let own = shards.range(group.rank());
-            if !own.is_empty() {
-                whole.slice_set(&shard, 0, own.start)?;
-            }
-            all_gather_shards(group, &whole, &shards, Wire::F32)?;
-            Ok(whole)
-        }
+pub(super) fn reduce(tensors: &dyn Collectives, accumulator: SlotAccumulator) -> Result<Tensor, DistError> {
+    let group = tensors.group();
+    let parts = Parts::agree(group, accumulator)?;
+    if let Some(root) = parts.root {
+        return tensors.broadcast(&parts.own_sum()?, root);
     }
+    if parts.fold.reduction == Reduction::AllReduce {
+        return tensors.all_reduce(&parts.own_sum()?);
+    }
+    let whole = Tensor::zeros(parts.num_elements, DType::F32, &parts.device)?;
+    let shards = Shards::new(parts.num_elements, group.world_size(), 1);
+    let shard = parts.reduce_scatter(tensors, &shards)?;
+    if shard.elem_count() > 0 {
+        whole.slice_set(&shard, 0, shards.range(group.rank()).start)?;
+    }
+    all_gather_shards(tensors, &whole, &shards, Wire::F32)?;
+    Ok(whole)
 }
 
-/// This rank's shard of the sum over all slots, `[shards.range(rank).len()]`.
+/// This rank's shard of the sum over all slots, `[shards.range(rank).len()]`; `shards` is for sums of this size on these ranks.
 ///
 /// With [`Reduction::SlotTree`] the bits are those that [`reduce`] gives; with [`Reduction::AllReduce`] the ranks' sums are added in the
 /// order of the slots. A rank that has one subtree sends about n values, and beyond its gradient and its shard needs a bucket of memory.
 ///
 /// # Errors
-/// On all ranks alike when the ranges do not cover the tree or differ in size, or `shards` is for another size.
-pub fn reduce_scatter(group: &dyn ProcessGroup, accumulator: SlotAccumulator, shards: &Shards) -> Result<Tensor, DistError> {
-    check_shards(group, &accumulator, shards)?;
-    match Sums::agree(group, accumulator)? {
-        Sums::Whole { sum, root } => {
-            let own = shards.range(group.rank());
-            let shard = group.broadcast(&sum, root)?.narrow(0, own.start, own.len())?;
-            // A copy where the rest of the sum is not this rank's, so that its memory is given back.
-            Ok(if own.len() < shards.num_elements() { shard.force_contiguous()? } else { shard })
-        }
-        Sums::Parts(parts) => parts.reduce_scatter(group, shards),
-    }
-}
-
-/// `shards` is for sums of this size on these ranks.
-pub(super) fn check_shards(group: &dyn ProcessGroup, sums: &SlotAccumulator, shards: &Shards) -> Result<(), DistError> {
-    if (shards.num_elements(), shards.world_size()) == (sums.num_elements, group.world_size()) {
-        return Ok(());
-    }
-    Err(DistError::Argument {
-        collective: "reduce_scatter",
-        expected: format!("shards of {} elements on {} ranks", sums.num_elements, group.world_size()),
-        found: format!("shards of {} on {}", shards.num_elements(), shards.world_size()),
-    })
-}
-
-/// How the ranks' sums make up the whole.
-enum Sums {
-    /// Rank `root` holds it, and none needs to be added; `sum` is `[n]` on every rank, and counts on `root`.
-    Whole {
-        sum: Tensor,
-        root: usize,
-    },
-    Parts(Parts),
+/// On all ranks alike when the ranges do not cover the tree or differ in size.
+pub(super) fn reduce_scatter(tensors: &dyn Collectives, accumulator: SlotAccumulator, shards: &Shards) -> Result<Tensor, DistError> {
+    let parts = Parts::agree(tensors.group(), accumulator)?;
+    let Some(root) = parts.root else { return parts.reduce_scatter(tensors, shards) };
+    let own = shards.range(tensors.group().rank());
+    let shard = tensors.broadcast(&parts.own_sum()?, root)?.narrow(0, own.start, own.len())?;
+    // A copy where the rest of the sum is not this rank's, so that its memory is given back.
+    Ok(if own.len() < shards.num_elements() { shard.force_contiguous()? } else { shard })
 }
 
 /// What this rank brings, and what the others do.
@@ -82,8 +56,8 @@ struct Parts {
     /// This rank's sums, and the order in which all are added.
     fold: Fold,
     sources: Vec<Source>,
-    /// The largest number of sums on a rank.
-    depth: usize,
+    /// The rank that has computed all slots, if one has: nothing needs to be added.
+    root: Option<usize>,
     /// Of a sum.
     num_elements: usize,
     device: Device,
@@ -92,26 +66,10 @@ struct Parts {
 /// A sum that some rank holds.
 #[derive(Clone, Debug)]
 pub(super) struct Source {
-    pub(super) node: Node,
+    node: Node,
     pub(super) rank: usize,
     /// Its place among that rank's sums.
-    pub(super) place: usize,
-}
-
-impl Sums {
-    /// Collective: the same variant on all ranks.
-    fn agree(group: &dyn ProcessGroup, accumulator: SlotAccumulator) -> Result<Self, DistError> {
-        let ranges = accumulator.gather_ranges(group)?;
-        let SlotAccumulator { num_elements, device, fold, .. } = accumulator;
-        let sources = sources(fold.reduction, &fold.tree, &ranges);
-        let depth = (0..ranges.len()).map(|rank| sources.iter().filter(|s| s.rank == rank).count()).max().unwrap_or(0);
-        let whole = ranges.iter().position(|r| r.len() == fold.tree.num_slots());
-        let parts = Parts { fold, sources, depth, num_elements, device };
-        Ok(match whole {
-            Some(root) => Self::Whole { sum: parts.own_sum()?, root },
-            None => Self::Parts(parts),
-        })
-    }
+    place: usize,
 }
 
 /// All ranks' sums in the order in which they are added.
@@ -128,6 +86,15 @@ pub(super) fn sources(reduction: Reduction, tree: &SlotTree, ranges: &[Range<usi
 }
 
 impl Parts {
+    /// Collective.
+    fn agree(group: &dyn ProcessGroup, accumulator: SlotAccumulator) -> Result<Self, DistError> {
+        let ranges = accumulator.gather_ranges(group, Slots::Computed)?;
+        let SlotAccumulator { num_elements, device, fold, .. } = accumulator;
+        let sources = sources(fold.reduction, &fold.tree, &ranges);
+        let root = ranges.iter().position(|r| r.len() == fold.tree.num_slots());
+        Ok(Self { fold, sources, root, num_elements, device })
+    }
+
     /// The sum of a rank that has one, and zeros of one that computed no slot.
     fn own_sum(mut self) -> Result<Tensor, DistError> {
         match self.fold.partials.pop() {
@@ -136,45 +103,55 @@ impl Parts {
         }
     }
 
-    /// Bucket by bucket, each rank receives its piece of every sum (all-to-all) and adds them in order.
-    fn reduce_scatter(self, group: &dyn ProcessGroup, shards: &Shards) -> Result<Tensor, DistError> {
-        let own = shards.range(group.rank());
+    /// Bucket by bucket, each rank sums its piece.
+    fn reduce_scatter(self, tensors: &dyn Collectives, shards: &Shards) -> Result<Tensor, DistError> {
+        let own = shards.range(tensors.group().rank());
         let shard = Tensor::zeros(own.len(), DType::F32, &self.device)?;
-        for bucket in shards.buckets() {
-            let sum = self.bucket(group, &bucket)?;
+        for pieces in shards.buckets() {
+            let at = pieces[tensors.group().rank()].start;
+            let sum = sum_pieces(tensors, &self.fold, &pieces, &self.sources, &self.device)?;
             if sum.elem_count() > 0 {
-                shard.slice_set(&sum, 0, bucket.pieces[group.rank()].start - own.start)?;
+                shard.slice_set(&sum, 0, at - own.start)?;
             }
         }
         Ok(shard)
     }
+}
 
-    /// This rank's piece of a bucket, summed.
-    fn bucket(&self, group: &dyn ProcessGroup, bucket: &Bucket) -> Result<Tensor, DistError> {
-        let (world_size, depth, len) = (group.world_size(), self.depth, bucket.len);
-        let zeros = Tensor::zeros(len, DType::F32, &self.device)?;
-        let mut rows = Vec::with_capacity(2 * world_size * depth);
-        for piece in &bucket.pieces {
-            for place in 0..depth {
-                let values = match self.fold.partials.get(place) {
-                    Some(partial) => partial.sum.narrow(0, piece.start, piece.len())?,
-                    None => zeros.narrow(0, 0, piece.len())?,
-                };
-                rows.extend([values, zeros.narrow(0, 0, len - piece.len())?]);
-            }
+/// This rank's piece of the sum: each rank receives its piece of every sum that `sources` lists, and adds them in that order. `mine` has this
+/// rank's sums.
+pub(super) fn sum_pieces(
+    tensors: &dyn Collectives,
+    mine: &Fold,
+    pieces: &[Range<usize>],
+    sources: &[Source],
+    device: &Device,
+) -> Result<Tensor, DistError> {
+    let own = pieces[tensors.group().rank()].len();
+    let num_sums = |rank: usize| sources.iter().filter(|source| source.rank == rank).count();
+    let mut parts = Vec::with_capacity(pieces.len() * mine.partials.len());
+    for piece in pieces {
+        for partial in &mine.partials {
+            parts.push(partial.sum.narrow(0, piece.start, piece.len())?);
         }
-        let rows = Tensor::cat(&rows, 0)?.reshape((world_size, depth * len))?;
-        let received = group.all_to_all(&rows)?.reshape((world_size, depth, len))?;
-        let own = bucket.pieces[group.rank()].len();
-        let mut fold = Fold::new(self.fold.reduction, self.fold.tree);
-        for source in &self.sources {
-            let sum = received.get(source.rank)?.get(source.place)?.narrow(0, 0, own)?;
-            fold.push(Partial { node: source.node, sum, owned: false })?;
-        }
-        // The ranges tile the step's slots, so that one sum remains.
-        let sums = fold.partials.into_iter().map(|p| p.sum).collect::<Vec<_>>();
-        Ok(Tensor::cat(&sums, 0)?)
     }
+    let send: Vec<usize> = pieces.iter().map(|piece| mine.partials.len() * piece.len()).collect();
+    let receive: Vec<usize> = (0..pieces.len()).map(|from| num_sums(from) * own).collect();
+    let received = tensors.all_to_all_v(&joined(parts, device)?, &send, &receive)?;
+
+    let starts = host::starts(&receive);
+    let mut fold = Fold::new(mine.reduction, mine.tree);
+    for source in sources {
+        let sum = received.narrow(0, starts[source.rank] + source.place * own, own)?;
+        fold.push(Partial { node: source.node, sum, owned: false })?;
+    }
+    // The ranges tile the step's slots, so that one sum remains.
+    joined(fold.partials.into_iter().map(|partial| partial.sum).collect(), device)
+}
+
+/// Vectors one behind the other; without any, an empty one.
+fn joined(parts: Vec<Tensor>, device: &Device) -> Result<Tensor, DistError> {
+    if parts.is_empty() { Ok(Tensor::zeros(0, DType::F32, device)?) } else { Ok(Tensor::cat(&parts, 0)?) }
 }
 
 #[cfg(test)]
@@ -285,13 +262,6 @@ pub(super) mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn reduce_scatter_for_another_size_is_refused() {
-        let refused = |shards| reduce_scatter(&Solo, accumulate(Reduction::SlotTree, 2, 0..2, 5), &shards).unwrap_err().to_string();
-        assert_eq!(refused(Shards::new(6, 1, 1)), "reduce_scatter takes shards of 5 elements on 1 ranks, found shards of 6 on 1");
-        assert_eq!(refused(Shards::new(5, 2, 1)), "reduce_scatter takes shards of 5 elements on 1 ranks, found shards of 5 on 2");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use half::bf16;
 
-use super::{DistError, ProcessGroup, host};
+use super::{Collectives, DistError, ProcessGroup, host};
 
 /// Elements that one exchange moves to or from a rank, for each buffer taking part; bounds the memory it takes beyond the buffers.
 const BUCKET: usize = 1 << 22;
@@ -18,14 +18,6 @@ pub struct Shards {
     /// Shards begin at multiples of it.
     align: usize,
     pub(super) bucket: usize,
-}
-
-/// What the ranks exchange at a time: the next piece of each rank's shard.
-pub(super) struct Bucket {
-    /// By rank; a short shard's are empty towards the end.
-    pub(super) pieces: Vec<Range<usize>>,
-    /// Length of the longest piece; above 0.
-    pub(super) len: usize,
 }
 
 impl Shards {
@@ -54,12 +46,12 @@ impl Shards {
         (0..self.world_size).map(|rank| self.range(rank).len()).max().unwrap_or(0)
     }
 
-    pub(super) fn buckets(&self) -> impl Iterator<Item = Bucket> + '_ {
+    /// What the ranks exchange at a time: the next piece of each rank's shard, by rank. A short shard's are empty towards the end.
+    pub(super) fn buckets(&self) -> impl Iterator<Item = Vec<Range<usize>>> + '_ {
         let piece = (self.bucket / self.world_size).max(1);
         (0..self.longest()).step_by(piece).map(move |at| {
             let of = |shard: Range<usize>| (shard.start + at).min(shard.end)..(shard.start + at + piece).min(shard.end);
-            let pieces: Vec<_> = (0..self.world_size).map(|rank| of(self.range(rank))).collect();
-            Bucket { len: pieces.iter().map(Range::len).max().unwrap_or(0), pieces }
+            (0..self.world_size).map(|rank| of(self.range(rank))).collect()
         })
     }
 
@@ -117,34 +109,20 @@ impl Wire {
     }
 }
 
-/// Fills `flat` `[num_elements]` in place: each rank's own shard of it is what it gives to the others.
+/// Fills `flat` `[num_elements]` in place, bucket by bucket: each rank's own shard of it is what it gives to the others.
 ///
 /// # Errors
 /// When `flat` has another length, or a collective fails.
-pub fn all_gather_shards(group: &dyn ProcessGroup, flat: &Tensor, shards: &Shards, wire: Wire) -> Result<(), DistError> {
+pub fn all_gather_shards(tensors: &dyn Collectives, flat: &Tensor, shards: &Shards, wire: Wire) -> Result<(), DistError> {
+    let group = tensors.group();
     shards.check(group, "all_gather_shards", flat, shards.num_elements)?;
-    let own = shards.range(group.rank());
-    exchange(group, &flat.narrow(0, own.start, own.len())?, shards, wire, |rank, at, piece| {
-        // What is its own is in its place.
-        if rank == group.rank() { Ok(()) } else { flat.slice_set(piece, 0, at) }
-    })
-}
-
-/// Shows every rank's `shard` to all, bucket by bucket: `take(rank, first element, piece)`.
-fn exchange(
-    group: &dyn ProcessGroup,
-    shard: &Tensor,
-    shards: &Shards,
-    wire: Wire,
-    mut take: impl FnMut(usize, usize, &Tensor) -> candle_core::Result<()>,
-) -> Result<(), DistError> {
-    let start = shards.range(group.rank()).start;
-    for Bucket { pieces, len } in shards.buckets() {
+    for pieces in shards.buckets() {
+        let len = pieces.iter().map(Range::len).max().unwrap_or(0);
         let own = &pieces[group.rank()];
-        let mine = wire.encode(&shard.narrow(0, own.start - start, own.len())?, len)?;
-        let rows = group.all_gather(&mine)?;
-        for (rank, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.is_empty()) {
-            take(rank, piece.start, &wire.decode(&rows.get(rank)?, piece.len())?)?;
+        let rows = tensors.all_gather(&wire.encode(&flat.narrow(0, own.start, own.len())?, len)?)?;
+        // What is its own is in its place.
+        for (rank, piece) in pieces.iter().enumerate().filter(|(rank, piece)| *rank != group.rank() && !piece.is_empty()) {
+            flat.slice_set(&wire.decode(&rows.get(rank)?, piece.len())?, 0, piece.start)?;
         }
     }
     Ok(())
@@ -183,8 +161,9 @@ mod tests {
         for (world_size, bucket) in [(1, 1), (3, 7), (4, 3), (5, 100)] {
             let shards = Shards { bucket, ..Shards::new(41, world_size, 4) };
             let mut seen = vec![Vec::new(); world_size];
-            for Bucket { pieces, len } in shards.buckets() {
-                assert!(len > 0 && len * world_size <= bucket.max(world_size) && pieces.iter().all(|p| p.len() <= len));
+            for pieces in shards.buckets() {
+                let len = pieces.iter().map(Range::len).max().unwrap();
+                assert!(len > 0 && len * world_size <= bucket.max(world_size));
                 pieces.into_iter().enumerate().for_each(|(rank, piece)| seen[rank].extend(piece));
             }
             assert!((0..world_size).all(|rank| seen[rank] == shards.range(rank).collect::<Vec<_>>()));

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{Aborter, DistError, Duplicate, ProcessGroup, host};
+use super::{Aborter, Collectives, DistError, Duplicate, ProcessGroup, host};
 
 /// A group of one rank. No case of its own anywhere else: every caller uses the trait.
 #[derive(Clone, Copy, Debug, Default)]
@@ -33,14 +33,27 @@ impl ProcessGroup for Solo {
         Ok(vec![mine.to_vec()])
     }
 
+    fn barrier(&self) -> Result<(), DistError> {
+        Ok(())
+    }
+
+    fn abort(&self, message: &str) -> ! {
+        self.as_aborter().abort(message)
+    }
+
+    fn aborter(&self) -> Option<Aborter> {
+        Some(self.as_aborter())
+    }
+}
+
+impl Collectives for Solo {
+    fn group(&self) -> &dyn ProcessGroup {
+        self
+    }
+
     fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError> {
         host::num_columns("all_gather", mine, None)?;
         Ok(mine.unsqueeze(0)?)
-    }
-
-    fn all_to_all(&self, rows: &Tensor) -> Result<Tensor, DistError> {
-        host::num_columns("all_to_all", rows, Some(1))?;
-        Ok(rows.clone())
     }
 
     fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
@@ -59,20 +72,8 @@ impl ProcessGroup for Solo {
         Ok(mine.clone())
     }
 
-    fn barrier(&self) -> Result<(), DistError> {
-        Ok(())
-    }
-
     fn duplicate(&self) -> Duplicate {
         Box::new(|| Box::new(Self))
-    }
-
-    fn abort(&self, message: &str) -> ! {
-        self.as_aborter().abort(message)
-    }
-
-    fn aborter(&self) -> Option<Aborter> {
-        Some(self.as_aborter())
     }
 
     fn finish(self: Box<Self>) {}

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use candle_core::Tensor;
 
 use super::stall::{Peers, Status, report};
-use super::{Aborter, DistError, Duplicate, ProcessGroup};
+use super::{Aborter, Collectives, DistError, Duplicate, ProcessGroup};
 
 /// The longest time between two looks; a status file is written no more often.
 const LONGEST_TICK: Duration = Duration::from_secs(2);
@@ -24,7 +24,7 @@ const TICKS: u32 = 12;
 
 /// Another group, watched. Without a time limit, without other ranks, or where ranks are threads, it only passes calls on.
 pub struct Watched<'a> {
-    group: &'a dyn ProcessGroup,
+    inner: &'a dyn Collectives,
     board: Option<Arc<Board>>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -60,15 +60,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<'a> Watched<'a> {
-    /// Watches `group` from here on: a collective that lasts longer than `limit` ends the job. The ranks' files lie in `dir`, which the first
+    /// Watches `inner` from here on: a collective that lasts longer than `limit` ends the job. The ranks' files lie in `dir`, which the first
     /// rank empties. Collective.
     ///
     /// # Errors
     /// When the ranks cannot meet.
-    pub fn start(group: &'a dyn ProcessGroup, dir: &Path, limit: Option<Duration>) -> Result<Self, DistError> {
+    pub fn start(inner: &'a dyn Collectives, dir: &Path, limit: Option<Duration>) -> Result<Self, DistError> {
+        let group = inner.group();
         let (rank, world_size) = (group.rank(), group.world_size());
         let (Some(limit), Some(aborter), true) = (limit, group.aborter(), world_size > 1) else {
-            return Ok(Self { group, board: None, threads: Vec::new() });
+            return Ok(Self { inner, board: None, threads: Vec::new() });
         };
         if rank == 0 {
             let _ = std::fs::remove_dir_all(dir);
@@ -93,16 +94,16 @@ impl<'a> Watched<'a> {
             std::thread::spawn(move || publisher.publish(&for_publisher)),
             std::thread::spawn(move || watchdog.guard(&for_watchdog, aborter)),
         ];
-        Ok(Self { group, board: Some(board), threads })
+        Ok(Self { inner, board: Some(board), threads })
     }
 
-    fn watch<T>(&self, collective: &'static str, call: impl FnOnce(&dyn ProcessGroup) -> T) -> T {
-        let Some(board) = &self.board else { return call(self.group) };
+    fn watch<T>(&self, collective: &'static str, call: impl FnOnce(&dyn Collectives) -> T) -> T {
+        let Some(board) = &self.board else { return call(self.inner) };
         {
             let mut now = lock(&board.now);
             *now = Now { collective, sequence: now.sequence + 1, is_waiting: true, ..*now };
         }
-        let result = call(self.group);
+        let result = call(self.inner);
         lock(&board.now).is_waiting = false;
         result
     }
@@ -220,56 +221,31 @@ impl Watch {
 
 impl ProcessGroup for Watched<'_> {
     fn rank(&self) -> usize {
-        self.group.rank()
+        self.inner.group().rank()
     }
 
     fn world_size(&self) -> usize {
-        self.group.world_size()
+        self.inner.group().world_size()
     }
 
     fn local_rank(&self) -> usize {
-        self.group.local_rank()
+        self.inner.group().local_rank()
     }
 
     fn local_size(&self) -> usize {
-        self.group.local_size()
+        self.inner.group().local_size()
     }
 
     fn machine(&self) -> usize {
-        self.group.machine()
+        self.inner.group().machine()
     }
 
     fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, DistError> {
-        self.watch("all_gather_bytes", |group| group.all_gather_bytes(mine))
-    }
-
-    fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError> {
-        self.watch("all_gather", |group| group.all_gather(mine))
-    }
-
-    fn all_to_all(&self, rows: &Tensor) -> Result<Tensor, DistError> {
-        self.watch("all_to_all", |group| group.all_to_all(rows))
-    }
-
-    fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
-        self.watch("all_to_all_v", |group| group.all_to_all_v(parts, send, receive))
-    }
-
-    fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError> {
-        self.watch("all_reduce", |group| group.all_reduce(mine))
-    }
-
-    fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError> {
-        self.watch("broadcast", |group| group.broadcast(mine, root))
+        self.watch("all_gather_bytes", |inner| inner.group().all_gather_bytes(mine))
     }
 
     fn barrier(&self) -> Result<(), DistError> {
-        self.watch("barrier", |group| group.barrier())
-    }
-
-    /// The other group is not watched: what is done with it ends in a [`ProcessGroup::wait`] of this one.
-    fn duplicate(&self) -> Duplicate {
-        self.group.duplicate()
+        self.watch("barrier", |inner| inner.group().barrier())
     }
 
     fn wait(&self, collective: &'static str, wait: &mut dyn FnMut()) {
@@ -284,13 +260,40 @@ impl ProcessGroup for Watched<'_> {
     }
 
     fn abort(&self, message: &str) -> ! {
-        self.group.abort(message)
+        self.inner.group().abort(message)
     }
 
     fn aborter(&self) -> Option<Aborter> {
-        self.group.aborter()
+        self.inner.group().aborter()
+    }
+}
+
+impl Collectives for Watched<'_> {
+    fn group(&self) -> &dyn ProcessGroup {
+        self
     }
 
-    /// The group that is watched stays for its owner to take leave of.
+    fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError> {
+        self.watch("all_gather", |inner| inner.all_gather(mine))
+    }
+
+    fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
+        self.watch("all_to_all_v", |inner| inner.all_to_all_v(parts, send, receive))
+    }
+
+    fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError> {
+        self.watch("all_reduce", |inner| inner.all_reduce(mine))
+    }
+
+    fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError> {
+        self.watch("broadcast", |inner| inner.broadcast(mine, root))
+    }
+
+    /// The other set is not watched: what is done with it ends in a [`ProcessGroup::wait`] of this group.
+    fn duplicate(&self) -> Duplicate {
+        self.inner.duplicate()
+    }
+
+    /// What is watched stays for its owner to take leave of.
     fn finish(self: Box<Self>) {}
 }

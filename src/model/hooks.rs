@@ -120,13 +120,12 @@ impl BaseWeight {
         }
     }
 
-    /// When a backward pass through a model of `num_layers` is through with its gradient: 0 after the head, then a stage for each layer from the
-    /// last down, and one for the embedding.
-    pub fn backward_stage(self, num_layers: usize) -> usize {
+    /// The part of a backward pass that finishes its gradient.
+    pub fn stage(self) -> Stage {
         match (self, self.layer()) {
-            (Self::Embedding, _) => num_layers + 1,
-            (_, Some(layer)) => num_layers - layer,
-            (_, None) => 0,
+            (Self::Embedding, _) => Stage::Embedding,
+            (_, Some(layer)) => Stage::Layer(layer),
+            (_, None) => Stage::Head,
         }
     }
 
@@ -137,6 +136,31 @@ impl BaseWeight {
             Self::Weight(_, site) | Self::Bias(_, site) => site.reach(),
             Self::PostAttentionLayernorm(_) => Reach::Mlp,
             Self::Embedding | Self::FinalLayernorm | Self::OutputLayer => Reach::Nothing,
+        }
+    }
+}
+
+/// A part of a backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Output layer and final norm.
+    Head,
+    Layer(usize),
+    Embedding,
+}
+
+impl Stage {
+    /// In the order in which a backward pass through a model of `num_layers` finishes them.
+    pub fn all(num_layers: usize) -> impl Iterator<Item = Self> {
+        std::iter::once(Self::Head).chain((0..num_layers).rev().map(Self::Layer)).chain([Self::Embedding])
+    }
+
+    /// How many come before it.
+    pub fn place(self, num_layers: usize) -> usize {
+        match self {
+            Self::Head => 0,
+            Self::Layer(layer) => num_layers - layer,
+            Self::Embedding => num_layers + 1,
         }
     }
 }

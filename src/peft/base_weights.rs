@@ -10,7 +10,7 @@ use super::export::{ExportError, Files};
 use super::export_model;
 use super::{Costs, ExportContext, PeftMethod, RowContext, TrainHooks};
 use crate::model::ChatGlm2;
-use crate::model::hooks::{BaseWeight, Hooks, Reach};
+use crate::model::hooks::{BaseWeight, Hooks, Reach, Stage};
 use crate::model::shape::ModelShape;
 use crate::params::ParamSet;
 
@@ -58,12 +58,7 @@ pub(super) fn by_name(num_layers: usize) -> BTreeMap<String, BaseWeight> {
 
 /// Costs of training these parameters: dW = dyᵀ x is as much as dx = dy W.
 pub(super) fn costs(shape: &ModelShape, trained: &BTreeSet<BaseWeight>) -> Costs {
-    let size = |weight: BaseWeight| match weight {
-        BaseWeight::Embedding | BaseWeight::OutputLayer => shape.head_weights(),
-        BaseWeight::InputLayernorm(_) | BaseWeight::PostAttentionLayernorm(_) | BaseWeight::FinalLayernorm => shape.hidden,
-        BaseWeight::Weight(_, site) => shape.linear(site).0 * shape.linear(site).1,
-        BaseWeight::Bias(_, site) => shape.linear(site).0,
-    };
+    let size = |weight: BaseWeight| shape.elements(weight);
     let parameters = trained.iter().map(|&weight| size(weight)).sum();
     let products: u64 = trained.iter().filter(|weight| matches!(weight, BaseWeight::Weight(..))).map(|&weight| size(weight)).sum();
     let reach = reach(shape.layers as usize, trained);
@@ -103,9 +98,9 @@ impl PeftMethod for BaseWeights {
     fn site_stages(&self) -> Vec<Vec<Range<usize>>> {
         let num_layers = self.reach.len();
         let names = by_name(num_layers);
-        let mut stages = vec![Vec::<Range<usize>>::new(); num_layers + 2];
+        let mut stages = vec![Vec::<Range<usize>>::new(); Stage::all(num_layers).count()];
         for (name, entry) in self.params.layout().iter() {
-            let (stage, end) = (&mut stages[names[name].backward_stage(num_layers)], entry.offset + entry.num_elements());
+            let (stage, end) = (&mut stages[names[name].stage().place(num_layers)], entry.offset + entry.num_elements());
             match stage.last_mut() {
                 Some(last) if last.end == entry.offset => last.end = end,
                 _ => stage.push(entry.offset..end),

@@ -228,8 +228,8 @@ pub trait PeftMethod {
     fn site_is_parameters(&self) -> bool {
         false
     }
-    /// Parts of the site gradient in the order in which a backward pass finishes them: at [`BaseWeight::backward_stage`] i it is through with
-    /// part i, and [`TrainHooks::running_site_grad`] is there. None: nothing is final before the end.
+    /// The parts of the site gradient that a backward pass finishes in each [`Stage`](crate::model::hooks::Stage), in the order of these; then
+    /// [`TrainHooks::running_site_grad`] is there. None: nothing is final before the end.
     fn site_stages(&self) -> Vec<Vec<Range<usize>>> {
         Vec::new()
     }

@@ -13,7 +13,7 @@ use super::state::PARAMETER;
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Disk, Mismatch};
 use crate::config::Plan;
 use crate::config::plan::WeightDtype;
-use crate::dist::ProcessGroup;
+use crate::dist::Collectives;
 use crate::model::weights::WeightSource;
 use crate::model::{ChatGlm2, ModelConfig};
 use crate::peft::{self, ExportContext};
@@ -23,9 +23,10 @@ use crate::peft::{self, ExportContext};
 ///
 /// # Errors
 /// When the adapter does not fit the base or the method, rows cannot be read, or `output_dir` holds another run.
-pub fn import(dir: &Path, plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk) -> Result<PathBuf, TrainError> {
+pub fn import(dir: &Path, plan: &Plan, tensors: &dyn Collectives, disk: &dyn Disk) -> Result<PathBuf, TrainError> {
+    let group = tensors.group();
     claim(plan, group, disk)?;
-    let mut job = Job::new(plan, Base::load(plan, group)?, group, disk)?;
+    let mut job = Job::new(plan, Base::load(plan, group)?, tensors, disk)?;
     let identity = job.identity.clone();
     let base = peft::Base { model: &job.model, fingerprint: &identity.base_fingerprint, tokenizer_sha256: &identity.tokenizer_sha256 };
     peft::import(dir, base, &mut *job.method)?;

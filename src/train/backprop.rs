@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use crate::data::MicroBatch;
 use crate::kernels::attention::Rows;
 use crate::model::chatglm2::{Keep, Tokens};
-use crate::model::hooks::{Hooks, NoHooks};
+use crate::model::hooks::{Hooks, NoHooks, Stage};
 use crate::model::{ChatGlm2, Recompute, loss};
 use crate::peft::{Mode, PeftMethod, RowContext};
 
@@ -32,8 +32,8 @@ pub fn forward_backward(model: &ChatGlm2, method: &dyn PeftMethod, batch: &Micro
     forward_backward_watched(model, method, batch, recompute, &mut |_, _| Ok(()))
 }
 
-/// As [`forward_backward`]. Where the site gradient grows in place, `watch` sees it on the way, with the number of
-/// [`PeftMethod::site_stages`] that are final, and may change those; at the end it has seen all.
+/// As [`forward_backward`]. Where the site gradient grows in place, `watch` sees it on the way, with the stage up to which its parts
+/// ([`PeftMethod::site_stages`]) are final, and may change those; at the end it has seen all.
 ///
 /// # Errors
 /// As [`forward_backward`], or that of `watch`.
@@ -42,19 +42,18 @@ pub fn forward_backward_watched(
     method: &dyn PeftMethod,
     batch: &MicroBatch,
     recompute: Recompute,
-    watch: &mut dyn FnMut(&Tensor, usize) -> Result<()>,
+    watch: &mut dyn FnMut(&Tensor, Stage) -> Result<()>,
 ) -> Result<SlotPass> {
     let mut hooks = method.hooks(rows(batch, Mode::Train))?;
     let running = hooks.running_site_grad();
-    let mut watch = |num_final: usize| running.as_ref().map_or(Ok(()), |grad| watch(grad, num_final));
+    let mut watch = |stage| running.as_ref().map_or(Ok(()), |grad| watch(grad, stage));
     let tokens = tokens(batch);
     let (hidden, tape) = model.forward(tokens, &*hooks, Keep::ForBackward(recompute))?;
     let (nll, dhidden) = loss::nll_and_gradient(model, &hidden, &batch.targets, &mut *hooks)?;
     drop(hidden);
-    let num_layers = model.config.num_layers;
-    watch(1)?;
-    model.backward(dhidden, tape, tokens, &mut *hooks, &mut |layer| watch(num_layers - layer + 1))?;
-    watch(num_layers + 2)?;
+    watch(Stage::Head)?;
+    model.backward(dhidden, tape, tokens, &mut *hooks, &mut |layer| watch(Stage::Layer(layer)))?;
+    watch(Stage::Embedding)?;
     Ok(SlotPass { nll, site_grad: hooks.into_site_grad()? })
 }
 

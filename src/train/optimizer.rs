@@ -11,7 +11,7 @@ use std::ops::Range;
 use candle_core::{Device, Tensor};
 
 use super::TrainError;
-use crate::dist::{self, CommThread, OverlapPlan, ProcessGroup, Shards, SlotAccumulator, Solo, Wire};
+use crate::dist::{self, Collectives, Shards, Solo, Wire};
 use crate::kernels::bf16;
 use crate::optim::{self, AdamW, AdamWConfig, NonFinite};
 use crate::params::Layout;
@@ -20,12 +20,10 @@ use crate::params::Layout;
 pub struct Optimizer<'g> {
     adamw: AdamW,
     /// All ranks, or this one alone.
-    peers: &'g dyn ProcessGroup,
+    peers: &'g dyn Collectives,
     shards: Shards,
     /// In which form parameters travel.
     wire: Wire,
-    /// Moves gradients while they are computed.
-    comm_thread: Option<CommThread>,
 }
 
 impl Optimizer<'static> {
@@ -43,9 +41,9 @@ impl<'g> Optimizer<'g> {
     ///
     /// # Errors
     /// When a tensor cannot be made.
-    pub fn sharded(config: AdamWConfig, num_elements: usize, device: &Device, peers: &'g dyn ProcessGroup) -> Result<Self, TrainError> {
-        let shards = Shards::new(num_elements, peers.world_size(), optim::CHUNK);
-        Ok(Self { adamw: AdamW::new(config, shards.range(peers.rank()), device)?, peers, shards, wire: Wire::F32, comm_thread: None })
+    pub fn sharded(config: AdamWConfig, num_elements: usize, device: &Device, peers: &'g dyn Collectives) -> Result<Self, TrainError> {
+        let shards = Shards::new(num_elements, peers.group().world_size(), optim::CHUNK);
+        Ok(Self { adamw: AdamW::new(config, shards.range(peers.group().rank()), device)?, peers, shards, wire: Wire::F32 })
     }
 
     /// With f32 masters of the flat parameters `params`, which hold values of bfloat16 from now on, dealt to the ranks as the moments are. Not
@@ -61,31 +59,9 @@ impl<'g> Optimizer<'g> {
         Ok(self)
     }
 
-    /// With a thread that moves a gradient's final parts to the ranks that own them while the rest is computed, where several ranks share the
-    /// state. A collective of these.
-    ///
-    /// # Errors
-    /// When the thread cannot be started.
-    pub fn overlapped(mut self) -> Result<Self, TrainError> {
-        self.comm_thread = (self.peers.world_size() > 1).then(|| CommThread::start(self.peers)).transpose()?;
-        Ok(self)
-    }
-
-    /// The thread, and what the ranks of `group` have to know before they compute the slots of `sums`, to sum gradients that become final in
-    /// `stages` on the way; none where [`Self::reduce`] sums them at the end. A collective of `group`.
-    ///
-    /// # Errors
-    /// As [`OverlapPlan::agree`].
-    pub fn plan_overlap(
-        &self,
-        group: &dyn ProcessGroup,
-        sums: &SlotAccumulator,
-        stages: Vec<Vec<Range<usize>>>,
-    ) -> Result<Option<(&CommThread, OverlapPlan)>, TrainError> {
-        match &self.comm_thread {
-            Some(thread) if !stages.is_empty() => Ok(Some((thread, OverlapPlan::agree(group, sums, self.shards, stages)?))),
-            _ => Ok(None),
-        }
+    /// How the parameters are dealt to the ranks that share the state. Not collective.
+    pub fn shards(&self) -> Shards {
+        self.shards
     }
 
     /// This rank's shard of a flat buffer; it shares its memory. Not collective.
@@ -95,17 +71,6 @@ impl<'g> Optimizer<'g> {
     pub fn shard_of(&self, flat: &Tensor) -> Result<Tensor, TrainError> {
         let own = self.adamw.shard();
         Ok(flat.narrow(0, own.start, own.len())?)
-    }
-
-    /// This rank's shard of the sum over all slots of `group`'s ranks, a collective of these.
-    ///
-    /// # Errors
-    /// As [`dist::reduce_scatter`].
-    pub fn reduce(&self, group: &dyn ProcessGroup, sums: SlotAccumulator) -> Result<Tensor, TrainError> {
-        if self.peers.world_size() == group.world_size() {
-            return Ok(dist::reduce_scatter(group, sums, &self.shards)?);
-        }
-        Ok(dist::reduce(group, sums)?)
     }
 
     /// The first element of the gradient that is not finite, from each rank's `shard` of it.
@@ -160,7 +125,7 @@ impl<'g> Optimizer<'g> {
     /// When a size does not fit.
     pub fn common(&self, layout: &Layout) -> Result<BTreeMap<String, Tensor>, TrainError> {
         let mut tensors = BTreeMap::new();
-        if self.peers.world_size() == 1 {
+        if self.shards.world_size() == 1 {
             for (kind, flat) in self.state(self.shard())? {
                 tensors.extend(layout.views(&flat)?.into_iter().map(|(name, tensor)| (format!("{kind}.{name}"), tensor)));
             }
@@ -192,14 +157,14 @@ impl<'g> Optimizer<'g> {
 
     /// The ranks' words, one rank behind the other.
     fn gather_words(&self, mine: &[u64]) -> Result<Vec<u64>, TrainError> {
-        Ok(dist::gather_words(self.peers, "its part of a norm or check", mine)?.concat())
+        Ok(dist::gather_words(self.peers.group(), "its part of a norm or check", mine)?.concat())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dist::{Reduction, SlotTree, local};
+    use crate::dist::{GradientSum, Part, Reduction, local};
     use crate::rng::{KeyedRng, Stream};
 
     const CONFIG: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
@@ -238,13 +203,13 @@ mod tests {
 
     /// Steps `from..to` of a training in which slot s of step t has the gradient `random(10 t + s + 1)`, clipped to a norm of 1.
     fn train(
-        group: &dyn ProcessGroup,
+        tensors: &dyn Collectives,
         mut optimizer: Optimizer,
         n: usize,
         steps: std::ops::Range<usize>,
         start: Option<(Tensor, Moments)>,
     ) -> Result<Run, TrainError> {
-        let (w, r) = (group.world_size(), group.rank());
+        let (w, r) = (tensors.group().world_size(), tensors.group().rank());
         let mine = r * NUM_SLOTS / w..(r + 1) * NUM_SLOTS / w;
         let params = match start {
             None => random(0, n),
@@ -256,13 +221,15 @@ mod tests {
                 params.copy()?
             }
         };
+        let part = if optimizer.shards().world_size() == w { Part::Shard(optimizer.shards()) } else { Part::Whole(n) };
+        let gradient_sum = GradientSum::new(tensors, Reduction::SlotTree, NUM_SLOTS, part, &Device::Cpu);
         let mut norms = Vec::new();
         for step in steps {
-            let mut sums = SlotAccumulator::new(Reduction::SlotTree, SlotTree::new(NUM_SLOTS), mine.clone(), n, &Device::Cpu);
+            let mut sum = gradient_sum.begin(mine.clone())?;
             for slot in mine.clone() {
-                sums.push(slot, random(10 * step + slot + 1, n))?;
+                sum.slot(slot, random(10 * step + slot + 1, n))?;
             }
-            let grad = optimizer.reduce(group, sums)?;
+            let grad = sum.finish()?;
             assert_eq!(optimizer.first_non_finite(&grad, &layout(n))?, None);
             let norm = optimizer.global_norm(&grad)?;
             optim::clip_grad(&grad, norm, 1.0)?;

@@ -13,7 +13,7 @@ use super::requests::{Limits, Listener, Stop, TRIGGER_FILE};
 use super::resume_report::{ResumeReport, Resumed};
 use super::save::{SaveContext, Saver};
 use super::state::{self, Progress};
-use super::step::{StepOutcome, StepSettings, Trainer};
+use super::step::{StepOutcome, StepSettings, Trainer, gradient_sum};
 use super::together::together;
 use super::{TrainError, dump, probe};
 use crate::checkpoint::{self, Claim, Disk, Identity};
@@ -22,7 +22,7 @@ use crate::config::plan::{Duration, Resume, WeightDtype};
 use crate::data::Dataset;
 use crate::data::loader::{Division, training_batches};
 use crate::data::sampler::{Sampler, slot_positions};
-use crate::dist::{ProcessGroup, Watched};
+use crate::dist::{Collectives, GradientSum, ProcessGroup, Watched};
 use crate::model::ChatGlm2;
 use crate::optim::{AdamWConfig, Schedule};
 use crate::peft::{self, PeftMethod};
@@ -67,24 +67,24 @@ pub struct Outcome {
 ///
 /// # Errors
 /// What the user gave is at fault, a value is not finite, or a rank or the disk failed; see [`TrainError`].
-pub fn run(plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk, console: &Console, limits: &Limits) -> Result<Summary, TrainError> {
-    claim(plan, group, disk)?;
-    let group = watched(plan, group)?;
-    let base = Base::load(plan, &group)?;
-    let job = Job::new(plan, base, &group, disk)?;
-    together(&group, || job.refuse_if_done())?;
+pub fn run(plan: &Plan, tensors: &dyn Collectives, disk: &dyn Disk, console: &Console, limits: &Limits) -> Result<Summary, TrainError> {
+    claim(plan, tensors.group(), disk)?;
+    let ranks = watched(plan, tensors)?;
+    let base = Base::load(plan, &ranks)?;
+    let job = Job::new(plan, base, &ranks, disk)?;
+    together(&ranks, || job.refuse_if_done())?;
     Ok(job.train(disk, console, limits)?.summary)
 }
 
-/// `group`, whose waits end as `plan` says.
+/// The same ranks, whose waits end as `plan` says.
 ///
 /// # Errors
 /// When the ranks cannot meet.
-pub fn watched<'a>(plan: &Plan, group: &'a dyn ProcessGroup) -> Result<Watched<'a>, TrainError> {
-    Ok(Watched::start(group, &plan.run.output_dir.join(STATUS_DIR), plan.run.stall_timeout.map(|limit| limit.0))?)
+pub fn watched<'a>(plan: &Plan, tensors: &'a dyn Collectives) -> Result<Watched<'a>, TrainError> {
+    Ok(Watched::start(tensors, &plan.run.output_dir.join(STATUS_DIR), plan.run.stall_timeout.map(|limit| limit.0))?)
 }
 
-/// As [`run`], on a base that is loaded, and with a group that is watched where it is to be. A run whose checkpoint is at its last step is
+/// As [`run`], on a base that is loaded, and with ranks that are watched where they are to be. A run whose checkpoint is at its last step is
 /// not trained again: it comes back as it ended, without losses.
 ///
 /// # Errors
@@ -92,13 +92,13 @@ pub fn watched<'a>(plan: &Plan, group: &'a dyn ProcessGroup) -> Result<Watched<'
 pub fn run_on(
     base: &Base,
     plan: &Plan,
-    group: &dyn ProcessGroup,
+    tensors: &dyn Collectives,
     disk: &dyn Disk,
     console: &Console,
     limits: &Limits,
 ) -> Result<Outcome, TrainError> {
-    claim(plan, group, disk)?;
-    Job::new(plan, base.clone(), group, disk)?.train(disk, console, limits)
+    claim(plan, tensors.group(), disk)?;
+    Job::new(plan, base.clone(), tensors, disk)?.train(disk, console, limits)
 }
 
 /// Takes the output folder for this run.
@@ -118,6 +118,7 @@ pub(super) struct Job<'a> {
     pub model: ChatGlm2,
     pub method: Box<dyn PeftMethod>,
     pub optimizer: Optimizer<'a>,
+    sum: GradientSum<'a>,
     pub identity: Identity,
     pub train: Arc<Dataset>,
     validation: Option<Arc<Dataset>>,
@@ -128,7 +129,8 @@ pub(super) struct Job<'a> {
 
 impl<'a> Job<'a> {
     /// A method and an optimizer on `base`: fresh, or as the checkpoint has them that `plan` goes on from.
-    pub fn new(plan: &'a Plan, base: Base, group: &'a dyn ProcessGroup, disk: &dyn Disk) -> Result<Self, TrainError> {
+    pub fn new(plan: &'a Plan, base: Base, tensors: &'a dyn Collectives, disk: &dyn Disk) -> Result<Self, TrainError> {
+        let group = tensors.group();
         let Base { mut model, train, validation, fingerprint, tokenizer_sha256 } = base;
         let config = model.config.clone();
         let mut method = together(group, || Ok(peft::create(&plan.method, &model, plan.run.seed)?))?;
@@ -136,8 +138,7 @@ impl<'a> Job<'a> {
         let adamw = AdamWConfig { beta1: o.adam_beta1, beta2: o.adam_beta2, epsilon: o.adam_epsilon, weight_decay: o.weight_decay };
         let num_elements = method.params().layout().num_elements();
         let optimizer = if o.shard_optimizer {
-            let optimizer = Optimizer::sharded(adamw, num_elements, model.device(), group)?;
-            if method.site_stages().is_empty() { optimizer } else { optimizer.overlapped()? }
+            Optimizer::sharded(adamw, num_elements, model.device(), tensors)?
         } else {
             Optimizer::replicated(adamw, num_elements, model.device())?
         };
@@ -145,6 +146,7 @@ impl<'a> Job<'a> {
             WeightDtype::Float32 => optimizer,
             WeightDtype::Bfloat16 => optimizer.with_masters(method.params().flat())?,
         };
+        let sum = gradient_sum(tensors, o.reduction, plan.batch.slots_per_step.get(), &*method, &optimizer)?;
 
         let mut identity = Identity {
             method: method.name().to_owned(),
@@ -182,7 +184,7 @@ impl<'a> Job<'a> {
             num_elements,
             method.name()
         );
-        Ok(Self { plan, group, model, method, optimizer, identity, train, validation, progress, resumed_from, total_steps })
+        Ok(Self { plan, group, model, method, optimizer, sum, identity, train, validation, progress, resumed_from, total_steps })
     }
 
     fn refuse_if_done(&self) -> Result<(), TrainError> {
@@ -237,13 +239,8 @@ impl<'a> Job<'a> {
             warmup_steps: plan.optim.warmup.steps(self.total_steps),
             total_steps: self.total_steps,
         };
-        let settings = StepSettings {
-            num_slots: plan.batch.slots_per_step.get(),
-            recompute: plan.model.recompute,
-            loss_mean: plan.optim.loss_mean,
-            reduction: plan.optim.reduction,
-            max_grad_norm: plan.optim.max_grad_norm,
-        };
+        let settings =
+            StepSettings { recompute: plan.model.recompute, loss_mean: plan.optim.loss_mean, max_grad_norm: plan.optim.max_grad_norm };
         let listener = Listener::new(limits, &plan.run.output_dir, group.rank());
         let (mut clock, timer) = (StepClock::new(self.progress.step, self.total_steps), PhaseTimer::default());
         let mut first_loss = None;
@@ -258,8 +255,8 @@ impl<'a> Job<'a> {
             group.now_at(step + 1, "training");
             let lr = schedule.lr(step);
             dump.write(step, &batch.slots, &self.train)?;
-            let (model, method, optimizer) = (&self.model, &mut *self.method, &mut self.optimizer);
-            let mut trainer = Trainer { model, method, optimizer, group, settings, wish: &|| listener.wish() };
+            let (model, method, optimizer, sum) = (&self.model, &mut *self.method, &mut self.optimizer, &self.sum);
+            let mut trainer = Trainer { model, method, optimizer, sum, group, settings, wish: &|| listener.wish() };
             let outcome = trainer.step(&batch.slots, lr, &timer).map_err(|e| self.name_rows(e, step, batch.start, &mut sampler))?;
             self.progress = Progress { step: step + 1, consumed_rows: batch.start + division.rows_per_step() };
             let tokens = self.tokens(batch.start..self.progress.consumed_rows, &mut sampler);

@@ -6,14 +6,14 @@ use candle_core::{DType, Tensor};
 use glmddp::config::plan::LossMean;
 use glmddp::data::collate::collate;
 use glmddp::data::{Dataset, MicroBatch, Sample};
-use glmddp::dist::{ProcessGroup, Reduction, Solo, local};
+use glmddp::dist::{Collectives, Reduction, Solo, local};
 use glmddp::model::{ChatGlm2, ModelConfig, Recompute};
 use glmddp::optim::{AdamWConfig, Schedule, SchedulerType};
 use glmddp::peft::PeftMethod;
 use glmddp::telemetry::PhaseTimer;
 use glmddp::train::optimizer::Optimizer;
 use glmddp::train::requests::Wish;
-use glmddp::train::step::{StepSettings, Trainer};
+use glmddp::train::step::{StepSettings, Trainer, gradient_sum};
 
 use crate::golden::{ALLOWED, Case, Comparison, cases};
 use crate::golden_methods::{exact_zero, thudm_prefix};
@@ -61,26 +61,23 @@ struct Recipe<'a> {
     golden_name: fn(&str) -> String,
 }
 
-fn train(group: &dyn ProcessGroup, model: &ChatGlm2, recipe: &Recipe) -> Run {
+fn train(tensors: &dyn Collectives, model: &ChatGlm2, recipe: &Recipe) -> Run {
     let mut method = (recipe.method)();
     let mut model = model.clone();
     model.replace_weights(&method.trained_base_weights().unwrap()).unwrap();
     let model = &model;
     let mut optimizer = Optimizer::replicated(ADAMW, method.params().layout().num_elements(), model.device()).unwrap();
     let schedule = Schedule { kind: SchedulerType::Linear, base_lr: recipe.lr, warmup_steps: 0, total_steps: recipe.steps as u64 };
-    let settings = StepSettings {
-        num_slots: recipe.num_slots,
-        recompute: recipe.recompute,
-        loss_mean: recipe.loss_mean,
-        reduction: Reduction::SlotTree,
-        max_grad_norm: Some(1.0),
-    };
+    let sum = gradient_sum(tensors, Reduction::SlotTree, recipe.num_slots, &*method, &optimizer).unwrap();
+    let settings = StepSettings { recompute: recipe.recompute, loss_mean: recipe.loss_mean, max_grad_norm: Some(1.0) };
+    let group = tensors.group();
     let share = recipe.num_slots / group.world_size();
     let mut run = Run::default();
     for step in 0..recipe.steps {
         let mine = group.rank() * share..(group.rank() + 1) * share;
         let slots: Vec<_> = mine.map(|slot| (slot, (recipe.slot)(step, slot))).collect();
-        let mut trainer = Trainer { model, method: &mut *method, optimizer: &mut optimizer, group, settings, wish: &Wish::default };
+        let (method, optimizer, sum) = (&mut *method, &mut optimizer, &sum);
+        let mut trainer = Trainer { model, method, optimizer, sum, group, settings, wish: &Wish::default };
         let outcome = trainer.step(&slots, schedule.lr(step as u64), &PhaseTimer::default()).unwrap();
         run.losses.push(outcome.loss);
         run.grad_norms.push(outcome.grad_norm);

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use glmddp::dist::{
-    CommThread, DistError, OverlapPlan, ProcessGroup, Reduction, Shards, SlotAccumulator, SlotScalars, SlotTree, Solo, Wire, agree,
-    all_gather_shards, connect, gather_slots, install_panic_hook, plan_threads, reduce, reduce_scatter,
+    Collectives, DistError, GradientSum, Part, ProcessGroup, Reduction, Shards, SlotScalars, Solo, Wire, agree, all_gather_shards, connect,
+    gather_slots, install_panic_hook, plan_threads,
 };
 use glmddp::rng::{KeyedRng, Stream};
 
@@ -121,24 +121,25 @@ fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
 #[test]
 fn rank_plays_its_scenario() {
     let Ok(scenario) = std::env::var(SCENARIO) else { return };
-    let group = connect(&|name| std::env::var(name).ok()).expect("mpirun started this");
-    install_panic_hook(group.as_ref());
+    let tensors = connect(&|name| std::env::var(name).ok()).expect("mpirun started this");
+    let group = tensors.group();
+    install_panic_hook(group);
     let outcome = match scenario.as_str() {
-        "collectives" => collectives(group.as_ref()),
-        "slot_tree" => slot_tree(group.as_ref()),
-        "panic" => panic_on_rank_1(group.as_ref()),
-        "return" => return_on_rank_1(group.as_ref()),
-        "abort" => abort_on_rank_1(group.as_ref()),
-        "endless" => endless(group.as_ref()),
+        "collectives" => collectives(tensors.as_ref()),
+        "slot_tree" => slot_tree(tensors.as_ref()),
+        "panic" => panic_on_rank_1(group),
+        "return" => return_on_rank_1(group),
+        "abort" => abort_on_rank_1(group),
+        "endless" => endless(tensors.as_ref()),
         "agreed_error" => {
             let mine = if group.rank() == 2 { Err("cannot read `train.json`, line 7".to_owned()) } else { Ok(()) };
             println!("{NOW}");
-            let error = agree(group.as_ref(), mine).expect_err("rank 2 fails");
+            let error = agree(group, mine).expect_err("rank 2 fails");
             if group.rank() == 0 {
                 eprintln!("error: {error}");
             }
             println!("rank {} has: {error}", group.rank());
-            group.finish();
+            tensors.finish();
             std::process::exit(2);
         }
         other => panic!("unknown scenario {other}"),
@@ -147,43 +148,42 @@ fn rank_plays_its_scenario() {
         // As a program that forgets to tell the others: the launcher must end them.
         std::process::exit(1);
     }
-    group.finish();
+    tensors.finish();
 }
 
 fn tensor(values: impl IntoIterator<Item = f32>) -> Tensor {
     Tensor::from_iter(values, &Device::Cpu).expect("a vector on the CPU")
 }
 
-fn collectives(g: &dyn ProcessGroup) -> Result<(), DistError> {
+fn collectives(tensors: &dyn Collectives) -> Result<(), DistError> {
+    let g = tensors.group();
     let (rank, size) = (g.rank(), g.world_size());
     assert_eq!(size, std::env::var("OMPI_COMM_WORLD_SIZE").map_or(size, |n| n.parse().expect("a number")));
     assert_eq!((g.local_rank(), g.local_size(), g.machine()), (rank, size, 0));
     for n in [0, 1, 1000] {
         let mine = tensor((0..n).map(|i| (rank * 1000 + i) as f32));
-        let rows = g.all_gather(&mine)?.to_vec2::<f32>()?;
+        let rows = tensors.all_gather(&mine)?.to_vec2::<f32>()?;
         assert!(
             rows.len() == size && rows.iter().enumerate().all(|(r, row)| row == &(0..n).map(|i| (r * 1000 + i) as f32).collect::<Vec<_>>())
         );
-        let sum = g.all_reduce(&mine)?.to_vec1::<f32>()?;
+        let sum = tensors.all_reduce(&mine)?.to_vec1::<f32>()?;
         assert!(sum.iter().enumerate().all(|(i, &s)| s == (0..size).map(|r| (r * 1000 + i) as f32).sum::<f32>()));
         for root in 0..size {
-            let got = g.broadcast(&mine, root)?.to_vec1::<f32>()?;
+            let got = tensors.broadcast(&mine, root)?.to_vec1::<f32>()?;
             assert!(got.iter().enumerate().all(|(i, &v)| v == (root * 1000 + i) as f32));
         }
-        let rows = tensor((0..size * n).map(|at| (rank * 10_000 + at) as f32)).reshape((size, n))?;
-        let turned = g.all_to_all(&rows)?.to_vec2::<f32>()?;
-        assert!(turned.iter().enumerate().all(|(from, row)| (0..n).all(|i| row[i] == (from * 10_000 + rank * n + i) as f32)));
     }
-    // n elements more for each further rank.
-    for n in [0, 1, 1000] {
+    // n elements more for each further rank; a duplicate gives the same.
+    let duplicate = tensors.duplicate()();
+    for (n, tensors) in [(0, tensors), (1, tensors), (1000, tensors), (1000, &*duplicate)] {
         let (send, receive): (Vec<_>, Vec<_>) = (0..size).map(|other| (other * n, rank * n)).unzip();
         let parts = tensor(send.iter().enumerate().flat_map(|(to, &len)| vec![(10 * rank + to) as f32; len]));
-        let got = g.all_to_all_v(&parts, &send, &receive)?.to_vec1::<f32>()?;
+        let got = tensors.all_to_all_v(&parts, &send, &receive)?.to_vec1::<f32>()?;
         assert_eq!(got, (0..size).flat_map(|from| vec![(10 * from + rank) as f32; rank * n]).collect::<Vec<_>>());
     }
     let bytes = g.all_gather_bytes(&vec![rank as u8; 3 * rank])?;
     assert!(bytes.iter().enumerate().all(|(r, b)| b == &vec![r as u8; 3 * r]));
-    assert!(g.all_reduce(&tensor([1.0]).to_dtype(candle_core::DType::F64)?).is_err(), "only f32");
+    assert!(tensors.all_reduce(&tensor([1.0]).to_dtype(candle_core::DType::F64)?).is_err(), "only f32");
     assert_eq!(plan_threads(g, NonZeroUsize::new(3))?.count.get(), 3);
     assert!(plan_threads(g, None)?.count.get() <= std::thread::available_parallelism().map_or(1, NonZeroUsize::get));
     g.barrier()
@@ -191,50 +191,51 @@ fn collectives(g: &dyn ProcessGroup) -> Result<(), DistError> {
 
 /// Uneven shares of 13 slots, the last rank's the largest: the sum on every rank, and in shards, made at the end or on the way, that are put
 /// together again.
-fn slot_tree(g: &dyn ProcessGroup) -> Result<(), DistError> {
+fn slot_tree(tensors: &dyn Collectives) -> Result<(), DistError> {
     const SLOTS: usize = 13;
     const N: usize = 10_007;
+    let g = tensors.group();
     let slot_grad = |slot: usize| tensor(KeyedRng::new(3, Stream::ParameterInit, slot as u64).normal(N));
-    let fill = |range: std::ops::Range<usize>| {
-        let mut accumulator = SlotAccumulator::new(Reduction::SlotTree, SlotTree::new(SLOTS), range.clone(), N, &Device::Cpu);
+    let sums = |tensors, part| GradientSum::new(tensors, Reduction::SlotTree, SLOTS, part, &Device::Cpu);
+    let sum_of = |sums: &GradientSum, range: std::ops::Range<usize>| {
+        let mut sum = sums.begin(range.clone())?;
         for slot in range {
-            accumulator.push(slot, slot_grad(slot))?;
+            sum.slot(slot, slot_grad(slot))?;
         }
-        Ok::<_, DistError>(accumulator)
+        sum.finish()
     };
     let bits = |t: Tensor| Ok::<_, DistError>(t.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect::<Vec<_>>());
     let share = 2 * g.rank()..if g.rank() + 1 == g.world_size() { SLOTS } else { 2 * g.rank() + 2 };
     let scalars = |slot: usize| SlotScalars { slot, nll_sum: slot as f64 / 7.0, num_targets: 9, finite: true };
-    let whole = reduce(&Solo, fill(0..SLOTS)?)?;
-    assert_eq!(bits(reduce(g, fill(share.clone())?)?)?, bits(whole.clone())?);
+    let whole = sum_of(&sums(&Solo, Part::Whole(N)), 0..SLOTS)?;
+    assert_eq!(bits(sum_of(&sums(tensors, Part::Whole(N)), share.clone())?)?, bits(whole.clone())?);
     let shards = Shards::new(N, g.world_size(), 64);
     let own = shards.range(g.rank());
-    let shard = reduce_scatter(g, fill(share.clone())?, &shards)?;
+    let shard = sum_of(&sums(tensors, Part::Shard(shards)), share.clone())?;
     assert_eq!(bits(shard.clone())?, bits(whole.narrow(0, own.start, own.len())?)?);
     // The last slot in three parts, from both ends to the middle.
     let stages = vec![vec![0..100, 9000..N], vec![100..5000], vec![5000..9000]];
-    let thread = CommThread::start(g)?;
+    let on_the_way = sums(tensors, Part::Shard(shards)).overlapped(stages.clone())?;
     for _ in 0..3 {
-        let mut sums = SlotAccumulator::new(Reduction::SlotTree, SlotTree::new(SLOTS), share.clone(), N, &Device::Cpu);
-        let plan = OverlapPlan::agree(g, &sums, shards, stages.clone())?;
+        let mut sum = on_the_way.begin(share.clone())?;
         let last = share.end - 1;
         for slot in share.start..last {
-            sums.push(slot, slot_grad(slot))?;
+            sum.slot(slot, slot_grad(slot))?;
         }
-        let mut sum = thread.begin(plan, sums, Some(last))?;
         let running = tensor(vec![f32::NAN; N]);
         for (i, stage) in stages.iter().enumerate() {
             for part in stage {
                 running.slice_set(&slot_grad(last).narrow(0, part.start, part.len())?.force_contiguous()?, 0, part.start)?;
             }
-            sum.advance(i + 1, last, &running);
+            sum.stage(last, i + 1, &running)?;
             g.barrier()?;
         }
-        assert_eq!(bits(sum.finish(g)?)?, bits(shard.clone())?);
+        sum.slot(last, running)?;
+        assert_eq!(bits(sum.finish()?)?, bits(shard.clone())?);
     }
     let flat = tensor(vec![0.0; N]);
     flat.slice_set(&shard.copy()?, 0, own.start)?;
-    all_gather_shards(g, &flat, &shards, Wire::F32)?;
+    all_gather_shards(tensors, &flat, &shards, Wire::F32)?;
     assert_eq!(bits(flat)?, bits(whole)?);
     // Whole numbers up to 256, NaN and infinities are bf16's too.
     let rounded = tensor((0..N).map(|i| [(i % 513) as f32 - 256.0, f32::NEG_INFINITY][usize::from(i % 100 == 99)]));
@@ -242,7 +243,7 @@ fn slot_tree(g: &dyn ProcessGroup) -> Result<(), DistError> {
     for i in own.clone().filter(|i| i % 100 == 99) {
         flat.slice_set(&tensor([f32::NEG_INFINITY]), 0, i)?;
     }
-    all_gather_shards(g, &flat, &shards, Wire::Bf16)?;
+    all_gather_shards(tensors, &flat, &shards, Wire::Bf16)?;
     assert_eq!(bits(flat)?, bits(rounded)?);
     assert_eq!(gather_slots(g, &share.map(scalars).collect::<Vec<_>>())?, (0..SLOTS).map(scalars).collect::<Vec<_>>());
     println!("same bits on rank {}", g.rank());
@@ -273,10 +274,11 @@ fn abort_on_rank_1(g: &dyn ProcessGroup) -> Result<(), DistError> {
     g.barrier()
 }
 
-fn endless(g: &dyn ProcessGroup) -> Result<(), DistError> {
+fn endless(tensors: &dyn Collectives) -> Result<(), DistError> {
+    let g = tensors.group();
     let mine = tensor(vec![1.0; 100_000]);
     for round in 0u64.. {
-        g.all_reduce(&mine)?;
+        tensors.all_reduce(&mine)?;
         if round == 20 && g.rank() == 1 {
             println!("{NOW}{}", std::process::id());
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use candle_core::{Result, Tensor};
 use glmddp::config::plan::LossMean;
 use glmddp::data::MicroBatch;
-use glmddp::dist::{Aborter, DistError, Duplicate, ProcessGroup, Reduction, local};
+use glmddp::dist::{Collectives, DistError, Duplicate, GradientSum, Part, ProcessGroup, Reduction, local};
 use glmddp::model::hooks::{BaseWeight, Hooks, Reach};
 use glmddp::model::{ChatGlm2, Recompute};
 use glmddp::optim::AdamWConfig;
@@ -21,7 +21,7 @@ use glmddp::telemetry::PhaseTimer;
 use glmddp::train::TrainError;
 use glmddp::train::optimizer::Optimizer;
 use glmddp::train::requests::Wish;
-use glmddp::train::step::{StepSettings, Trainer};
+use glmddp::train::step::{StepSettings, Trainer, gradient_sum};
 
 use crate::golden::cases;
 use crate::golden_model::model;
@@ -59,44 +59,20 @@ impl Record {
     }
 }
 
-/// A group whose duplicates record what they send.
+/// Collectives whose duplicates record what they send.
 struct Recorded<G> {
     inner: G,
     record: Arc<Record>,
     is_duplicate: bool,
 }
 
-impl<G: Deref<Target: ProcessGroup>> ProcessGroup for Recorded<G> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn world_size(&self) -> usize {
-        self.inner.world_size()
-    }
-
-    fn local_rank(&self) -> usize {
-        self.inner.local_rank()
-    }
-
-    fn local_size(&self) -> usize {
-        self.inner.local_size()
-    }
-
-    fn machine(&self) -> usize {
-        self.inner.machine()
-    }
-
-    fn all_gather_bytes(&self, mine: &[u8]) -> std::result::Result<Vec<Vec<u8>>, DistError> {
-        self.inner.all_gather_bytes(mine)
+impl<G: Deref<Target: Collectives>> Collectives for Recorded<G> {
+    fn group(&self) -> &dyn ProcessGroup {
+        self.inner.group()
     }
 
     fn all_gather(&self, mine: &Tensor) -> std::result::Result<Tensor, DistError> {
         self.inner.all_gather(mine)
-    }
-
-    fn all_to_all(&self, rows: &Tensor) -> std::result::Result<Tensor, DistError> {
-        self.inner.all_to_all(rows)
     }
 
     fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> std::result::Result<Tensor, DistError> {
@@ -115,21 +91,9 @@ impl<G: Deref<Target: ProcessGroup>> ProcessGroup for Recorded<G> {
         self.inner.broadcast(mine, root)
     }
 
-    fn barrier(&self) -> std::result::Result<(), DistError> {
-        self.inner.barrier()
-    }
-
     fn duplicate(&self) -> Duplicate {
         let (duplicate, record) = (self.inner.duplicate(), self.record.clone());
         Box::new(move || Box::new(Recorded { inner: duplicate(), record, is_duplicate: true }))
-    }
-
-    fn abort(&self, message: &str) -> ! {
-        self.inner.abort(message)
-    }
-
-    fn aborter(&self) -> Option<Aborter> {
-        self.inner.aborter()
     }
 
     fn finish(self: Box<Self>) {}
@@ -245,7 +209,7 @@ struct Setting {
 
 /// Two steps -> bits of losses, norms and parameters.
 fn train(
-    group: &dyn ProcessGroup,
+    tensors: &dyn Collectives,
     (model, slots): (&ChatGlm2, &[MicroBatch]),
     setting: Setting,
     at_lowest: AtLowestLayer,
@@ -254,21 +218,21 @@ fn train(
     let mut method = Watched { inner: full(&model), at_lowest };
     model.replace_weights(&method.trained_base_weights()?)?;
     let n = method.params().layout().num_elements();
-    let optimizer = Optimizer::sharded(ADAMW, n, model.device(), group)?;
-    let mut optimizer = if setting.is_overlapped { optimizer.overlapped()? } else { optimizer };
-    let settings = StepSettings {
-        num_slots: slots.len(),
-        recompute: Recompute::None,
-        loss_mean: setting.loss_mean,
-        reduction: setting.reduction,
-        max_grad_norm: Some(1.0),
+    let mut optimizer = Optimizer::sharded(ADAMW, n, model.device(), tensors)?;
+    let sum = if setting.is_overlapped {
+        gradient_sum(tensors, setting.reduction, slots.len(), &method, &optimizer)?
+    } else {
+        GradientSum::new(tensors, setting.reduction, slots.len(), Part::Shard(optimizer.shards()), model.device())
     };
+    let settings = StepSettings { recompute: Recompute::None, loss_mean: setting.loss_mean, max_grad_norm: Some(1.0) };
+    let group = tensors.group();
     // The last rank of four has none.
     let mine = (group.rank() * slots.len()).div_ceil(group.world_size())..((group.rank() + 1) * slots.len()).div_ceil(group.world_size());
     let mine: Vec<_> = mine.map(|slot| (slot, slots[slot].clone())).collect();
     let mut numbers = Vec::new();
     for _ in 0..2 {
-        let mut trainer = Trainer { model: &model, method: &mut method, optimizer: &mut optimizer, group, settings, wish: &Wish::default };
+        let (model, method, optimizer, sum) = (&model, &mut method, &mut optimizer, &sum);
+        let mut trainer = Trainer { model, method, optimizer, sum, group, settings, wish: &Wish::default };
         let outcome = trainer.step(&mine, 1e-3, &PhaseTimer::default())?;
         numbers.extend([outcome.loss.to_bits(), outcome.grad_norm.to_bits()]);
     }
