@@ -11,6 +11,7 @@ pub mod data;
 pub mod digest;
 pub mod dist;
 pub mod formats;
+pub mod json;
 pub mod kernels;
 pub mod model;
 pub mod optim;

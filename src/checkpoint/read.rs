@@ -50,7 +50,7 @@ pub fn open(disk: &dyn Disk, path: &Path) -> Result<Checkpoint, CheckpointError>
         Err(source) => Err(CheckpointError::Io { action: "read", path: path.join(name), source }),
     };
     let bytes = read(MANIFEST)?;
-    let json: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| incomplete(format!("its {MANIFEST} is not JSON: {e}")))?;
+    let json = crate::json::value(&bytes).map_err(|e| incomplete(format!("its {MANIFEST} is not JSON: {e}")))?;
     let supported = FORMAT_VERSION;
     match json.get("format_version").and_then(serde_json::Value::as_u64) {
         Some(version) if version == u64::from(supported) => {}

@@ -13,6 +13,7 @@ use super::{kernels_check, report};
 use crate::bench::gpu_times::{self, Ceilings, Line, Machine, Timed};
 use crate::bench::kernels::{Shape, Work};
 use crate::bench::traffic::{self, Traffic};
+use crate::json;
 use crate::kernels::cuda;
 
 /// Of ChatGLM2-6B.
@@ -105,13 +106,13 @@ struct TorchTimes {
 
 fn table(args: &ReportArgs) -> anyhow::Result<()> {
     let torch: Option<TorchTimes> = match &args.torch {
-        Some(path) => Some(serde_json::from_str(&read(path)?).with_context(|| reading(path))?),
+        Some(path) => Some(json::read(read(path)?.as_bytes()).with_context(|| reading(path))?),
         None => None,
     };
     let mut lines = Vec::new();
     for (i, line) in read(&args.bench)?.lines().enumerate() {
         // The ceilings come first, then a time a line.
-        let parsed = if i == 0 { serde_json::from_str(line).map(Line::Ceilings) } else { serde_json::from_str(line).map(Line::Timed) };
+        let parsed = if i == 0 { json::read(line.as_bytes()).map(Line::Ceilings) } else { json::read(line.as_bytes()).map(Line::Timed) };
         lines
             .push(parsed.with_context(|| {
                 format!("{}, line {}: expected what `glmddp kernels bench --json` prints", reading(&args.bench), i + 1)

@@ -113,7 +113,7 @@ impl Report {
     /// When it is no report, or of a newer format.
     pub fn parse(path: &Path, text: &[u8]) -> Result<Self, CompareError> {
         let unreadable = |reason| CompareError::Unreadable { path: path.to_owned(), reason };
-        let report: Self = serde_json::from_slice(text).map_err(|e| unreadable(e.to_string()))?;
+        let report: Self = crate::json::read(text).map_err(|e| unreadable(e.to_string()))?;
         if report.format_version != FORMAT_VERSION {
             return Err(unreadable(format!("its format is version {}, expected {FORMAT_VERSION}", report.format_version)));
         }

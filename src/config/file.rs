@@ -14,6 +14,7 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::error::{ConfigError, Place, Source, nearest};
 use super::{KeyTable, SECTIONS, Sources, foreign};
+use crate::json;
 
 /// The shipped files have some kilobytes. To find a key's line takes time by the length of the file, and that for each key.
 const MAX_BYTES: u64 = 1 << 16;
@@ -57,12 +58,17 @@ pub(super) fn read(path: &Path) -> Result<FileValues, ConfigError> {
 /// Reads the file of a comparison: a run's, and `[methods.LABEL]` tables where it is TOML.
 pub(super) fn read_comparison(path: &Path) -> Result<(FileValues, Vec<MethodTable>), ConfigError> {
     let failed = |reason: String| ConfigError::Read { path: path.to_owned(), reason };
-    let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text));
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes));
     read.map_err(|e| failed(if path.is_dir() { "it is a directory".into() } else { e.to_string() }))?;
-    if text.len() as u64 > MAX_BYTES {
+    if bytes.len() as u64 > MAX_BYTES {
         return Err(failed(format!("it has more than {MAX_BYTES} bytes")));
     }
+    if json::is_utf16(&bytes) {
+        return Err(failed(json::UTF16.to_owned()));
+    }
+    let text = String::from_utf8(bytes)
+        .map_err(|e| failed(format!("expected UTF-8 text, found another at byte {}", e.utf8_error().valid_up_to() + 1)))?;
     let is_json = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("json"));
     if is_json { Ok((check(path, "", json_entries(path, &text)?)?, Vec::new())) } else { parse_toml(path, &text) }
 }
@@ -130,7 +136,8 @@ fn toml_entries(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<Table>), Con
 
 fn json_entries(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
     let syntax = |line: usize, message: String| ConfigError::Syntax { path: path.to_owned(), line, language: "JSON", message };
-    let document: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text).map_err(|e| syntax(e.line(), e.to_string()))?;
+    let document = json::value(text.as_bytes()).map_err(|e| syntax(e.line().max(1), e.to_string()))?;
+    let Some(document) = document.as_object() else { return Err(syntax(1, "expected an object at the top".to_owned())) };
     let line_of = |key: &str| 1 + text.lines().position(|l| l.contains(&format!("\"{key}\""))).unwrap_or(0);
     let mut entries = Vec::new();
     let mut push = |section: Option<&str>, key: &str, value: &serde_json::Value| {
@@ -141,7 +148,7 @@ fn json_entries(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
         }
         Ok::<_, ConfigError>(())
     };
-    for (key, value) in &document {
+    for (key, value) in document {
         match value.as_object() {
             Some(_) if !SECTIONS.contains(&key.as_str()) => return Err(unknown_section(path, key, line_of(key))),
             Some(table) => table.iter().try_for_each(|(k, v)| push(Some(key), k, v))?,

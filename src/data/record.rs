@@ -10,6 +10,7 @@ use super::bad_rows::{BadRowKind, Place, RowError};
 use super::error::nearest;
 use super::rows::{Content, RawRow};
 use super::{Example, RowOrigin};
+use crate::json;
 
 /// What to do with a row that cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,7 +160,7 @@ fn utf8<'a>(bytes: &'a [u8], what: &str) -> Result<&'a str, Fault> {
 }
 
 fn json_line(line: &str) -> Result<Value, Fault> {
-    serde_json::from_str(line).map_err(|error| {
+    json::value(line.as_bytes()).map_err(|error| {
         let text = error.to_string();
         let message = text.split(" at line ").next().unwrap_or_default();
         let fault = Fault::new(BadRowKind::BadJson, "JSON", format!("bad JSON at byte {}: {message}", error.column()));

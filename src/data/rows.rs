@@ -13,6 +13,7 @@ use super::Example;
 use super::bad_rows::Place;
 use super::error::DataError;
 use super::record::{Columns, RowParser};
+use crate::json;
 
 /// How a file holds its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,12 +223,17 @@ fn sniff(file: &mut File, path: &Path) -> Result<(Format, u64), DataError> {
 }
 
 fn read_array(reader: &mut BufReader<File>, path: &Path) -> Result<Vec<Value>, DataError> {
-    serde_json::from_reader(reader).map_err(|error| {
+    let bad = |line, column, message| DataError::BadArray { path: path.to_owned(), line, column, message };
+    let value = json::from_reader(reader).map_err(|error| {
         if error.is_io() {
             return DataError::Read { path: path.to_owned(), source: error.into() };
         }
         let text = error.to_string();
         let message = text.split(" at line ").next().unwrap_or_default().to_owned();
-        DataError::BadArray { path: path.to_owned(), line: error.line(), column: error.column(), message }
-    })
+        bad(error.line(), error.column(), message)
+    })?;
+    match value {
+        Value::Array(rows) => Ok(rows),
+        _ => Err(bad(1, 1, "expected a list of rows".to_owned())), // `sniff` has seen its bracket
+    }
 }

@@ -8,6 +8,7 @@ use candle_core::Tensor;
 
 use super::view::row_major;
 use super::{Dtype, FormatError, ParseError, Placed, file_dtype, tensor_bytes};
+use crate::json;
 
 /// Where each tensor lies in a file with these bytes.
 ///
@@ -16,6 +17,7 @@ use super::{Dtype, FormatError, ParseError, Placed, file_dtype, tensor_bytes};
 pub fn parse(file: &[u8]) -> Result<BTreeMap<String, Placed>, ParseError> {
     let (header_len, metadata) = SafeTensors::read_metadata(file).map_err(|error| explain(file, &error))?;
     let data_start = 8 + header_len;
+    json::value(&file[8..data_start]).map_err(|error| ParseError::new(format!("its header: {error}")))?;
     metadata
         .tensors()
         .into_iter()
@@ -59,7 +61,7 @@ fn explain(file: &[u8], error: &SafeTensorError) -> ParseError {
     if looks_like_header && data_start > found {
         return ParseError::Truncated { expected: data_start, found };
     }
-    let header = file.get(8..data_start as usize).and_then(|h| serde_json::from_slice::<serde_json::Value>(h).ok());
+    let header = file.get(8..data_start as usize).and_then(|h| json::value(h).ok());
     let last_byte = header
         .as_ref()
         .and_then(|h| h.as_object())
@@ -122,7 +124,7 @@ fn num_bytes(dtype: Dtype, shape: &[usize]) -> Option<usize> {
 /// # Errors
 /// What is wrong with it, in words.
 pub fn parse_header(json: &[u8]) -> Result<Vec<Announced>, String> {
-    let metadata: Metadata = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+    let metadata: Metadata = json::read(json).map_err(|e| e.to_string())?;
     let infos = metadata.tensors();
     let named = |name: String| infos.get(&name).map(|info| (name, info.dtype, info.shape.clone()));
     Ok(metadata.offset_keys().into_iter().filter_map(named).collect())

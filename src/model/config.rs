@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 
 pub use super::error::ModelError;
 use super::shape::ModelShape;
+use crate::json;
 
 /// Base of the rotary angles in all of the family.
 const ROTARY_BASE: f64 = 10_000.0;
@@ -73,7 +74,7 @@ impl ModelConfig {
     pub fn load(dir: &Path) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
         let text = std::fs::read(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
-        let json: Value = serde_json::from_slice(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
+        let json: Value = json::value(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
         let Value::Object(keys) = json else {
             return Err(ModelError::Inconsistent { path, reason: "expected a JSON object at the top".to_owned() });
         };

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::error::ModelError;
 use crate::digest::sha256_hex;
 use crate::formats::{Dtype, FormatError, TensorFile, TensorView};
+use crate::json;
 
 /// Where weights are looked for, in this order.
 const CANDIDATES: [&str; 4] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
@@ -144,7 +145,7 @@ fn no_weights(dir: &Path) -> ModelError {
 
 fn read_index(path: &Path) -> Result<Index, ModelError> {
     let text = std::fs::read(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })?;
-    let index: Index = serde_json::from_slice(&text).map_err(|source| ModelError::Json { path: path.to_owned(), source })?;
+    let index: Index = json::read(&text).map_err(|source| ModelError::Json { path: path.to_owned(), source })?;
     let bad = |reason: String| ModelError::BadIndex { path: path.to_owned(), reason };
     if index.weight_map.is_empty() {
         return Err(bad("`weight_map` is empty".to_owned()));

@@ -385,7 +385,7 @@ fn wrong_shape(name: &str, expected: &str, found: &str, path: Option<&Path>) -> 
 
 pub(super) fn read_json(path: &Path) -> Result<Value, ExportError> {
     let text = std::fs::read(path).map_err(|source| ExportError::Io { path: path.to_owned(), source })?;
-    serde_json::from_slice(&text).map_err(|source| ExportError::Json { path: path.to_owned(), source })
+    crate::json::value(&text).map_err(|source| ExportError::Json { path: path.to_owned(), source })
 }
 
 pub(super) fn read_about(dir: &Path) -> Result<Option<Value>, ExportError> {

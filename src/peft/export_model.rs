@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::ExportContext;
 use super::export::{ABOUT_FILE, ExportError, Files, pretty};
 use crate::formats::safetensors;
+use crate::json;
 use crate::model::ModelError;
 use crate::model::init::shards;
 use crate::model::weights::WeightSource;
@@ -36,7 +37,7 @@ pub fn model_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) 
 fn config_json(context: &ExportContext, base: Vec<u8>) -> Result<Vec<u8>, ExportError> {
     let Some(dtype) = context.dtype else { return Ok(base) };
     let path = context.model_dir.join("config.json");
-    let mut config: Value = serde_json::from_slice(&base).map_err(|source| ModelError::Json { path, source })?;
+    let mut config: Value = json::value(&base).map_err(|source| ModelError::Json { path, source })?;
     let name = match dtype {
         DType::BF16 => "bfloat16",
         DType::F16 => "float16",

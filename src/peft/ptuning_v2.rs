@@ -144,9 +144,7 @@ impl PeftMethod for PtuningV2 {
     fn export(&self, context: &ExportContext) -> std::result::Result<Files, ExportError> {
         let shape = PrefixShape::of(context.config, self.encoder.shape().virtual_tokens);
         let base_model = context.model_dir.display().to_string();
-        let path = context.model_dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|source| ExportError::Io { path: path.clone(), source })?;
-        let base_config = serde_json::from_str(&text).map_err(|source| ExportError::Json { path, source })?;
+        let base_config = export::read_json(&context.model_dir.join("config.json"))?;
         let note = "adapter_model.safetensors (PEFT) holds the projection's output alone; the projection is in pytorch_model.bin (THUDM)";
         let about = export::with_notes(context.about, self.encoder.shape().projection.map(|_| note));
         // Both formats in one folder: their file names differ, and the file about the run is the same.

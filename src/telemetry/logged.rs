@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::error::TelemetryError;
 use super::run_log::RUN_LOG_FILE;
+use crate::json;
 
 /// What the log says of one step; the fields are those of [`super::StepRecord`].
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -41,7 +42,7 @@ pub fn logged_steps(dir: &Path) -> Result<Vec<LoggedStep>, TelemetryError> {
     };
     let mut steps = Vec::new();
     for (index, line) in text.lines().enumerate() {
-        let record: serde_json::Value = serde_json::from_str(line).map_err(|e| bad(index + 1, &e))?;
+        let record: serde_json::Value = json::value(line.as_bytes()).map_err(|e| bad(index + 1, &e))?;
         if record.get("eval_loss").is_none() {
             steps.push(serde_json::from_value(record).map_err(|e| bad(index + 1, &e))?);
         }

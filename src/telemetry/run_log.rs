@@ -91,7 +91,7 @@ impl RunLog {
         let mut truncation = Truncation::default();
         for (index, line) in BufReader::new(old).lines().enumerate() {
             let line = line.map_err(|source| io("read", &self.path, source))?;
-            let position: Position = serde_json::from_str(&line).map_err(|error| TelemetryError::BadLine {
+            let position: Position = crate::json::read(line.as_bytes()).map_err(|error| TelemetryError::BadLine {
                 path: self.path.clone(),
                 line: index + 1,
                 reason: format!("not a record of a training log ({error})"),

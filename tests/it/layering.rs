@@ -15,6 +15,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "digest",
             "dist",
             "formats",
+            "json",
             "kernels",
             "model",
             "optim",
@@ -35,6 +36,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "digest",
             "dist",
             "formats",
+            "json",
             "kernels",
             "model",
             "optim",
@@ -45,21 +47,22 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "tokenizer",
         ],
     ),
-    ("compare", &["checkpoint", "config", "data", "dist", "telemetry", "train"]),
-    ("config", &["data", "dist", "model", "optim", "peft"]),
-    ("peft", &["digest", "formats", "kernels", "model", "params", "rng"]),
-    ("model", &["digest", "formats", "kernels", "rng"]),
-    ("data", &["digest", "rng", "tokenizer"]),
+    ("compare", &["checkpoint", "config", "data", "dist", "json", "telemetry", "train"]),
+    ("config", &["data", "dist", "json", "model", "optim", "peft"]),
+    ("peft", &["digest", "formats", "json", "kernels", "model", "params", "rng"]),
+    ("model", &["digest", "formats", "json", "kernels", "rng"]),
+    ("data", &["digest", "json", "rng", "tokenizer"]),
     ("tokenizer", &["digest", "rng"]),
-    ("checkpoint", &["digest", "formats", "params"]),
+    ("checkpoint", &["digest", "formats", "json", "params"]),
     ("optim", &["kernels", "params"]),
-    ("telemetry", &[]),
+    ("telemetry", &["json"]),
     ("dist", &[]),
     ("kernels", &["digest", "rng"]),
-    ("formats", &[]),
+    ("formats", &["json"]),
     ("params", &[]),
     ("rng", &[]),
     ("digest", &[]),
+    ("json", &[]),
 ];
 const SEES_ALL: &[&str] = &["cli", "main", "lib"];
 
@@ -199,6 +202,16 @@ fn standard_output_environment_and_exit_belong_to_the_command_line() {
     assert_none("only cli and main.rs may do this", places(&["println!", "print!", "std::env", "env::var", "stdout()"], cli));
     let may_exit = |s: &Source| matches!(s.module(), "cli" | "main" | "dist");
     assert_none("only cli, main.rs and an abort of dist end the process", places(&["process::exit", "process::abort"], may_exit));
+}
+
+/// Files that parse messages between processes of one run, which are no files of a user's.
+const PARSE_MESSAGES: &[&str] = &["src/cli/bench.rs", "src/compare/run.rs", "src/data/wire.rs", "src/dist/watch.rs", "src/train/save.rs"];
+
+#[test]
+fn json_files_are_read_by_one_reader() {
+    let readers = ["serde_json::from_slice", "serde_json::from_str", "serde_json::from_reader"];
+    let found = places(&readers, |s| s.module() == "json" || PARSE_MESSAGES.contains(&s.path.as_str()));
+    assert_none("only src/json.rs refuses keys given twice: use it", found);
 }
 
 #[test]

@@ -24,6 +24,7 @@ mod golden_model;
 mod golden_peft;
 mod golden_tokenizer;
 mod golden_train;
+mod json_files;
 mod kernel_commands;
 mod kernels;
 mod layering;
