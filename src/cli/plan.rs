@@ -14,8 +14,8 @@ use crate::config::values::name_of;
 use crate::data::DataError;
 use crate::data::record::Columns;
 use crate::data::rows::Rows;
-use crate::model::config::{ModelConfig, ModelError};
 use crate::model::shape::ModelShape;
+use crate::peft::{MethodError, bare};
 
 /// Show what a run would do: rows a step, steps, tokens, FLOPs, memory
 #[derive(Clone, Debug, Args)]
@@ -49,8 +49,8 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
 }
 
 /// The model's sizes; none if its folder is not there yet.
-fn model_shape(dir: &Path) -> Result<Option<ModelShape>, ModelError> {
-    if dir.exists() { ModelConfig::load(dir).map(|config| Some(ModelShape::from(&config))) } else { Ok(None) }
+fn model_shape(dir: &Path) -> Result<Option<ModelShape>, MethodError> {
+    if dir.exists() { bare::config(dir).map(|config| Some(ModelShape::from(&config))) } else { Ok(None) }
 }
 
 /// Rows that the training takes, good or bad; none if the file is not there yet.

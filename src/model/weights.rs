@@ -15,6 +15,9 @@ use crate::json;
 /// Where weights are looked for, in this order.
 const CANDIDATES: [&str; 4] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
 
+/// Buffers that the hub's files have beside the parameters. They are computed, not read.
+const BUFFERS: [&str; 1] = ["transformer.rotary_pos_emb.inv_freq"];
+
 /// The precision of a model's weights while it is trained. On a CPU they lie in memory as f32 either way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -33,6 +36,15 @@ pub struct WeightSource {
     places: BTreeMap<String, usize>,
     /// What to name when a tensor is nowhere: the single file or the index.
     root: PathBuf,
+    dir: PathBuf,
+}
+
+/// Tensors of one file that are not the model's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Others {
+    pub path: PathBuf,
+    /// In order.
+    pub names: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -52,7 +64,7 @@ impl WeightSource {
         if root.extension().is_none_or(|e| e != "json") {
             let file = TensorFile::open(&root)?;
             let places = file.names().map(|name| (name.to_owned(), 0)).collect();
-            return Ok(Self { files: vec![file], places, root });
+            return Ok(Self { files: vec![file], places, root, dir: dir.to_owned() });
         }
         let index = read_index(&root)?;
         let shards: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
@@ -63,7 +75,49 @@ impl WeightSource {
         let files = shards.iter().map(|name| Ok(TensorFile::open(&dir.join(name))?)).collect::<Result<Vec<_>, ModelError>>()?;
         let numbers: BTreeMap<&str, usize> = shards.iter().enumerate().map(|(i, name)| (*name, i)).collect();
         let places = index.weight_map.iter().map(|(name, shard)| (name.clone(), numbers[shard.as_str()])).collect();
-        Ok(Self { files, places, root })
+        Ok(Self { files, places, root, dir: dir.to_owned() })
+    }
+
+    /// Tensors in the folder's weights that are neither among `shapes` nor buffers of the published model, by file: in the files that
+    /// are read, in their index, and in weights of another layout beside them. Those are not read otherwise: if one cannot be opened, a
+    /// warning says so.
+    pub fn others(&self, shapes: &BTreeMap<String, Vec<usize>>) -> Vec<Others> {
+        let is_other = |name: &&str| !shapes.contains_key(*name) && !BUFFERS.contains(name);
+        let mut found = Vec::new();
+        let mut look = |path: &Path, names: &mut dyn Iterator<Item = &str>| {
+            let names: BTreeSet<String> = names.filter(is_other).map(str::to_owned).collect();
+            if !names.is_empty() {
+                found.push(Others { path: path.to_owned(), names: names.into_iter().collect() });
+            }
+        };
+        self.files.iter().for_each(|file| look(file.path(), &mut file.names()));
+        look(&self.root, &mut self.places.iter().filter(|(name, file)| !self.files[**file].contains(name)).map(|(name, _)| name.as_str()));
+        for root in CANDIDATES.iter().map(|name| self.dir.join(name)).filter(|root| root.exists() && *root != self.root) {
+            let unread = |error: &dyn std::fmt::Display| {
+                tracing::warn!("{error}; nothing is lost, for the weights are those of {}", self.root.display())
+            };
+            let files = match root.extension() {
+                Some(extension) if extension == "json" => match read_index(&root) {
+                    Ok(index) => {
+                        look(&root, &mut index.weight_map.keys().map(String::as_str));
+                        let shards: BTreeSet<PathBuf> = index.weight_map.values().map(|name| self.dir.join(name)).collect();
+                        shards.into_iter().filter(|shard| shard.exists()).collect()
+                    }
+                    Err(error) => {
+                        unread(&error);
+                        Vec::new()
+                    }
+                },
+                _ => vec![root],
+            };
+            for file in files {
+                match TensorFile::open(&file) {
+                    Ok(file) => look(file.path(), &mut file.names()),
+                    Err(error) => unread(&error),
+                }
+            }
+        }
+        found
     }
 
     /// One parameter on `device` as `dtype`.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::export::ExportError;
+use crate::model::ModelError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MethodError {
@@ -17,6 +18,11 @@ pub enum MethodError {
     /// An adapter whose values are to become those of a method that it does not fit.
     #[error("{} does not fit {method}: `{what}` is {} in the adapter and {} in this run", path.display(), values[0], values[1])]
     NotImportable { path: PathBuf, method: &'static str, what: String, values: Box<[String; 2]> },
+    /// A folder that was given as a base.
+    #[error("{} is not a bare base: {what}", path.display())]
+    NotBare { path: PathBuf, what: String, hint: String },
+    #[error(transparent)]
+    Model(#[from] ModelError),
     #[error(transparent)]
     Adapter(#[from] ExportError),
     #[error(transparent)]
@@ -27,7 +33,8 @@ impl MethodError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Setting { hint, .. } => Some(hint.clone()),
+            Self::Setting { hint, .. } | Self::NotBare { hint, .. } => Some(hint.clone()),
+            Self::Model(error) => error.hint(),
             Self::NotMergeable { .. } => Some("LoRA, rsLoRA, DoRA and (IA)^3 can be; use this one beside its base".to_owned()),
             Self::NotImportable { .. } => Some(
                 "give the method and sizes of the adapter; PEFT keeps the output of an encoder or a projection alone, which only a run \

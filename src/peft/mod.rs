@@ -7,6 +7,7 @@ pub mod adapter;
 mod adapter_files;
 pub mod adapter_fusion;
 mod adapter_hooks;
+pub mod bare;
 pub mod base_weights;
 mod bottleneck;
 mod error;

@@ -14,9 +14,8 @@ use crate::checkpoint::{self, Checkpoint, CheckpointError, Disk, Mismatch};
 use crate::config::Plan;
 use crate::config::plan::WeightDtype;
 use crate::dist::Collectives;
-use crate::model::weights::WeightSource;
-use crate::model::{ChatGlm2, ModelConfig};
-use crate::peft::{self, ExportContext};
+use crate::model::ChatGlm2;
+use crate::peft::{self, ExportContext, bare};
 
 /// Writes `checkpoint-0` of the run that `plan` describes: the values of the adapter in `dir`, no step done, fresh moments. The run then goes
 /// on from it as from any other.
@@ -58,8 +57,7 @@ pub fn export(disk: &dyn Disk, checkpoint: &Checkpoint, model_dir: Option<&Path>
     };
     let unreadable = |e: serde_json::Error| CheckpointError::Incomplete { path: path(), reason: format!("its plan cannot be read: {e}") };
     let plan: Plan = serde_json::from_value(header.plan.clone()).map_err(unreadable)?;
-    let config = ModelConfig::load(model_dir)?;
-    let source = WeightSource::open(model_dir)?;
+    let (config, source) = bare::open(model_dir)?;
     let fingerprint = source.fingerprint(&config.parameter_shapes())?;
     if fingerprint != header.identity.base_fingerprint {
         let (what, checkpoint) = ("base_fingerprint".to_owned(), header.identity.base_fingerprint.clone());

@@ -14,8 +14,8 @@ use crate::data::record::Columns;
 use crate::data::tokenize::Limits;
 use crate::data::{self, Dataset};
 use crate::dist::ProcessGroup;
-use crate::model::weights::WeightSource;
-use crate::model::{ChatGlm2, ModelConfig, WeightDtype};
+use crate::model::{ChatGlm2, WeightDtype};
+use crate::peft::bare;
 use crate::tokenizer::GlmTokenizer;
 
 /// The base model and the rows. A clone shares the memory of both.
@@ -33,18 +33,18 @@ impl Base {
     /// Loads what `plan.model` and `plan.data` name. Every rank calls it.
     ///
     /// # Errors
-    /// When a file is missing or damaged, rows cannot be read, or the ranks have different weights.
+    /// When a file is missing or damaged, the model is not a bare base, rows cannot be read, or the ranks have different weights.
     pub fn load(plan: &Plan, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
         let dir = &plan.model.model_name_or_path;
-        let (tokenizer, config) = together(group, || {
-            let config = ModelConfig::load(dir)?;
+        let (tokenizer, config, source) = together(group, || {
+            let (config, source) = bare::open(dir)?;
             let tokenizer = GlmTokenizer::from_file(&dir.join("tokenizer.model"))?;
             tokenizer.check_fits(config.padded_vocab_size)?;
-            Ok((tokenizer, config))
+            source.check(&config.parameter_shapes())?;
+            Ok((tokenizer, config, source))
         })?;
         let (train, validation) = load_data(plan, &tokenizer, group)?;
         let (model, fingerprint) = together(group, || {
-            let source = WeightSource::open(dir)?;
             // One rank of each machine reads every byte: the others have the same files.
             let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
             let model = ChatGlm2::load(config.clone(), &source, plan.model.rope_table, &Device::Cpu)?;

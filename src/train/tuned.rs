@@ -11,10 +11,9 @@ use super::save::PROBE;
 use super::together::together;
 use crate::dist::ProcessGroup;
 use crate::model::hooks::{Hooks, NoHooks};
-use crate::model::weights::WeightSource;
-use crate::model::{ChatGlm2, ModelConfig, RopeTable};
+use crate::model::{ChatGlm2, RopeTable};
 use crate::peft::export::{ABOUT_FILE, ExportError};
-use crate::peft::{self, Base, Mode, PeftMethod, RowContext};
+use crate::peft::{self, Base, Mode, PeftMethod, RowContext, bare};
 use crate::tokenizer::GlmTokenizer;
 
 pub struct Tuned {
@@ -31,10 +30,9 @@ impl Tuned {
     /// The same on every rank: a folder is not what it should be, the adapter belongs to another base, or the ranks have different bases.
     pub fn load(dir: &Path, adapter: Option<&Path>, rope_table: RopeTable, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
         let (tokenizer, model, fingerprint) = together(group, || {
-            let config = ModelConfig::load(dir)?;
+            let (config, source) = bare::open(dir)?;
             let tokenizer = GlmTokenizer::from_file(&dir.join("tokenizer.model"))?;
             tokenizer.check_fits(config.padded_vocab_size)?;
-            let source = WeightSource::open(dir)?;
             // Reads every byte of the weights: only where something is held against it, and on one rank of each machine.
             let is_compared = adapter.is_some() || group.world_size() > 1;
             let fingerprint =

@@ -3,6 +3,7 @@
 
 mod adapter;
 mod audit;
+mod bare_base;
 mod checkpoint_commands;
 mod checkpoints;
 mod cli_errors;
