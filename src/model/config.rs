@@ -1,15 +1,26 @@
 //! config.json of ChatGLM2 and its relatives.
 //!
-//! All sizes come from the file. A key is required where the default of the published configuration class is not the published
-//! value (`REFERENCE` 12); where they agree it may be left out. What the forward pass does not know is refused here, by name.
+//! All sizes come from the file. What a key means that the file does not have:
+//!
+//! | key | if absent |
+//! | --- | --- |
+//! | sizes, `multi_query_attention`, `multi_query_group_num`, `add_qkv_bias`, `layernorm_epsilon`, `seq_length`, `torch_dtype`, `eos_token_id` | refused: the default of the published configuration class is not the published value, or there is none |
+//! | `add_bias_linear` false, `post_layer_norm` true, `rmsnorm` true, `apply_residual_connection_post_layernorm` false, `fp32_residual_connection` false, `hidden_dropout` 0, `attention_dropout` 0, `quantization_bit` 0 | the class's default, which all published files have |
+//! | `original_rope` true, `interleaved_qkv` false, `tie_word_embeddings` false | as in all published files; the published code has no other way, or does not run without the key |
+//! | `pad_token_id` 0 | padding is masked, so that no result depends on it |
+//! | `rope_ratio` 1 | as in ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2-6B; refused where the file is of a 32k model, which has one |
+//!
+//! What the forward pass does not know is refused here, by name; so is what models of the family read in different ways, unless the file
+//! says which of them it is of.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use serde_json::{Map, Value};
 
 pub use super::error::ModelError;
+use super::family::{Family, model_name};
 use super::shape::ModelShape;
 use crate::json;
 
@@ -17,8 +28,8 @@ use crate::json;
 const ROTARY_BASE: f64 = 10_000.0;
 /// Rows of GLM-4's embedding. Its config.json calls itself `chatglm` too.
 const GLM4_VOCABULARY: usize = 151_552;
-/// The first transformers version in the config.json of models that multiply the base by `rope_ratio`.
-const BASE_RATIO_SINCE: (u64, u64) = (4, 30);
+/// `seq_length` of ChatGLM3-6B. Its 32k model has 32768, and a `rope_ratio`.
+const CHATGLM3_TOKENS: usize = 8192;
 /// No size of a real model comes near; keeps products of two sizes within 64 bits.
 const MAX_SIZE: u64 = 1 << 31;
 const MAX_LAYERS: u64 = 1 << 12;
@@ -57,9 +68,9 @@ pub struct ModelConfig {
 
 /// How rotary angles come from positions: angle = position / `position_scale` * `base`^(-2i / (kv_channels / 2)).
 ///
-/// `rope_ratio` acts in two ways in the family: ChatGLM2-6B-32k divides positions by it, ChatGLM3 multiplies the base. config.json does
-/// not say which; what it does say, asked in this order: `_name_or_path` (chatglm2: positions; chatglm3: base), then
-/// `transformers_version` (below 4.30, as in ChatGLM2's files: positions; else base). A ratio other than 1 with neither key is refused.
+/// `rope_ratio` acts in two ways in the family: ChatGLM2-6B-32k divides positions by it, ChatGLM3-6B-32k multiplies the base. No key of
+/// config.json says which. The model's name does: `_name_or_path`, else the repository before `--` in `auto_map`, which a file has
+/// that was saved again. A ratio other than 1 without such a name is refused; `transformers_version` is that of whoever saved the file last.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rope {
     pub base: f64,
@@ -170,6 +181,14 @@ impl Keys {
                 return Err(self.other_model(key, &expected.to_string(), found));
             }
         }
+        for key in ["hidden_dropout", "attention_dropout"] {
+            if let Some(found) = self.present(key).filter(|found| found.as_f64() != Some(0.0)) {
+                return Err(self.other_model(key, "0 (the published models drop nothing out)", found));
+            }
+        }
+        if let Some(found) = self.present("quantization_config") {
+            return Err(self.other_model("quantization_config", "no such key (f16, bf16 or f32 weights)", found));
+        }
         match self.present("quantization_bit") {
             Some(bits) if bits.as_u64() != Some(0) => Err(self.other_model("quantization_bit", "none (f16, bf16 or f32 weights)", bits)),
             _ => Ok(()),
@@ -204,31 +223,52 @@ impl Keys {
     }
 
     fn rope(&self) -> Result<Rope, ModelError> {
-        let ratio = self.optional("rope_ratio", |key| self.positive(key))?.unwrap_or(1.0);
-        let by_base = Rope { base: ROTARY_BASE * ratio, position_scale: 1.0 };
-        let by_position = Rope { base: ROTARY_BASE, position_scale: ratio };
-        let name = self.text("_name_or_path").unwrap_or_default().to_lowercase();
-        let version = self.text("transformers_version").and_then(|v| {
-            let mut parts = v.split('.').map(str::parse);
-            Some((parts.next()?.ok()?, parts.next()?.ok()?))
-        });
-        if ratio == 1.0 || name.contains("chatglm3") {
-            return Ok(by_base);
-        }
-        if name.contains("chatglm2") {
-            return Ok(by_position);
-        }
-        match version {
-            Some(version) if version < BASE_RATIO_SINCE => Ok(by_position),
-            Some(_) => Ok(by_base),
-            None => Err(ModelError::Inconsistent {
+        let name = self.text("_name_or_path").unwrap_or_default();
+        let Some(ratio) = self.optional("rope_ratio", |key| self.positive(key))? else {
+            let seq_length = self.size("seq_length")?;
+            let is_32k = if model_name(name).to_lowercase().contains("32k") {
+                Some(format!("`_name_or_path` {name:?} is a 32k model"))
+            } else if Family::of(name) == Some(Family::ChatGlm3) && seq_length > CHATGLM3_TOKENS {
+                Some(format!("`_name_or_path` is {name:?} and `seq_length` {seq_length}, where ChatGLM3-6B has {CHATGLM3_TOKENS}"))
+            } else {
+                None
+            };
+            return match is_32k {
+                None => Ok(Rope { base: ROTARY_BASE, position_scale: 1.0 }),
+                Some(why) => Err(ModelError::Undecided {
+                    path: self.path.clone(),
+                    readings: format!(
+                        "{why}, but there is no `rope_ratio`: ChatGLM2-6B-32k has 16 and ChatGLM3-6B-32k 50; 1 would be a model without"
+                    ),
+                    hint: "add the key `rope_ratio` to config.json: the model's own, from its page on the hub, or 1 if it was trained without one"
+                        .to_owned(),
+                }),
+            };
+        };
+        match Family::of(name).or_else(|| self.repository()) {
+            _ if ratio == 1.0 => Ok(Rope { base: ROTARY_BASE, position_scale: 1.0 }),
+            Some(Family::ChatGlm3) => Ok(Rope { base: ROTARY_BASE * ratio, position_scale: 1.0 }),
+            Some(Family::ChatGlm2) => Ok(Rope { base: ROTARY_BASE, position_scale: ratio }),
+            _ => Err(ModelError::Undecided {
                 path: self.path.clone(),
-                reason: format!(
-                    "`rope_ratio` is {ratio}, and without `_name_or_path` or `transformers_version` nothing says whether it divides positions \
-                     (ChatGLM2-6B-32k) or multiplies the base (ChatGLM3)"
+                readings: format!(
+                    "`rope_ratio` is {ratio}, which divides positions in ChatGLM2-6B-32k and multiplies the base of the angles in \
+                     ChatGLM3-6B-32k, and {} does not say which of the two this is",
+                    if name.is_empty() { "a file without `_name_or_path`".to_owned() } else { format!("`_name_or_path` {name:?}") }
                 ),
+                hint: "set `_name_or_path` in config.json to the model that this one was made from, \"THUDM/chatglm2-6b-32k\" or \
+                       \"THUDM/chatglm3-6b-32k\""
+                    .to_owned(),
             }),
         }
+    }
+
+    /// The family that `auto_map` takes code from, if all its entries (`org/name--file.Class`) are of one.
+    fn repository(&self) -> Option<Family> {
+        let entries = self.present("auto_map")?.as_object()?.values();
+        let repositories = entries.filter_map(|entry| Some(entry.as_str()?.split_once("--")?.0));
+        let families: BTreeSet<Family> = repositories.filter_map(Family::of).collect();
+        families.first().copied().filter(|_| families.len() == 1)
     }
 
     fn dtype(&self) -> Result<DType, ModelError> {

@@ -21,6 +21,9 @@ pub enum ModelError {
     OtherModel { path: PathBuf, key: &'static str, expected: String, found: String },
     #[error("{}: {reason}", path.display())]
     Inconsistent { path: PathBuf, reason: String },
+    /// A value on which models of the family differ, and of which the file does not say whose it is.
+    #[error("{}: {readings}", path.display())]
+    Undecided { path: PathBuf, readings: String, hint: String },
     #[error("{} holds no weights: expected one of {}; found {found}", path.display(), expected.join(", "))]
     NoWeights { path: PathBuf, expected: &'static [&'static str], found: String },
     #[error("{} is not an index of weights: {reason}", path.display())]
@@ -50,6 +53,7 @@ impl ModelError {
             }
             Self::MissingKey { .. } => "take config.json from the model's page on the hub; the defaults of its class are not the published values".to_owned(),
             Self::OtherModel { .. } => "ChatGLM2-6B, ChatGLM2-6B-32k, ChatGLM3-6B and CodeGeeX2-6B load".to_owned(),
+            Self::Undecided { hint, .. } => hint.clone(),
             Self::NoWeights { .. } => "give the folder of a model as the hub has it, weights included".to_owned(),
             Self::MissingShards { names, .. } => format!("download {} into the folder", names.join(" ")),
             Self::MissingTensor { .. } => "the weights are of another model, or a shard is of another version: download index and shards anew".to_owned(),

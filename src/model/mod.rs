@@ -8,6 +8,7 @@ pub mod block;
 pub mod chatglm2;
 pub mod config;
 mod error;
+pub mod family;
 pub mod generate;
 pub mod hooks;
 pub mod init;

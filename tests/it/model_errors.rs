@@ -49,17 +49,82 @@ fn refusal(changes: &Value) -> String {
 }
 
 #[test]
-fn config_of_the_family_resolves_rope_ratio_by_what_the_file_says() {
+fn config_of_the_family_resolves_rope_ratio_by_the_name_in_the_file() {
     let rope = |changes| {
         let rope = load(&changes).unwrap().rope;
         (rope.base, rope.position_scale)
     };
     assert_eq!(rope(json!({})), (1e4, 1.0));
     assert_eq!(rope(json!({"rope_ratio": 16})), (1e4, 16.0));
-    assert_eq!(rope(json!({"rope_ratio": 16, "_name_or_path": "/models/x", "transformers_version": "4.27.1"})), (1e4, 16.0));
+    assert_eq!(rope(json!({"rope_ratio": 16, "_name_or_path": "THUDM/chatglm2-6b-32k", "transformers_version": "4.41.2"})), (1e4, 16.0));
+    assert_eq!(rope(json!({"rope_ratio": 1, "_name_or_path": "THUDM/chatglm2-6b-32k"})), (1e4, 1.0));
     assert_eq!(rope(json!({"rope_ratio": 50, "_name_or_path": "THUDM/chatglm3-6b-32k", "transformers_version": "4.30.2"})), (5e5, 1.0));
-    assert_eq!(rope(json!({"rope_ratio": 50, "_name_or_path": "", "transformers_version": "4.30.2"})), (5e5, 1.0));
-    insta::assert_snapshot!(refusal(&json!({"rope_ratio": 16, "_name_or_path": null, "transformers_version": null})), @r#"MODEL/config.json: `rope_ratio` is 16, and without `_name_or_path` or `transformers_version` nothing says whether it divides positions (ChatGLM2-6B-32k) or multiplies the base (ChatGLM3)"#);
+    let saved_again = json!({"AutoConfig": "THUDM/chatglm3-6b-32k--configuration_chatglm.ChatGLMConfig"});
+    assert_eq!(rope(json!({"rope_ratio": 50, "_name_or_path": "/tmp/x", "auto_map": saved_again})), (5e5, 1.0));
+    assert_eq!(rope(json!({"_name_or_path": "/models/x", "transformers_version": "4.41.2"})), (1e4, 1.0));
+}
+
+#[test]
+fn rope_ratio_of_which_two_models_differ_is_asked_for() {
+    let saved_by = |version: &str| json!({"rope_ratio": 16, "_name_or_path": "/models/x", "transformers_version": version});
+    insta::assert_snapshot!(refusal(&saved_by("4.41.2")), @r#"
+    MODEL/config.json: `rope_ratio` is 16, which divides positions in ChatGLM2-6B-32k and multiplies the base of the angles in ChatGLM3-6B-32k, and `_name_or_path` "/models/x" does not say which of the two this is
+    hint: set `_name_or_path` in config.json to the model that this one was made from, "THUDM/chatglm2-6b-32k" or "THUDM/chatglm3-6b-32k"
+    "#);
+    assert_eq!(refusal(&saved_by("4.27.1")), refusal(&saved_by("4.41.2")));
+    insta::assert_snapshot!(refusal(&json!({"rope_ratio": 50, "_name_or_path": null, "transformers_version": null})), @r#"
+    MODEL/config.json: `rope_ratio` is 50, which divides positions in ChatGLM2-6B-32k and multiplies the base of the angles in ChatGLM3-6B-32k, and a file without `_name_or_path` does not say which of the two this is
+    hint: set `_name_or_path` in config.json to the model that this one was made from, "THUDM/chatglm2-6b-32k" or "THUDM/chatglm3-6b-32k"
+    "#);
+    for name in ["", "THUDM/codegeex2-6b", "chatglm2-and-chatglm3", "/home/chatglm3-runs/ckpt"] {
+        let text = refusal(&json!({"rope_ratio": 16, "_name_or_path": name}));
+        assert!(text.contains("does not say which of the two this is"), "{text}");
+    }
+    let two = json!({"AutoModel": "THUDM/chatglm3-6b-32k--m.Model", "AutoConfig": "THUDM/chatglm2-6b-32k--c.Config"});
+    assert!(refusal(&json!({"rope_ratio": 16, "_name_or_path": "x", "auto_map": two})).contains("does not say which"));
+    // The hint, followed.
+    for name in ["THUDM/chatglm2-6b-32k", "THUDM/chatglm3-6b-32k"] {
+        load(&json!({"rope_ratio": 16, "_name_or_path": name, "transformers_version": "4.41.2"})).unwrap();
+    }
+}
+
+#[test]
+fn rope_ratio_that_a_32k_model_has_lost_is_asked_for() {
+    insta::assert_snapshot!(refusal(&json!({"_name_or_path": "THUDM/chatglm2-6b-32k"})), @r#"
+    MODEL/config.json: `_name_or_path` "THUDM/chatglm2-6b-32k" is a 32k model, but there is no `rope_ratio`: ChatGLM2-6B-32k has 16 and ChatGLM3-6B-32k 50; 1 would be a model without
+    hint: add the key `rope_ratio` to config.json: the model's own, from its page on the hub, or 1 if it was trained without one
+    "#);
+    insta::assert_snapshot!(refusal(&json!({"_name_or_path": "/models/chatglm3-6b", "seq_length": 32768})), @r#"
+    MODEL/config.json: `_name_or_path` is "/models/chatglm3-6b" and `seq_length` 32768, where ChatGLM3-6B has 8192, but there is no `rope_ratio`: ChatGLM2-6B-32k has 16 and ChatGLM3-6B-32k 50; 1 would be a model without
+    hint: add the key `rope_ratio` to config.json: the model's own, from its page on the hub, or 1 if it was trained without one
+    "#);
+    assert!(refusal(&json!({"_name_or_path": "/models/my_ChatGLM3_6B_32K/"})).contains("is a 32k model"));
+    for ratio in [1, 50] {
+        load(&json!({"_name_or_path": "/models/chatglm3-6b", "seq_length": 32768, "rope_ratio": ratio})).unwrap();
+    }
+    load(&json!({"_name_or_path": "THUDM/chatglm3-6b", "seq_length": 8192})).unwrap();
+}
+
+/// What each key means that the file does not have: see the table in `model::config`.
+#[test]
+fn config_without_keys_takes_the_defaults_that_all_published_models_have() {
+    let all = load(&json!({})).unwrap();
+    for key in [
+        "add_bias_linear",
+        "post_layer_norm",
+        "rmsnorm",
+        "apply_residual_connection_post_layernorm",
+        "fp32_residual_connection",
+        "original_rope",
+        "tie_word_embeddings",
+        "pad_token_id",
+        "hidden_dropout",
+        "attention_dropout",
+        "rope_ratio",
+        "transformers_version",
+    ] {
+        assert_eq!(load(&json!({key: null})).unwrap(), all, "{key}");
+    }
 }
 
 #[test]
@@ -136,6 +201,12 @@ fn config_of_another_model_is_refused_by_what_differs() {
     MODEL/config.json is of another model: `rmsnorm` is false, expected true
     hint: ChatGLM2-6B, ChatGLM2-6B-32k, ChatGLM3-6B and CodeGeeX2-6B load
     "#);
+    insta::assert_snapshot!(refusal(&json!({"hidden_dropout": 0.1})), @r"
+    MODEL/config.json is of another model: `hidden_dropout` is 0.1, expected 0 (the published models drop nothing out)
+    hint: ChatGLM2-6B, ChatGLM2-6B-32k, ChatGLM3-6B and CodeGeeX2-6B load
+    ");
+    assert!(refusal(&json!({"attention_dropout": 0.5})).contains("`attention_dropout` is 0.5, expected 0 "));
+    assert!(refusal(&json!({"quantization_config": {"quant_method": "gptq"}})).contains("is of another model: `quantization_config` is "));
     for (key, value) in [
         ("apply_residual_connection_post_layernorm", true),
         ("fp32_residual_connection", true),

@@ -1,0 +1,91 @@
+//! Which of the family's published models a name speaks of.
+
+/// The published models that differ in what this program has to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    ChatGlm2,
+    ChatGlm3,
+    CodeGeeX2,
+    Glm4,
+}
+
+impl Family {
+    const ALL: [Self; 4] = [Self::ChatGlm2, Self::ChatGlm3, Self::CodeGeeX2, Self::Glm4];
+
+    /// How its published models' names begin.
+    fn stem(self) -> &'static str {
+        match self {
+            Self::ChatGlm2 => "chatglm2",
+            Self::ChatGlm3 => "chatglm3",
+            Self::CodeGeeX2 => "codegeex2",
+            Self::Glm4 => "glm-4",
+        }
+    }
+
+    /// The family of a model called `name`: a name on the hub, or a folder. The last component decides where it names one family, such as
+    /// `my-chatglm3`; else a whole published name does where the components have no two, such as
+    /// `models--THUDM--chatglm2-6b-32k/snapshots/1a2b`.
+    pub fn of(name: &str) -> Option<Self> {
+        let name = name.to_lowercase().replace('_', "-");
+        let only = |has: &dyn Fn(Self) -> bool| {
+            let mut found = Self::ALL.into_iter().filter(|family| has(*family));
+            found.next().filter(|_| found.next().is_none())
+        };
+        let last = model_name(&name);
+        let size = |family| if family == Self::Glm4 { "-9b" } else { "-6b" };
+        only(&|family| last.contains(family.stem()))
+            .or_else(|| only(&|family| name.contains(&format!("{}{}", family.stem(), size(family)))))
+    }
+}
+
+/// The model's own part of a name on the hub or of a folder: `chatglm2-6b` of `THUDM/chatglm2-6b`, of `/models/chatglm2-6b/`, and of the
+/// hub's cache, `models--THUDM--chatglm2-6b/snapshots/1a2b`. Empty if there is none.
+pub fn model_name(name: &str) -> &str {
+    let components = || name.split(['/', '\\']).filter(|component| !component.is_empty() && *component != ".");
+    match components().rev().find_map(|component| component.strip_prefix("models--")) {
+        Some(cached) => cached.rsplit("--").next().unwrap_or_default(),
+        None => components().next_back().unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn family_is_that_of_the_last_component_or_of_a_published_name() {
+        for (name, family) in [
+            ("THUDM/chatglm2-6b", Some(Family::ChatGlm2)),
+            ("THUDM/chatglm2-6b-32k", Some(Family::ChatGlm2)),
+            ("ZhipuAI/ChatGLM3-6B-base", Some(Family::ChatGlm3)),
+            ("/home/chatglm2/models/chatglm3_6b_32k/", Some(Family::ChatGlm3)),
+            ("C:\\models\\codegeex2-6b", Some(Family::CodeGeeX2)),
+            ("my-chatglm3-merged", Some(Family::ChatGlm3)),
+            ("/root/.cache/huggingface/hub/models--THUDM--chatglm2-6b-32k/snapshots/455746d4706479a1", Some(Family::ChatGlm2)),
+            ("/models/chatglm2-6b-32k/checkpoint-100", Some(Family::ChatGlm2)),
+            ("/models/chatglm2-6b-32k/chatglm3-6b-32k", Some(Family::ChatGlm3)),
+            ("/chatglm2-6b-32k/chatglm3-6b-32k/merged", None),
+            ("/home/chatglm2-experiments/models/x", None),
+            ("chatglm2-and-chatglm3", None),
+            ("THUDM/glm-4-9b-chat", Some(Family::Glm4)),
+            ("tiny", None),
+            ("", None),
+            ("/", None),
+        ] {
+            assert_eq!(Family::of(name), family, "{name}");
+        }
+    }
+
+    #[test]
+    fn model_name_is_the_last_component() {
+        for (name, own) in [
+            ("THUDM/chatglm2-6b", "chatglm2-6b"),
+            ("./models/tiny/", "tiny"),
+            ("models--THUDM--chatglm2-6b/snapshots/1a2b", "chatglm2-6b"),
+            ("", ""),
+            (".", ""),
+        ] {
+            assert_eq!(model_name(name), own);
+        }
+    }
+}
