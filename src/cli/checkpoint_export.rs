@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::{checkpoint::one, report};
 use crate::checkpoint::RealDisk;
+use crate::model::hub_files::HubFiles;
 use crate::model::init::expect_free;
 use crate::train::adopt;
 
@@ -33,6 +34,9 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<()> {
     let checkpoint = one(&args.path)?;
     let files = adopt::export(&RealDisk, &checkpoint, args.model_name_or_path.as_deref())?;
     adopt::write_export(&RealDisk, &args.output_dir, &files)?;
+    if let (Some(model_dir), true) = (&args.model_name_or_path, checkpoint.manifest.files.is_empty()) {
+        report::warn(&HubFiles::of(model_dir)?.notes);
+    }
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     let header = &checkpoint.manifest.header;
     let text = if args.json {

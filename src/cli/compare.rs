@@ -16,6 +16,7 @@ use crate::compare::{self, Compared, Contender, Options, REPORT_FILE, Report, St
 use crate::config::sections::{BatchConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig};
 use crate::config::{self, ConfigError, RunConfig};
 use crate::dist::Collectives;
+use crate::model::hub_files::HubFiles;
 use crate::train::requests::Signals;
 
 /// Train several methods on the same rows and show them side by side
@@ -86,6 +87,9 @@ fn run_on_rank(args: &CompareArgs, tensors: &dyn Collectives, signals: &Signals,
             return Ok(report::print(&text)?);
         }
         report::print(&if args.json { format!("{:#}\n", serde_json::to_value(&report)?) } else { text(&report, &options) })?;
+        if contenders.iter().any(|contender| contender.plan.method.settings().trains_base_weights()) {
+            report::warn(&HubFiles::of(&plan.model.model_name_or_path)?.notes);
+        }
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use super::report;
 use super::tuned_args::TunedArgs;
 use crate::checkpoint::{RealDisk, publish};
 use crate::dist::Solo;
+use crate::model::hub_files::HubFiles;
 use crate::model::init::expect_free;
 use crate::peft::export_model::model_files;
 use crate::peft::{self, ExportContext, MethodError};
@@ -48,6 +49,7 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<()> {
     let files = model_files(&ExportContext { model_dir, config: &tuned.model.config, dtype: None, about: &about }, &merged)
         .map_err(TrainError::from)?;
     publish(&RealDisk, output_dir, &files).map_err(TrainError::from)?;
+    report::warn(&HubFiles::of(model_dir)?.notes);
     report::print(&format!(
         "{}: the model of {} with {} weights changed by {}\n",
         output_dir.display(),

@@ -15,6 +15,7 @@ use super::{report, signals};
 use crate::checkpoint::RealDisk;
 use crate::config::Plan;
 use crate::dist::Collectives;
+use crate::model::hub_files::HubFiles;
 use crate::train::requests::{Cause, Signals, Stop};
 use crate::train::run::{self, Ending};
 
@@ -89,6 +90,9 @@ fn close(plan: &Plan, summary: &run::Summary, adapter: &Path, checkpoint: &str) 
         summary.steps,
     );
     report::print(&text)?;
+    if what == "model" {
+        report::warn(&HubFiles::of(&plan.model.model_name_or_path)?.notes);
+    }
     Ok(())
 }
 

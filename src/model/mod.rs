@@ -11,6 +11,7 @@ mod error;
 pub mod family;
 pub mod generate;
 pub mod hooks;
+pub mod hub_files;
 pub mod init;
 pub mod linear;
 pub mod loss;

@@ -7,50 +7,55 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use super::ExportContext;
-use super::export::{ABOUT_FILE, ExportError, Files, pretty};
+use super::export::{ABOUT_FILE, ExportError, Files, pretty, read_json};
 use crate::formats::safetensors;
-use crate::json;
-use crate::model::ModelError;
+use crate::model::hub_files::HubFiles;
 use crate::model::init::shards;
 use crate::model::weights::WeightSource;
 
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.model";
+
 /// The files of the base in `context` with `changed` in the place of its own parameters, each in the dtype that `context` says or the base has it
-/// in.
+/// in, and the small files of the base's folder ([`HubFiles`]).
 ///
 /// # Errors
 /// When the base's folder cannot be read, or a parameter has another shape than the base's.
 pub fn model_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) -> Result<Files, ExportError> {
-    let read = |name: &str| {
-        let path = context.model_dir.join(name);
-        std::fs::read(&path).map_err(|source| ExportError::Io { path, source })
-    };
+    let (weights, dtype) = weight_files(context, changed)?;
     let mut files = vec![
         (ABOUT_FILE.to_owned(), pretty(context.about)),
-        ("config.json".to_owned(), config_json(context, read("config.json")?)?),
-        ("tokenizer.model".to_owned(), read("tokenizer.model")?),
+        (CONFIG.to_owned(), pretty(&config_json(read_json(&context.model_dir.join(CONFIG))?, dtype))),
     ];
-    files.extend(weight_files(context, changed)?);
+    let tokenizer = context.model_dir.join(TOKENIZER);
+    let bytes = std::fs::read(&tokenizer).map_err(|source| ExportError::Io { path: tokenizer, source })?;
+    files.push((TOKENIZER.to_owned(), bytes));
+    files.extend(HubFiles::of(context.model_dir)?.read()?);
+    files.extend(weights);
     Ok(files)
 }
 
-/// The base's config.json, with the dtype of the exported weights.
-fn config_json(context: &ExportContext, base: Vec<u8>) -> Result<Vec<u8>, ExportError> {
-    let Some(dtype) = context.dtype else { return Ok(base) };
-    let path = context.model_dir.join("config.json");
-    let mut config: Value = json::value(&base).map_err(|source| ModelError::Json { path, source })?;
+/// The base's config.json, with the dtype that the exported weights fit in. A file has `torch_dtype`, or `dtype` by a newer transformers.
+fn config_json(mut config: Value, dtype: DType) -> Value {
     let name = match dtype {
         DType::BF16 => "bfloat16",
         DType::F16 => "float16",
         _ => "float32",
     };
-    config["torch_dtype"] = name.into();
-    Ok(pretty(&config))
+    for key in ["torch_dtype", "dtype"] {
+        if let Some(value) = config.get_mut(key) {
+            *value = name.into();
+        }
+    }
+    config
 }
 
-fn weight_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) -> Result<Files, ExportError> {
+/// The weights, and the narrowest dtype that holds all of their values.
+fn weight_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) -> Result<(Files, DType), ExportError> {
     let source = WeightSource::open(context.model_dir)?;
     let shards = shards(context.config, crate::formats::Dtype::F32);
     let (mut files, mut weight_map, mut total) = (Files::new(), serde_json::Map::new(), 0);
+    let mut dtypes = Vec::new();
     for (i, shard) in shards.iter().enumerate() {
         let file = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
         let mut tensors = BTreeMap::new();
@@ -63,6 +68,9 @@ fn weight_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) -> 
                 }
                 None => source.get(name, shape, dtype, &Device::Cpu)?,
             };
+            if !dtypes.contains(&dtype) {
+                dtypes.push(dtype);
+            }
             total += tensor.elem_count() * dtype.size_in_bytes();
             weight_map.insert(name.clone(), Value::from(file.clone()));
             tensors.insert(name.clone(), tensor);
@@ -71,5 +79,9 @@ fn weight_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) -> 
     }
     let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
     files.push(("model.safetensors.index.json".to_owned(), pretty(&index)));
-    Ok(files)
+    let dtype = match dtypes.as_slice() {
+        [dtype] => *dtype,
+        _ => DType::F32, // of f16 and bf16 each has values that the other lacks
+    };
+    Ok((files, dtype))
 }

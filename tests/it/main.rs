@@ -25,6 +25,7 @@ mod golden_model;
 mod golden_peft;
 mod golden_tokenizer;
 mod golden_train;
+mod hub_folders;
 mod json_files;
 mod kernel_commands;
 mod kernels;
