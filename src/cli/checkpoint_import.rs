@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::report;
 use super::run_args::RunArgs;
+use super::{base_warnings, report};
 use crate::checkpoint::RealDisk;
 use crate::dist::Solo;
 use crate::train::adopt;
@@ -30,6 +30,8 @@ pub struct ImportArgs {
 
 pub fn run(args: &ImportArgs) -> anyhow::Result<()> {
     let plan = args.run.load()?.resolve(1)?;
+    base_warnings::of_template(&plan.model.model_name_or_path)?;
+    base_warnings::of_names(&plan.model.model_name_or_path, [args.adapter.as_path()])?;
     let checkpoint = adopt::import(&args.adapter, &plan, &Solo, &RealDisk)?;
     let text = if args.json {
         format!("{}\n", json!({ "checkpoint": checkpoint, "adapter": args.adapter }))

@@ -10,7 +10,7 @@ use clap::Args;
 use super::ranks::{self, MessageArgs};
 use super::restart::{self, GoesOn};
 use super::train::stopped;
-use super::{allocator, report, signals};
+use super::{allocator, base_warnings, report, signals};
 use crate::checkpoint::RealDisk;
 use crate::compare::{self, Compared, Contender, Options, REPORT_FILE, Report, StoppedRun, picture, table};
 use crate::config::sections::{BatchConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig};
@@ -70,6 +70,9 @@ fn run_on_rank(args: &CompareArgs, tensors: &dyn Collectives, signals: &Signals,
     let console = ranks::console(group, &args.messages)?;
     let contenders = contenders(args, group.world_size())?;
     let Some(Contender { plan, .. }) = contenders.first() else { return Ok(()) };
+    base_warnings::of_template(&plan.model.model_name_or_path)?;
+    let adapters = contenders.iter().flat_map(|contender| contender.plan.method.settings().adapters());
+    base_warnings::of_names(&plan.model.model_name_or_path, adapters.map(PathBuf::as_path))?;
     ranks::take_threads(group, plan)?;
     let options = Options {
         output_dir: &plan.run.output_dir,

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::text::thousands;
 use super::tuned_args::TunedArgs;
-use super::{ranks, report};
+use super::{base_warnings, ranks, report};
 use crate::config::values::named;
 use crate::data::load::{self, LoadRequest};
 use crate::data::prompt::Truncation;
@@ -66,6 +66,7 @@ pub fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn on_rank(args: &EvaluateArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> {
+    base_warnings::of_template(&args.tuned.model_name_or_path)?;
     let tuned = args.tuned.load(group)?;
     let request = LoadRequest {
         file: args.validation_file.clone(),

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
-use super::report;
 use super::tuned_args::TunedArgs;
+use super::{base_warnings, report};
 use crate::data::prompt::Truncation;
 use crate::data::record::Columns;
 use crate::data::rows::Rows;
@@ -57,6 +57,7 @@ pub struct GenerateArgs {
 pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     // Faults of the rows are found before the model is loaded.
     let examples = examples(args)?;
+    base_warnings::of_template(&args.tuned.model_name_or_path)?;
     let tuned = args.tuned.load(&Solo)?;
     for example in &examples {
         let answer = answer(args, &tuned, example)?;

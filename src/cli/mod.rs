@@ -2,6 +2,7 @@
 
 pub mod allocator;
 pub mod argv;
+pub mod base_warnings;
 pub mod bench;
 pub mod bench_checkpoint;
 pub mod checkpoint;

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::run_args::RunArgs;
 use super::text::{bytes, columns, si, thousands};
-use super::{environment, report};
+use super::{base_warnings, environment, report};
 use crate::config::Plan;
 use crate::config::arithmetic::{Arithmetic, Length, plan_arithmetic, plan_length};
 use crate::config::plan::{BatchPlan, DataPlan, Duration, Recompute, Resume, TimeLimit, WeightDtype};
@@ -35,6 +35,7 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
     if environment::launched_rank().is_some_and(|rank| rank > 0) {
         return Ok(());
     }
+    base_warnings::of_template(&plan.model.model_name_or_path)?;
     let shape = model_shape(&plan.model.model_name_or_path)?;
     let arithmetic = shape.as_ref().map(|shape| plan_arithmetic(shape, &plan)).transpose()?;
     let length = plan_length(&plan, num_train_rows(&plan.data)?);

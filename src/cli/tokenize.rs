@@ -2,8 +2,8 @@
 
 use clap::Args;
 
-use super::report;
 use super::run_args::RunArgs;
+use super::{base_warnings, report};
 use crate::data::tokenize::render;
 use crate::data::{Alone, load};
 use crate::tokenizer::GlmTokenizer;
@@ -25,6 +25,7 @@ pub struct TokenizeArgs {
 
 pub fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
     let plan = args.run.load()?.resolve(1)?;
+    base_warnings::of_template(&plan.model.model_name_or_path)?;
     let tokenizer = GlmTokenizer::from_file(&plan.model.model_name_or_path.join("tokenizer.model"))?;
     let (data, _) = load::load(&load_request(&plan, &plan.data.train_file, plan.data.max_train_samples), &Tokenizer(&tokenizer), &Alone)?;
     let shown: Vec<usize> = (0..data.num_samples()).filter(|&i| data.origin(i).row >= args.row).take(args.count).collect();

@@ -1,7 +1,7 @@
 //! `glmddp train`.
 
 use std::fs::DirEntry;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use clap::Args;
 use super::ranks::{self, MessageArgs};
 use super::restart::{self, GoesOn};
 use super::run_args::RunArgs;
-use super::{report, signals};
+use super::{base_warnings, report, signals};
 use crate::checkpoint::RealDisk;
 use crate::config::Plan;
 use crate::dist::Collectives;
@@ -39,6 +39,8 @@ fn train(args: &TrainArgs, tensors: &dyn Collectives, signals: &Signals, started
     let console = ranks::console(group, &args.messages)?;
     let loaded = args.run.load()?;
     let plan = loaded.resolve(group.world_size())?;
+    base_warnings::of_template(&plan.model.model_name_or_path)?;
+    base_warnings::of_names(&plan.model.model_name_or_path, plan.method.settings().adapters().iter().map(PathBuf::as_path))?;
     ranks::take_threads(group, &plan)?;
     let limits = signals::limits(signals, &plan, started, group)?;
     let summary = run::run(&plan, tensors, &RealDisk, &console, &limits)?;

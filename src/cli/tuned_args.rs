@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::base_warnings;
 use crate::config::values::named;
 use crate::dist::{self, ProcessGroup};
 use crate::model::RopeTable;
@@ -28,11 +29,12 @@ pub struct TunedArgs {
 }
 
 impl TunedArgs {
-    /// Starts the threads and loads model and adapter.
+    /// Starts the threads and loads model and adapter, having warned if the adapter names another base.
     ///
     /// # Errors
     /// As [`Tuned::load`], or when there are no such threads.
     pub fn load(&self, group: &dyn ProcessGroup) -> Result<Tuned, TrainError> {
+        base_warnings::of_names(&self.model_name_or_path, self.adapter.as_deref())?;
         let threads = dist::plan_threads(group, self.threads)?;
         dist::install_thread_pool(threads.count)?;
         Tuned::load(&self.model_name_or_path, self.adapter.as_deref(), self.rope_table.unwrap_or(RopeTable::Exact), group)

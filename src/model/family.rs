@@ -12,6 +12,16 @@ pub enum Family {
 impl Family {
     const ALL: [Self; 4] = [Self::ChatGlm2, Self::ChatGlm3, Self::CodeGeeX2, Self::Glm4];
 
+    /// The name that people know it by.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::ChatGlm2 => "ChatGLM2",
+            Self::ChatGlm3 => "ChatGLM3",
+            Self::CodeGeeX2 => "CodeGeeX2",
+            Self::Glm4 => "GLM-4",
+        }
+    }
+
     /// How its published models' names begin.
     fn stem(self) -> &'static str {
         match self {
@@ -46,6 +56,12 @@ pub fn model_name(name: &str) -> &str {
         Some(cached) => cached.rsplit("--").next().unwrap_or_default(),
         None => components().next_back().unwrap_or_default(),
     }
+}
+
+/// Whether a name is one of a model of the family, known or derived: `THUDM/chatglm2-6b`, `my-medical-glm`.
+pub fn is_of_family(name: &str) -> bool {
+    let own = model_name(name).to_lowercase();
+    own.contains("glm") || own.contains("codegeex")
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ pub mod linear;
 pub mod loss;
 pub mod shape;
 mod soft;
+pub mod template;
 pub mod weights;
 
 pub use chatglm2::{ChatGlm2, Recompute, RopeTable};

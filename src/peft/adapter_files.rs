@@ -228,6 +228,14 @@ impl FusionFolder {
     }
 }
 
+/// Where the fusion in `dir` has its own configuration.
+///
+/// # Errors
+/// As [`FusionFolder::open`].
+pub(super) fn fusion_config(dir: &Path) -> Result<PathBuf, ExportError> {
+    Ok(FusionFolder::open(dir)?.dir.join(FUSION_CONFIG))
+}
+
 /// The keys around a configuration, in the library's order: that of the alphabet.
 fn envelope(config: Value, name: &str, context: &ExportContext) -> Value {
     json!({

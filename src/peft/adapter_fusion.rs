@@ -113,6 +113,10 @@ impl super::Settings for Settings {
         5e-5 // adapter-hub/adapters, docs/training.md, "Train AdapterFusion"
     }
 
+    fn adapters(&self) -> &[PathBuf] {
+        &self.adapters
+    }
+
     fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError> {
         let (hidden, layers) = (shape.hidden, shape.layers);
         let widths = self.folders()?.iter().map(|folder| folder.settings.width(hidden as usize) as u64).collect::<Vec<_>>();

@@ -35,7 +35,7 @@ mod import;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -126,6 +126,10 @@ pub trait Settings {
     /// Whether weights of the base are trained, and so many that the optimizer's state may not fit a rank.
     fn trains_base_weights(&self) -> bool {
         false
+    }
+    /// Folders of adapters that the method is made from.
+    fn adapters(&self) -> &[PathBuf] {
+        &[]
     }
     /// # Errors
     /// When the settings name parts that the model does not have.

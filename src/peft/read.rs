@@ -1,6 +1,6 @@
 //! An exported adapter as a method again: for generation, evaluation, and whatever else needs no optimizer.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -13,8 +13,9 @@ use super::lora::Lora;
 use super::prefix_tuning::PrefixTuning;
 use super::prompt_tuning::PromptTuning;
 use super::{MethodError, PeftMethod};
-use crate::model::ChatGlm2;
+use crate::model::{ChatGlm2, family};
 
+const CONFIG: &str = "config.json";
 /// What `peft_type` may be.
 const KINDS: &str = "\"LORA\", \"IA3\", \"PREFIX_TUNING\", \"PROMPT_TUNING\" or \"P_TUNING\"";
 
@@ -66,8 +67,59 @@ pub fn about(dir: &Path) -> Result<Option<Value>, ExportError> {
     export::read_about(dir)
 }
 
+/// What is said of an adapter in `dir` that was not exported by this program, if it names another base than the one in `base` calls itself.
+/// Names are compared only if both are of models of the family: what a folder called `tiny` holds, no name tells.
+///
+/// # Errors
+/// When a file of the adapter, or the base's config.json, cannot be read.
+pub fn other_name(dir: &Path, base: &Path) -> Result<Option<String>, ExportError> {
+    if export::read_about(dir)?.is_some() {
+        return Ok(None); // it has the sha256 of its base
+    }
+    let Some((path, key, found)) = named_base(dir)? else { return Ok(None) };
+    let config = base.join(CONFIG);
+    if !config.exists() {
+        return Ok(None); // loading the base will say so
+    }
+    let own = export::read_json(&config)?;
+    let own = own.get("_name_or_path").and_then(Value::as_str).unwrap_or_default();
+    let folder = base.canonicalize().unwrap_or_else(|_| base.to_owned());
+    let same = |name: &str| family::model_name(name).to_lowercase().replace('_', "-");
+    let known: Vec<String> = [own, &folder.to_string_lossy()].into_iter().filter(|name| family::is_of_family(name)).map(same).collect();
+    if !family::is_of_family(&found) || known.is_empty() || known.contains(&same(&found)) {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "{}: `{key}` is {found:?}, and the base {} calls itself {:?}: the adapter may be of another base; hold its loss against the \
+         base's alone with `glmddp evaluate`",
+        path.display(),
+        base.display(),
+        if own.is_empty() { known[0].as_str() } else { own }
+    )))
+}
+
+/// The base that an adapter names: file, key, name. A prefix in THUDM's format has its base's config.json.
+fn named_base(dir: &Path) -> Result<Option<(PathBuf, &'static str, String)>, ExportError> {
+    let adapter = dir.join(PEFT_CONFIG);
+    let (path, keys): (PathBuf, &[&'static str]) = if adapter.exists() {
+        (adapter, &["base_model_name_or_path", "model_name"])
+    } else if dir.join(adapter_files::SETUP).exists() {
+        (adapter_files::fusion_config(dir)?, &["model_name"])
+    } else if dir.join(CONFIG).exists() {
+        (dir.join(CONFIG), &["_name_or_path"])
+    } else {
+        return Ok(None);
+    };
+    let json = export::read_json(&path)?;
+    let named = keys.iter().find_map(|key| Some((*key, json.get(*key)?.as_str()?.to_owned())));
+    Ok(named.map(|(key, name)| (path, key, name)))
+}
+
 /// Tests that the adapter is of this base, where it says so.
-pub(super) fn expect_base(dir: &Path, base: Base) -> Result<(), ExportError> {
+///
+/// # Errors
+/// When it is of another, or what it says cannot be read.
+pub fn expect_base(dir: &Path, base: Base) -> Result<(), ExportError> {
     let Some(about) = export::read_about(dir)? else { return Ok(()) };
     same(dir, &about, "base_fingerprint", "base model", base.fingerprint)?;
     same(dir, &about, "tokenizer_sha256", "tokenizer", base.tokenizer_sha256)

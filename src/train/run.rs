@@ -168,6 +168,10 @@ impl<'a> Job<'a> {
         let total_steps = total_steps(plan, train.num_samples());
         let (output_dir, resume) = (&plan.run.output_dir, &plan.run.resume);
         let resumed = state::resume(disk, group, output_dir, resume, &identity, &mut *method, &mut optimizer)?;
+        together(group, || {
+            let base = peft::Base { model: &model, fingerprint: &identity.base_fingerprint, tokenizer_sha256: &identity.tokenizer_sha256 };
+            Ok(plan.method.settings().adapters().iter().try_for_each(|adapter| peft::read::expect_base(adapter, base))?)
+        })?;
         model.replace_weights(&method.trained_base_weights()?)?;
         if let Some(resumed) = &resumed {
             together(group, || replay(resumed, &model, &*method, group))?;

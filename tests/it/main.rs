@@ -34,6 +34,7 @@ mod methods;
 mod model_errors;
 mod mpi;
 mod not_run;
+mod other_templates;
 mod overlap;
 mod peft;
 mod power_loss;
