@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
 
@@ -60,7 +61,11 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     base_warnings::of_template(&args.tuned.model_name_or_path)?;
     let tuned = args.tuned.load(&Solo)?;
     for example in &examples {
-        let answer = answer(args, &tuned, example)?;
+        let row = || match (&args.file, &example.origin) {
+            (Some(_), RowOrigin { file, row }) => format!("while answering {}:{row}", file.display()),
+            (None, _) => "while answering the prompt".to_owned(),
+        };
+        let answer = answer(args, &tuned, example).with_context(row)?;
         report::print(&if args.json { as_json(args, example, &answer) } else { as_text(args, example, &answer) })?;
     }
     Ok(())

@@ -95,7 +95,7 @@ pub fn run(
     }
     if report.base_held_out_loss.is_none() {
         let evaluation = evaluate(&scene.base.model, None, group, scene.held_out()?, plan.batch.eval_rows_per_slot)?;
-        report.base_held_out_loss = finite(evaluation.loss);
+        report.base_held_out_loss = Some(evaluation.loss);
         scene.write_report(&path, &report)?;
     }
     for (i, contender) in contenders.iter().enumerate() {
@@ -135,10 +135,7 @@ impl Scene<'_> {
         let peak_is_of_this_run = reset_peak_rss();
         let Outcome { summary, model, method } = match run::run_on(&self.base, &plan, self.tensors, self.disk, self.console, self.limits) {
             Ok(outcome) => outcome,
-            Err(error @ TrainError::StepNotFinite { .. }) => {
-                return Ok(Competed::Measured(RunResult::Stopped { reason: error.to_string() }));
-            }
-            Err(error) => return Err(error.into()),
+            Err(error) => return stopped_or(error),
         };
         let adapter = match &summary.ending {
             Ending::Done { adapter } => adapter,
@@ -150,10 +147,14 @@ impl Scene<'_> {
         self.group.now_at(summary.steps, "measuring");
         let (held_out, rows_per_slot) = (self.held_out()?, plan.batch.eval_rows_per_slot);
         let evaluation = match summary.evaluation {
-            Some(evaluation) => evaluation,
-            None => evaluate(&model, Some(&*method), self.group, held_out, rows_per_slot)?,
+            Some(evaluation) => Ok(evaluation),
+            None => evaluate(&model, Some(&*method), self.group, held_out, rows_per_slot),
         };
-        let drift = drift(&self.base.model, &model, &*method, self.group, held_out, self.options.drift_rows, rows_per_slot)?;
+        let drift = || drift(&self.base.model, &model, &*method, self.group, held_out, self.options.drift_rows, rows_per_slot);
+        let (evaluation, drift) = match evaluation.and_then(|evaluation| Ok((evaluation, drift()?))) {
+            Ok(measured) => measured,
+            Err(error) => return stopped_or(error),
+        };
         // The first rank has the log and the adapter; all need its figures, to have the same report.
         let mine = together(self.group, || {
             if self.group.rank() != 0 {
@@ -166,8 +167,8 @@ impl Scene<'_> {
                 peak_is_of_this_run,
                 tokens_per_second: logged.tokens_per_second.and_then(finite),
                 train_loss: logged.train_loss,
-                held_out_loss: finite(evaluation.loss),
-                drift_kl: finite(drift.kl),
+                held_out_loss: Some(evaluation.loss),
+                drift_kl: Some(drift.kl),
                 weight_bytes: weight_bytes(adapter)?,
                 steps: summary.steps,
                 seconds: logged.seconds,
@@ -234,6 +235,11 @@ impl Scene<'_> {
         })?;
         Ok(())
     }
+}
+
+/// A run that stopped at a value that is not finite is a result; another error is one.
+fn stopped_or(error: TrainError) -> Result<Competed, CompareError> {
+    if error.is_not_finite() { Ok(Competed::Measured(RunResult::Stopped { reason: error.to_string() })) } else { Err(error.into()) }
 }
 
 fn as_json(value: &impl serde::Serialize, path: &Path) -> Result<Vec<u8>, TrainError> {

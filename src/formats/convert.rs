@@ -1,5 +1,7 @@
 //! Between the bytes of a file and candle's tensors.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use ::safetensors::Dtype;
 use candle_core::{DType, Device, Result, Storage, Tensor, WithDType, bail};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
@@ -81,26 +83,70 @@ pub fn tensor_bytes_in(tensor: &Tensor, buffer: Vec<u8>) -> Result<Vec<u8>> {
 
 /// Row-major little-endian `bytes` of dtype `from` as a tensor of dtype `to`. The tensor is the only allocation of its size.
 pub(super) fn to_tensor(bytes: &[u8], from: Dtype, shape: &[usize], to: DType, device: &Device) -> Result<Tensor> {
+    Ok(to_tensor_and_finiteness(bytes, from, shape, to, device)?.0)
+}
+
+/// As [`to_tensor`], and the row-major index and value of the first element of `bytes` that is NaN or infinite; `None` if all are
+/// finite. The search rides on the conversion: each chunk is looked at while it is in the cache.
+pub(super) fn to_tensor_and_fault(
+    bytes: &[u8],
+    from: Dtype,
+    shape: &[usize],
+    to: DType,
+    device: &Device,
+) -> Result<(Tensor, Option<(usize, f64)>)> {
+    let (tensor, is_finite) = to_tensor_and_finiteness(bytes, from, shape, to, device)?;
+    let fault = if is_finite { None } else { candle_dtype(from).and_then(|from| first_non_finite(bytes, from)) };
+    Ok((tensor, fault))
+}
+
+fn to_tensor_and_finiteness(bytes: &[u8], from: Dtype, shape: &[usize], to: DType, device: &Device) -> Result<(Tensor, bool)> {
     let Some(from) = candle_dtype(from) else { bail!("dtype {from:?} is not supported") };
+    let is_finite = AtomicBool::new(true);
     let cpu = match (from, to) {
         (DType::F32 | DType::F16 | DType::BF16, DType::F32) => {
-            Tensor::from_vec(convert(bytes, from, |values, out| out.copy_from_slice(values)), shape, &Device::Cpu)
+            Tensor::from_vec(convert(bytes, from, &is_finite, |values, out| out.copy_from_slice(values)), shape, &Device::Cpu)
         }
         (DType::F32 | DType::BF16, DType::F16) => {
-            Tensor::from_vec(convert(bytes, from, |values, out: &mut [f16]| out.convert_from_f32_slice(values)), shape, &Device::Cpu)
+            let put = |values: &[f32], out: &mut [f16]| out.convert_from_f32_slice(values);
+            Tensor::from_vec(convert(bytes, from, &is_finite, put), shape, &Device::Cpu)
         }
         (DType::F32 | DType::F16, DType::BF16) => {
-            Tensor::from_vec(convert(bytes, from, |values, out: &mut [bf16]| out.convert_from_f32_slice(values)), shape, &Device::Cpu)
+            let put = |values: &[f32], out: &mut [bf16]| out.convert_from_f32_slice(values);
+            Tensor::from_vec(convert(bytes, from, &is_finite, put), shape, &Device::Cpu)
         }
         (DType::F64, DType::F32 | DType::F16 | DType::BF16) => Tensor::from_raw_buffer(bytes, from, shape, &Device::Cpu)?.to_dtype(to),
         _ if from == to => Tensor::from_raw_buffer(bytes, from, shape, &Device::Cpu),
         _ => bail!("dtype {from:?} cannot be read as {to:?}"),
     }?;
-    cpu.to_device(device)
+    // What is copied as it is, or by candle, was not looked at.
+    if from == DType::F64 || (from == to && from != DType::F32) {
+        is_finite.store(first_non_finite(bytes, from).is_none(), Ordering::Relaxed);
+    }
+    Ok((cpu.to_device(device)?, is_finite.into_inner()))
 }
 
-/// Widens to f32 chunk by chunk on all threads and hands each chunk to `put`.
-fn convert<T: WithDType>(bytes: &[u8], from: DType, put: impl Fn(&[f32], &mut [T]) + Sync) -> Vec<T> {
+/// The row-major index and value of the first element that is NaN or infinite; integers are finite.
+fn first_non_finite(bytes: &[u8], from: DType) -> Option<(usize, f64)> {
+    let size = from.size_in_bytes();
+    let first = |bytes: &[u8]| -> Option<(usize, f64)> {
+        if from == DType::F64 {
+            let values = bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
+            return values.enumerate().find(|(_, value)| !value.is_finite());
+        }
+        let mut wide = vec![0f32; bytes.len() / size];
+        widen(bytes, from, &mut vec![0; wide.len()], &mut wide);
+        wide.iter().position(|value| !value.is_finite()).map(|i| (i, f64::from(wide[i])))
+    };
+    if !matches!(from, DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+        return None;
+    }
+    let of_chunk = |(chunk, bytes): (usize, &[u8])| first(bytes).map(|(i, value)| (chunk * CHUNK + i, value));
+    bytes.par_chunks(CHUNK * size).enumerate().find_map_first(of_chunk)
+}
+
+/// Widens to f32 chunk by chunk on all threads and gives each chunk to `put`; clears `is_finite` if a value is NaN or infinite.
+fn convert<T: WithDType>(bytes: &[u8], from: DType, is_finite: &AtomicBool, put: impl Fn(&[f32], &mut [T]) + Sync) -> Vec<T> {
     let size = from.size_in_bytes();
     let mut out = vec![T::zero(); bytes.len() / size];
     out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * size)).for_each_init(
@@ -108,6 +154,10 @@ fn convert<T: WithDType>(bytes: &[u8], from: DType, put: impl Fn(&[f32], &mut [T
         |(wide, bits), (out, bytes)| {
             let wide = &mut wide[..out.len()];
             widen(bytes, from, &mut bits[..out.len()], wide);
+            // Without an early end the loop becomes vector instructions.
+            if !wide.iter().fold(true, |all, value| all & value.is_finite()) {
+                is_finite.store(false, Ordering::Relaxed);
+            }
             put(wide, out);
         },
     );
@@ -150,6 +200,29 @@ mod tests {
                 let want: Vec<f32> = stored.to_dtype(to).unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
                 assert_eq!(read(&bytes, file_dtype(from).unwrap(), to).unwrap(), want, "{from:?} to {to:?}");
             }
+        }
+    }
+
+    #[test]
+    fn first_value_that_is_not_finite_is_found_in_every_float_type_and_conversion() {
+        let n = 3 * CHUNK + 5;
+        for (at, value) in [(0, f32::NAN), (CHUNK - 1, f32::INFINITY), (2 * CHUNK + 7, f32::NEG_INFINITY), (n - 1, f32::NAN)] {
+            let mut values = vec![0.5f32; n];
+            values[at] = value;
+            values[n - 1] = f32::NAN;
+            let source = Tensor::from_vec(values, n, &Device::Cpu).unwrap();
+            for from in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+                let bytes = tensor_bytes(&source.to_dtype(from).unwrap()).unwrap();
+                for to in [DType::F32, DType::F16, DType::BF16] {
+                    let fault = to_tensor_and_fault(&bytes, file_dtype(from).unwrap(), &[n], to, &Device::Cpu).unwrap().1;
+                    let (index, found) = fault.expect("a fault");
+                    assert_eq!((index, found.to_string()), (at, value.to_string()), "{from:?} to {to:?}");
+                }
+            }
+        }
+        for from in [DType::F32, DType::F16, DType::BF16, DType::F64, DType::U8] {
+            let bytes = tensor_bytes(&Tensor::ones(n, from, &Device::Cpu).unwrap()).unwrap();
+            assert!(to_tensor_and_fault(&bytes, file_dtype(from).unwrap(), &[n], from, &Device::Cpu).unwrap().1.is_none(), "{from:?}");
         }
     }
 

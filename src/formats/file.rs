@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 
 use super::map::map_file;
@@ -68,6 +69,20 @@ impl TensorFile {
         match self.tensors.get(name) {
             Some(placed) => Ok(TensorView { placed, data: &self.map[placed.bytes.clone()] }),
             None => Err(FormatError::NoSuchTensor { path: self.path.clone(), name: name.to_owned() }),
+        }
+    }
+
+    /// A tensor of weights on `device` as `dtype`; see [`TensorView::to_tensor`].
+    ///
+    /// # Errors
+    /// When the file holds no such tensor, its dtype is no float, or one of its elements is NaN or infinite.
+    pub fn weights(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor, FormatError> {
+        let view = self.get(name)?;
+        let (path, name) = (self.path.clone(), name.to_owned());
+        match view.to_tensor_and_fault(dtype, device) {
+            Ok((tensor, None)) => Ok(tensor),
+            Ok((_, Some((index, value)))) => Err(FormatError::NotFinite { path, name, index, value, shape: view.shape().to_vec() }),
+            Err(error) => Err(FormatError::Tensor { path, name, reason: error.to_string() }),
         }
     }
 }

@@ -36,6 +36,15 @@ pub enum FormatError {
     NoSuchTensor { path: PathBuf, name: String },
     #[error("tensor `{name}` of {}: {reason}", path.display())]
     Tensor { path: PathBuf, name: String, reason: String },
+    #[error("tensor `{name}` of {} holds {} at element {index}{}, expected finite numbers", path.display(), text_of(*value), place(*index, shape))]
+    NotFinite {
+        path: PathBuf,
+        name: String,
+        /// In row-major order.
+        index: usize,
+        value: f64,
+        shape: Vec<usize>,
+    },
     #[error("cannot write tensor `{name}`: {reason}")]
     Write { name: String, reason: String },
 }
@@ -48,9 +57,35 @@ impl FormatError {
             Self::Empty { .. } | Self::Truncated { .. } | Self::Malformed { .. } => {
                 Some("download the file again; it did not arrive whole or is of another kind".to_owned())
             }
+            Self::NotFinite { .. } => Some(
+                "every result would be NaN: download the file again; if it is as it was saved, its training had diverged, and an earlier \
+                 checkpoint of it is needed"
+                    .to_owned(),
+            ),
             Self::Io { .. } | Self::Folder { .. } | Self::NoSuchTensor { .. } | Self::Tensor { .. } | Self::Write { .. } => None,
         }
     }
+}
+
+/// A value that is not finite, in words.
+pub fn text_of(value: f64) -> &'static str {
+    match value {
+        _ if value.is_nan() => "NaN",
+        _ if value > 0.0 => "infinity",
+        _ => "-infinity",
+    }
+}
+
+/// ` ([row, column])` of an element of a matrix or of a tensor of more dimensions, given its row-major index.
+pub fn place(index: usize, shape: &[usize]) -> String {
+    if shape.len() < 2 {
+        return String::new();
+    }
+    let (mut rest, mut indices) = (index, vec![0; shape.len()]);
+    for (i, &dim) in indices.iter_mut().zip(shape).rev() {
+        (*i, rest) = (rest % dim.max(1), rest / dim.max(1));
+    }
+    format!(" ({indices:?})")
 }
 
 /// Why bytes are not a file of tensors; [`TensorFile::open`] adds the path.

@@ -108,6 +108,14 @@ impl<'a> TensorView<'a> {
     pub fn to_tensor(&self, dtype: DType, device: &Device) -> Result<Tensor> {
         convert::to_tensor(&self.to_bytes(), self.placed.dtype, &self.placed.shape, dtype, device)
     }
+
+    /// As [`Self::to_tensor`], and the row-major index and value of the first element that is NaN or infinite, if any is.
+    ///
+    /// # Errors
+    /// As [`Self::to_tensor`].
+    pub(super) fn to_tensor_and_fault(&self, dtype: DType, device: &Device) -> Result<(Tensor, Option<(usize, f64)>)> {
+        convert::to_tensor_and_fault(&self.to_bytes(), self.placed.dtype, &self.placed.shape, dtype, device)
+    }
 }
 
 /// Copies a strided tensor into row-major order.

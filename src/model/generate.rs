@@ -6,8 +6,10 @@ use super::chatglm2::{ChatGlm2, Keep, Tokens};
 use super::hooks::{Hooks, LinearSite, PrefixKv, Sublayer};
 use super::linear::Linear;
 use super::loss;
+use crate::formats::text_of;
 use crate::kernels::attention::Rows;
 use crate::kernels::cross_entropy;
+use crate::kernels::non_finite::first_non_finite;
 
 /// What greedy decoding gave.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,7 +22,7 @@ pub struct Decoded {
 /// Continues `prompt` by at most `max_new_tokens` ids; `stop` ends it (and is part of the result).
 ///
 /// # Errors
-/// When the prompt is empty or holds an id that is not below the vocabulary.
+/// When the prompt is empty or holds an id that is not below the vocabulary, or a logit is NaN or infinite: no token is then the likeliest.
 ///
 /// # Source
 /// Positions go on from the number of real tokens, whatever the prefix's length (THUDM modeling_chatglm.py, stream_generate).
@@ -45,7 +47,13 @@ pub fn greedy(model: &ChatGlm2, hooks: &dyn Hooks, prompt: &[u32], max_new_token
             }
         }
         let last = hidden_TH.narrow(0, input.len() - 1, 1)?.contiguous()?;
-        let Some(&(id, margin)) = cross_entropy::top2(&loss::logits(model, &last)?)?.first() else { bail!("generate: no logits") };
+        let logits = loss::logits(model, &last)?;
+        if let Some((id, value)) = first_non_finite(&logits)? {
+            let done = decoded.ids.len();
+            let value = text_of(value.into());
+            bail!("after {done} tokens of the answer the logit of token id {id} is {value}: the weights are finite, so a sum overflowed");
+        }
+        let Some(&(id, margin)) = cross_entropy::top2(&logits)?.first() else { bail!("generate: no logits") };
         decoded.ids.push(id);
         decoded.margins.push(margin);
         if stop == Some(id) {

@@ -58,9 +58,23 @@ impl WeightSource {
     /// # Errors
     /// When there are none, shards are missing, or a file is not whole.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
-        let Some(root) = CANDIDATES.iter().map(|name| dir.join(name)).find(|path| path.exists()) else {
-            return Err(no_weights(dir));
-        };
+        match CANDIDATES.iter().map(|name| dir.join(name)).find(|path| path.exists()) {
+            Some(root) => Self::open_at(dir, root),
+            None => Err(no_weights(dir)),
+        }
+    }
+
+    /// The weights in `dir` in every layout that is there, in the order in which [`Self::open`] looks for them.
+    ///
+    /// # Errors
+    /// When shards are missing, or a file is not whole.
+    pub fn open_all(dir: &Path) -> Result<Vec<Self>, ModelError> {
+        let roots = CANDIDATES.iter().map(|name| dir.join(name)).filter(|path| path.exists());
+        roots.map(|root| Self::open_at(dir, root)).collect()
+    }
+
+    /// Opens one file, or the shards of an index.
+    fn open_at(dir: &Path, root: PathBuf) -> Result<Self, ModelError> {
         if root.extension().is_none_or(|e| e != "json") {
             let file = TensorFile::open(&root)?;
             let places = file.names().map(|name| (name.to_owned(), 0)).collect();
@@ -120,19 +134,33 @@ impl WeightSource {
         found
     }
 
+    /// The single file, or the index.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// All tensors, in the order of their names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
+    }
+
+    /// The file that a tensor is in; `None` if there is no such tensor.
+    pub fn file_of(&self, name: &str) -> Option<&TensorFile> {
+        self.places.get(name).map(|&file| &self.files[file])
+    }
+
     /// One parameter on `device` as `dtype`.
     ///
     /// # Errors
-    /// When it is missing, of another shape, or not a float.
+    /// When it is missing, of another shape, or not a float, or one of its elements is NaN or infinite.
     pub fn get(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor, ModelError> {
-        let view = self.view(name, shape)?;
-        Ok(view.to_tensor(dtype, device)?)
+        Ok(self.checked(name, shape)?.0.weights(name, dtype, device)?)
     }
 
     /// The type that one parameter is stored in.
     ///
     /// # Errors
-    /// As [`Self::get`].
+    /// When it is missing, of another shape, or not a float.
     pub fn dtype(&self, name: &str, shape: &[usize]) -> Result<DType, ModelError> {
         Ok(match self.view(name, shape)?.dtype() {
             Dtype::F16 => DType::F16,
@@ -166,6 +194,11 @@ impl WeightSource {
     }
 
     fn view(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, ModelError> {
+        Ok(self.checked(name, shape)?.1)
+    }
+
+    /// The file of a parameter that has this shape and a dtype of weights.
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<(&TensorFile, TensorView<'_>), ModelError> {
         let missing = |path: &Path| ModelError::MissingTensor { path: path.to_owned(), name: name.to_owned() };
         let file = &self.files[*self.places.get(name).ok_or_else(|| missing(&self.root))?];
         let view = file.get(name).map_err(|error| match error {
@@ -180,7 +213,7 @@ impl WeightSource {
             let (expected, found) = (shape.to_vec(), view.shape().to_vec());
             return Err(ModelError::WrongShape { path: file.path().to_owned(), name: name.to_owned(), expected, found });
         }
-        Ok(view)
+        Ok((file, view))
     }
 }
 

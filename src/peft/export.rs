@@ -59,6 +59,8 @@ pub enum ExportError {
     Layers { path: PathBuf, expected: usize, found: usize },
     #[error("{} holds tensor `{name}`, which such an adapter does not have", path.display())]
     OtherTensor { path: PathBuf, name: String },
+    #[error("`{name}` cannot be written as {}: element {at} would be {value}", dtype.as_str())]
+    Overflow { name: String, dtype: DType, at: String, value: &'static str },
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
@@ -81,6 +83,9 @@ impl ExportError {
             }
             Self::Io { path, .. } if path.ends_with(PEFT_CONFIG) => {
                 Some("give the folder that a run exported, OUTPUT_DIR/adapter, or that PEFT or the adapters library saved".to_owned())
+            }
+            Self::Overflow { .. } => {
+                Some("the changed weight is greater than this type can hold: use the adapter beside its base".to_owned())
             }
             Self::Key { key: "pre_seq_len", .. } => Some("give the folder that the prefix was saved to, not the base model's".to_owned()),
             _ => None,
@@ -371,8 +376,7 @@ pub(super) fn read_tensor(file: &TensorFile, name: &str, dims: &[usize]) -> Resu
     if view.shape() != dims {
         return Err(wrong_shape(name, &format!("{dims:?}"), &format!("{:?}", view.shape()), Some(file.path())));
     }
-    view.to_tensor(DType::F32, &Device::Cpu)
-        .map_err(|error| FormatError::Tensor { path: file.path().to_owned(), name: name.to_owned(), reason: error.to_string() }.into())
+    Ok(file.weights(name, DType::F32, &Device::Cpu)?)
 }
 
 pub(super) fn check_shape(name: &str, tensor: &Tensor, dims: &[usize], path: Option<&Path>) -> Result<(), ExportError> {

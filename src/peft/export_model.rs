@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use super::ExportContext;
 use super::export::{ABOUT_FILE, ExportError, Files, pretty, read_json};
-use crate::formats::safetensors;
+use crate::formats::{place, safetensors, text_of};
+use crate::kernels::non_finite::first_non_finite;
 use crate::model::hub_files::HubFiles;
 use crate::model::init::shards;
 use crate::model::weights::WeightSource;
@@ -20,7 +21,8 @@ const TOKENIZER: &str = "tokenizer.model";
 /// in, and the small files of the base's folder ([`HubFiles`]).
 ///
 /// # Errors
-/// When the base's folder cannot be read, or a parameter has another shape than the base's.
+/// When the base's folder cannot be read, or a parameter has another shape than the base's or is NaN or infinite in the dtype that it is written
+/// in.
 pub fn model_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) -> Result<Files, ExportError> {
     let (weights, dtype) = weight_files(context, changed)?;
     let mut files = vec![
@@ -33,6 +35,21 @@ pub fn model_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) 
     files.extend(HubFiles::of(context.model_dir)?.read()?);
     files.extend(weights);
     Ok(files)
+}
+
+/// A changed parameter, in the dtype that it is written in.
+fn finite(name: &str, tensor: Tensor) -> Result<Tensor, ExportError> {
+    // sync: copies from the device
+    let wide = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
+    match first_non_finite(&wide)? {
+        None => Ok(tensor),
+        Some((index, value)) => Err(ExportError::Overflow {
+            name: name.to_owned(),
+            dtype: tensor.dtype(),
+            at: format!("{index}{}", place(index, tensor.dims())),
+            value: text_of(value.into()),
+        }),
+    }
 }
 
 /// The base's config.json, with the dtype that the exported weights fit in. A file has `torch_dtype`, or `dtype` by a newer transformers.
@@ -64,7 +81,7 @@ fn weight_files(context: &ExportContext, changed: &BTreeMap<String, Tensor>) -> 
             let tensor = match changed.get(name) {
                 Some(tensor) => {
                     super::export::check_shape(name, tensor, shape, Some(Path::new(&file)))?;
-                    tensor.to_dtype(dtype)?
+                    finite(name, tensor.to_dtype(dtype)?)?
                 }
                 None => source.get(name, shape, dtype, &Device::Cpu)?,
             };

@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 
 use super::TrainError;
 use super::base::Base;
+use super::finite;
 use super::probe;
 use super::run::{Job, claim};
 use super::save::{SaveContext, Saver, about};
@@ -44,11 +45,13 @@ pub fn import(dir: &Path, plan: &Plan, tensors: &dyn Collectives, disk: &dyn Dis
 /// model made of the base in `model_dir` and the state.
 ///
 /// # Errors
-/// When what is needed of the checkpoint is damaged, a base is needed and not given, or it is another one.
+/// When what is needed of the checkpoint is damaged, one of its parameters is NaN or infinite, a base is needed and not given, or it is another
+/// one.
 pub fn export(disk: &dyn Disk, checkpoint: &Checkpoint, model_dir: Option<&Path>) -> Result<Vec<(String, Vec<u8>)>, TrainError> {
     let header = &checkpoint.manifest.header;
     let own = &checkpoint.manifest.files;
     if !own.is_empty() {
+        finite::in_checkpoint(disk, checkpoint)?;
         return own.keys().map(|name| Ok((name.clone(), checkpoint.file(disk, name)?))).collect();
     }
     let path = || checkpoint.path.clone();
@@ -67,7 +70,9 @@ pub fn export(disk: &dyn Disk, checkpoint: &Checkpoint, model_dir: Option<&Path>
     let mut method = peft::create(&plan.method, &model, plan.run.seed)?;
     let layout = method.params().layout().clone();
     let values = checkpoint.kind(disk, PARAMETER, &layout)?;
-    method.params_mut().load_flat(&Tensor::from_vec(values, layout.num_elements(), &Device::Cpu)?)?;
+    let values = Tensor::from_vec(values, layout.num_elements(), &Device::Cpu)?;
+    finite::of_checkpoint(&checkpoint.path, &values, &layout)?;
+    method.params_mut().load_flat(&values)?;
     method.refresh()?;
     let dtype = (plan.model.torch_dtype == WeightDtype::Bfloat16).then_some(candle_core::DType::BF16);
     let about = about(&header.identity, header.probe.as_ref());

@@ -21,7 +21,7 @@ pub struct Drift {
 /// The drift of `model` under `method` from `base` on the first `num_rows` rows of `data`, dealt to the ranks in slots of `rows_per_slot`.
 ///
 /// # Errors
-/// When a collective fails or the rows have no target.
+/// The same on every rank: when a collective fails, the rows have no target, or a divergence is NaN or infinite.
 pub fn drift(
     base: &ChatGlm2,
     model: &ChatGlm2,
@@ -32,6 +32,6 @@ pub fn drift(
     rows_per_slot: NonZeroUsize,
 ) -> Result<Drift, TrainError> {
     let sum_of = |batch: &_| backprop::divergence(base, model, method, batch);
-    let mean = mean_over_rows(group, data, num_rows.get(), rows_per_slot, sum_of)?;
+    let mean = mean_over_rows("drift", group, data, num_rows.get(), rows_per_slot, sum_of)?;
     Ok(Drift { kl: mean.loss, num_rows: mean.num_rows, num_targets: mean.num_targets })
 }

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use crate::checkpoint::{CheckpointError, Mismatch};
 use crate::data::DataError;
 use crate::dist::{AgreedError, DistError};
+use crate::formats::text_of;
 use crate::model::ModelError;
-use crate::optim::OptimError;
+use crate::optim::{NonFinite, OptimError};
 use crate::peft::MethodError;
 use crate::peft::export::ExportError;
 use crate::telemetry::TelemetryError;
@@ -22,6 +23,20 @@ pub enum TrainError {
     },
     #[error("step {step}: {what} is not finite; stopped before the update{}", named(rows))]
     StepNotFinite { step: u64, what: String, rows: Vec<String> },
+    /// On held-out rows, where nothing is updated.
+    #[error("{}the {what} of held-out rows is not finite{}", at_step(*step), named(rows))]
+    HeldOutNotFinite {
+        /// Steps done; `None` outside of a run.
+        step: Option<u64>,
+        /// Loss or drift.
+        what: &'static str,
+        /// Those of the first micro-batch that has such a value.
+        rows: Vec<String>,
+    },
+    #[error("step {step}: the update made element {} of `{}` {}; this state was not saved", found.index, found.name, text_of(found.value.into()))]
+    UpdateNotFinite { step: u64, found: NonFinite },
+    #[error("{}: element {} of `{}` is {}, expected finite numbers", path.display(), found.index, found.name, text_of(found.value.into()))]
+    CheckpointNotFinite { path: PathBuf, found: NonFinite },
     #[error("no token of this step is in the loss")]
     NoTargets,
     #[error("{} was made by another run: {}", path.display(), list(mismatches))]
@@ -79,6 +94,14 @@ impl TrainError {
             Self::StepNotFinite { .. } => {
                 Some("a lower learning_rate is the usual cure; look at the named rows with `glmddp tokenize`".to_owned())
             }
+            Self::UpdateNotFinite { .. } | Self::HeldOutNotFinite { step: Some(_), .. } => {
+                Some("a lower learning_rate is the usual cure; a checkpoint of this run, if there is one, is from before this step".to_owned())
+            }
+            Self::HeldOutNotFinite { .. } => Some(
+                "all weights are finite, so a sum overflowed: evaluate the base alone to see whether it or the adapter is at fault"
+                    .to_owned(),
+            ),
+            Self::CheckpointNotFinite { .. } => Some("the run had diverged when it was saved: use an earlier checkpoint".to_owned()),
             Self::NoTargets => Some("raise max_target_length, or look at the rows with `glmddp tokenize`".to_owned()),
             Self::Mismatch { .. } => Some("resume with the settings of the checkpoint, or start anew in another output_dir".to_owned()),
             Self::ProbeDiffers { .. } => Some(
@@ -113,10 +136,17 @@ impl TrainError {
             Self::Agreed(AgreedError::Rank { .. })
                 | Self::StepNotFinite { .. }
                 | Self::NotFinite { .. }
+                | Self::HeldOutNotFinite { .. }
+                | Self::UpdateNotFinite { .. }
                 | Self::NoTargets
                 | Self::BaseDiffers { .. }
                 | Self::RanksDiverged { .. }
         )
+    }
+
+    /// Whether a run has stopped because it computed a value that is not finite: it would do so again.
+    pub fn is_not_finite(&self) -> bool {
+        matches!(self, Self::StepNotFinite { .. } | Self::HeldOutNotFinite { .. } | Self::UpdateNotFinite { .. })
     }
 
     /// Whether what the user gave is at fault (exit code 2), not the program or the machine (1).
@@ -127,12 +157,18 @@ impl TrainError {
             | Self::Tensor(_)
             | Self::StepNotFinite { .. }
             | Self::NotFinite { .. }
+            | Self::HeldOutNotFinite { .. }
+            | Self::UpdateNotFinite { .. }
             | Self::RanksDiverged { .. } => false,
             Self::Agreed(AgreedError::Rank { .. }) => true,
             Self::Agreed(AgreedError::Dist(_)) => false,
             _ => true,
         }
     }
+}
+
+fn at_step(step: Option<u64>) -> String {
+    step.map_or(String::new(), |step| format!("step {step}: "))
 }
 
 fn named(rows: &[String]) -> String {

@@ -23,7 +23,7 @@ pub struct Evaluation {
 /// Mean token loss over all rows of `data`, without dropout; of the base alone where there is no method. The rows are dealt to the ranks in slots of `rows_per_slot`.
 ///
 /// # Errors
-/// When a collective fails or no token is in the loss.
+/// The same on every rank: when a collective fails, no token is in the loss, or a loss is NaN or infinite.
 pub fn evaluate(
     model: &ChatGlm2,
     method: Option<&dyn PeftMethod>,
@@ -31,11 +31,12 @@ pub fn evaluate(
     data: &Dataset,
     rows_per_slot: NonZeroUsize,
 ) -> Result<Evaluation, TrainError> {
-    mean_over_rows(group, data, data.num_samples(), rows_per_slot, |batch| backprop::forward(model, method, batch))
+    mean_over_rows("loss", group, data, data.num_samples(), rows_per_slot, |batch| backprop::forward(model, method, batch))
 }
 
-/// The mean over target tokens of what `sum_of` gives for a slot's, over the first `num_rows` rows of `data`.
+/// The mean over target tokens of what `sum_of` gives for a slot's, over the first `num_rows` rows of `data`; `what` names it in an error.
 pub(super) fn mean_over_rows(
+    what: &'static str,
     group: &dyn ProcessGroup,
     data: &Dataset,
     num_rows: usize,
@@ -56,6 +57,11 @@ pub(super) fn mean_over_rows(
     let num_targets = all.iter().map(|s| s.num_targets).sum::<u64>();
     if num_targets == 0 {
         return Err(TrainError::NoTargets);
+    }
+    if let Some(bad) = all.iter().find(|s| !s.finite) {
+        let origins = eval_slot(bad.slot, num_rows, rows_per_slot).map(|row| data.origin(row));
+        let rows = origins.map(|origin| format!("{}:{}", origin.file.display(), origin.row)).collect();
+        return Err(TrainError::HeldOutNotFinite { step: None, what, rows });
     }
     let loss = all.iter().map(|s| s.nll_sum).sum::<f64>() / num_targets as f64;
     Ok(Evaluation { loss, num_rows: num_rows as u64, num_targets })

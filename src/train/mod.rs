@@ -9,6 +9,7 @@ pub mod drift;
 mod dump;
 mod error;
 pub mod evaluate;
+mod finite;
 pub mod optimizer;
 pub mod probe;
 pub mod requests;

@@ -15,7 +15,7 @@ use super::save::{SaveContext, Saver};
 use super::state::{self, Progress};
 use super::step::{StepOutcome, StepSettings, Trainer, gradient_sum};
 use super::together::together;
-use super::{TrainError, dump, probe};
+use super::{TrainError, dump, finite, probe};
 use crate::checkpoint::{self, Claim, Disk, Identity};
 use crate::config::Plan;
 use crate::config::plan::{Duration, Resume, WeightDtype};
@@ -300,6 +300,9 @@ impl<'a> Job<'a> {
             // Somebody waits for these, or the time that they take is wanted; others go on beside the steps.
             let waits_for_save = request.save || stopped.is_some() || measures_a_save;
             let saves = is_last || is_due(plan.run.save_steps, done) || waits_for_save;
+            if saves {
+                finite::after_update(done, self.method.params())?;
+            }
             if saves || is_due(plan.run.audit_steps, done) {
                 self.audit(&mut sampler)?;
             }
@@ -369,7 +372,11 @@ impl<'a> Job<'a> {
         let Some(rows) = &self.validation else { return Ok(None) };
         let started = Instant::now();
         let rows_per_slot = self.plan.batch.eval_rows_per_slot;
-        let evaluation = timer.time(Phase::Eval, || evaluate(&self.model, Some(&*self.method), self.group, rows, rows_per_slot))?;
+        let evaluation = timer.time(Phase::Eval, || evaluate(&self.model, Some(&*self.method), self.group, rows, rows_per_slot));
+        let evaluation = evaluation.map_err(|error| match error {
+            TrainError::HeldOutNotFinite { what, rows, .. } => TrainError::HeldOutNotFinite { step: Some(self.progress.step), what, rows },
+            other => other,
+        })?;
         if let Some(log) = log {
             log.eval(&EvalRecord {
                 current_steps: self.progress.step,

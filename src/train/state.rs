@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 
 use super::TrainError;
+use super::finite;
 use super::optimizer::Optimizer;
 use super::resume_report::{PassedOver, Resumed};
 use super::together::together;
@@ -66,7 +67,7 @@ pub fn resume(
         match (reasons.iter().find(|reason| !reason.is_empty()), mine) {
             (None, Ok(read)) => {
                 let (progress, header) = (read.progress, read.header.clone());
-                together(group, || put(read, method, optimizer))?;
+                together(group, || put(&path, read, method, optimizer))?;
                 return Ok(Some(Resumed { path, progress, header, passed_over }));
             }
             (reason, _) => {
@@ -135,12 +136,14 @@ fn read<'k>(
     })
 }
 
-fn put(read: Read, method: &mut dyn PeftMethod, optimizer: &mut Optimizer) -> Result<(), TrainError> {
+fn put(path: &Path, read: Read, method: &mut dyn PeftMethod, optimizer: &mut Optimizer) -> Result<(), TrainError> {
     let tensor = |values: Vec<f32>| {
         let len = values.len();
         Tensor::from_vec(values, len, &Device::Cpu)
     };
-    method.params_mut().load_flat(&tensor(read.parameters)?)?;
+    let parameters = tensor(read.parameters)?;
+    finite::of_checkpoint(path, &parameters, method.params().layout())?;
+    method.params_mut().load_flat(&parameters)?;
     method.refresh()?;
     let state = read.state.into_iter().map(|(kind, values)| Ok((kind, tensor(values)?))).collect::<Result<_, TrainError>>()?;
     optimizer.restore(&state, read.progress.step)
