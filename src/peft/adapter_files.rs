@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::ExportContext;
 use super::adapter::{AdapterKind, Settings};
 use super::export::{self, ABOUT_FILE, ExportError, Files};
+use super::understood;
 use crate::formats::{TensorFile, torch_pickle};
 use crate::model::ModelConfig;
 
@@ -75,6 +76,32 @@ fn of_fusion() -> [(&'static str, Value); 7] {
     ]
 }
 
+/// Keys of an adapter's configuration that are read, or that act on its start, in training, or with another key that is off here.
+const OTHER_KEYS: [&str; 19] = [
+    "architecture",
+    "cross_adapter", // in an encoder-decoder
+    "dropout",
+    "factorized_phm_W",
+    "factorized_phm_rule",
+    "hypercomplex_nonlinearity",
+    "init_weights",
+    "init_weights_seed",
+    "inv_adapter_reduction_factor",
+    "learn_phm",
+    "phm_bias",
+    "phm_c_init",
+    "phm_dim",
+    "phm_init_range",
+    "phm_rank",
+    "reduction_factor",
+    "shared_W_phm",
+    "shared_phm_rule",
+    "stochastic_depth",
+];
+
+/// Those of a fusion's.
+const OTHER_FUSION_KEYS: [&str; 3] = ["dropout_prob", "regularization", "value_initialized"];
+
 /// A JSON file of the library.
 struct Config {
     path: PathBuf,
@@ -99,9 +126,18 @@ impl Config {
     /// Tests a key that is there; numbers by value.
     fn expect(&self, key: &'static str, expected: &Value) -> Result<(), ExportError> {
         match self.get(key) {
-            Some(found) if found != expected && (found.as_f64().is_none() || found.as_f64() != expected.as_f64()) => {
-                Err(self.error(key, expected))
-            }
+            Some(found) if found == expected || (understood::is_off(found) && understood::is_off(expected)) => Ok(()),
+            Some(found) if found.is_number() && found.as_f64() == expected.as_f64() => Ok(()),
+            None => Ok(()),
+            Some(_) => Err(self.error(key, expected)),
+        }
+    }
+
+    /// Tests that no key of the object `config` but `fixed` and `others` is there, unless it is off.
+    fn expect_known<'a>(&self, fixed: impl Iterator<Item = &'a str>, others: &[&'a str]) -> Result<(), ExportError> {
+        let known: Vec<&str> = fixed.filter_map(|key| key.strip_prefix("config.")).chain(others.iter().copied()).collect();
+        match self.get("config") {
+            Some(Value::Object(keys)) => understood::check_known(&self.path, keys, "config.", &known),
             _ => Ok(()),
         }
     }
@@ -134,6 +170,7 @@ impl AdapterFolder {
             _ => config.require(key, value),
         })?;
         fixed().iter().try_for_each(|(key, value)| config.expect(key, value))?;
+        config.expect_known(fixed().iter().map(|(key, _)| *key).chain(by_kind(kind).iter().map(|(key, _)| *key)), &OTHER_KEYS)?;
         let factor = config.get("config.reduction_factor").and_then(Value::as_f64).filter(|f| f.fract() == 0.0);
         let factor = factor.and_then(|f| NonZeroUsize::new(f as usize));
         let reduction_factor = factor.ok_or_else(|| config.error("config.reduction_factor", "a whole number above 0 for all layers"))?;
@@ -201,6 +238,7 @@ impl FusionFolder {
     pub fn open(dir: &Path) -> Result<Self, ExportError> {
         let setup = Config::read(dir.join(SETUP))?;
         setup.require("adapter_setup.type", &json!("Fuse"))?;
+        setup.expect("head_setup", &Value::Null)?;
         let children = setup.get("adapter_setup.children").and_then(Value::as_array);
         let names = children.filter(|children| children.len() > 1).and_then(|children| {
             let single = |child: &Value| match (child.get("type")?.as_str()?, child.get("children")?.as_array()?.as_slice()) {
@@ -213,6 +251,7 @@ impl FusionFolder {
         let own = dir.join(names.join(","));
         let config = Config::read(own.join(FUSION_CONFIG))?;
         of_fusion().iter().try_for_each(|(key, value)| config.require(key, value))?;
+        config.expect_known(of_fusion().iter().map(|(key, _)| *key), &OTHER_FUSION_KEYS)?;
         let adapters = names.iter().map(|name| {
             let adapter = AdapterFolder::open(&dir.join(name))?;
             adapter.config.require("name", &json!(name))?;

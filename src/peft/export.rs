@@ -14,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::understood::{self, Rules};
 use crate::formats::{FormatError, TensorFile, safetensors, torch_pickle};
 use crate::model::config::{ModelConfig, ModelError};
 
@@ -45,6 +46,8 @@ pub enum ExportError {
     Json { path: PathBuf, source: serde_json::Error },
     #[error("{}: key `{key}` is {found}, expected {expected}", path.display())]
     Key { path: PathBuf, key: &'static str, expected: String, found: String },
+    #[error("{}: key `{key}` is {found}, and this program does not know what that changes", path.display())]
+    UnknownKey { path: PathBuf, key: String, found: String },
     #[error("tensor `{name}`{} has shape {found}, expected {expected}", path.as_ref().map(|p| format!(" in {}", p.display())).unwrap_or_default())]
     Shape { path: Option<PathBuf>, name: String, expected: String, found: String },
     #[error("tensor `{name}` of the prefix encoder is missing")]
@@ -84,6 +87,16 @@ impl ExportError {
             Self::Io { path, .. } if path.ends_with(PEFT_CONFIG) => {
                 Some("give the folder that a run exported, OUTPUT_DIR/adapter, or that PEFT or the adapters library saved".to_owned())
             }
+            Self::UnknownKey { key, .. } => Some(format!(
+                "if `{key}` changes nothing of what the adapter computes, remove it from the file; else use the adapter with the library that \
+                 saved it, which can also merge a LoRA into its base"
+            )),
+            Self::Key { key: "init_lora_weights", .. } => Some(
+                "another start may have changed the base's weights as well: save the adapter again in PEFT with \
+                 `save_pretrained(FOLDER, path_initial_model_for_weight_conversion=UNTRAINED_ADAPTER)`, which makes a plain LoRA of it, or \
+                 merge it into its own base and give the merged model as the base"
+                    .to_owned(),
+            ),
             Self::Overflow { .. } => {
                 Some("the changed weight is greater than this type can hold: use the adapter beside its base".to_owned())
             }
@@ -229,11 +242,42 @@ impl PeftFile {
         Err(key_error(&self.path, &self.config, key, expected.to_string()))
     }
 
+    /// Holds every key of the configuration against the rules of its kind.
+    ///
+    /// # Errors
+    /// When a key is not understood or says what is not computed here.
+    pub(super) fn expect_understood(&self, rules: Rules) -> Result<(), ExportError> {
+        understood::check_peft(&self.path, &self.config, rules)
+    }
+
+    /// Whether a key is true; none, null and their like are false.
+    ///
+    /// # Errors
+    /// When it is neither true nor false.
+    pub fn flag(&self, key: &'static str) -> Result<bool, ExportError> {
+        match self.config.get(key) {
+            Some(Value::Bool(true)) => Ok(true),
+            None => Ok(false),
+            Some(value) if understood::is_off(value) => Ok(false),
+            Some(_) => Err(self.key_error(key, "true or false".to_owned())),
+        }
+    }
+
     /// # Errors
     /// When the key is missing or has a value of another kind than `expected` says.
     pub fn read<T: DeserializeOwned>(&self, key: &'static str, expected: &str) -> Result<T, ExportError> {
         let found = self.config.get(key).and_then(|value| T::deserialize(value).ok());
         found.ok_or_else(|| key_error(&self.path, &self.config, key, expected.to_owned()))
+    }
+
+    /// A dropout.
+    ///
+    /// # Errors
+    /// When the key is missing or not a number in [0, 1).
+    pub fn share(&self, key: &'static str) -> Result<f64, ExportError> {
+        let expected = "a share of at least 0 and below 1";
+        let share = self.read(key, expected)?;
+        if (0.0..1.0).contains(&share) { Ok(share) } else { Err(self.key_error(key, expected.to_owned())) }
     }
 
     /// `target_modules` and its like: a list of names, as [`super::select::Selector`] writes it, or a pattern.
@@ -291,6 +335,7 @@ pub(super) fn key_error(path: &Path, config: &Value, key: &'static str, expected
 /// When a file is missing or not whole, the adapter is of another kind, or sizes disagree.
 pub fn read_peft(dir: &Path) -> Result<PeftPrefix, ExportError> {
     let file = PeftFile::open(dir, "PREFIX_TUNING")?;
+    file.expect_understood(understood::PROMPT)?;
     let size = |key| file.read::<NonZeroU32>(key, "a number above 0").map(|size| size.get() as usize);
     let (groups, token_dim) = (size("num_attention_heads")?, size("token_dim")?);
     if token_dim % groups != 0 {
@@ -298,6 +343,7 @@ pub fn read_peft(dir: &Path) -> Result<PeftPrefix, ExportError> {
         return Err(key_error(&file.path, &file.config, "token_dim", expected));
     }
     let shape = PrefixShape { layers: size("num_layers")?, groups, kv: token_dim / groups, virtual_tokens: size("num_virtual_tokens")? };
+    file.expect_tensors([PEFT_TABLE].into_iter(), PEFT_PREFIX)?;
     let table = file.tensor(PEFT_TABLE, &[shape.virtual_tokens, shape.width()])?;
     Ok(PeftPrefix { shape, table, about: read_about(dir)? })
 }

@@ -12,6 +12,10 @@ use serde_json::{Value, json};
 
 use super::export::{self, ExportError, Files, PEFT_PREFIX, PeftFile};
 use super::keys::{KeyError, MethodKeys};
+use super::lora::LAYERS;
+use super::lora_settings::Targets;
+use super::select::Selector;
+use super::understood;
 use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
 use crate::kernels::elementwise;
 use crate::kernels::host::{F32View, tensor};
@@ -22,6 +26,23 @@ use crate::model::{ChatGlm2, ModelConfig};
 use crate::params::ParamSet;
 
 pub const NAME: &str = "ia3";
+
+/// Linear layers as a key of PEFT's names them: a list of names, a pattern for whole names, or `all-linear`.
+///
+/// # Errors
+/// When they are not the same ones in every block.
+fn sites(file: &PeftFile, key: &'static str, config: &ModelConfig) -> std::result::Result<BTreeSet<LinearSite>, ExportError> {
+    let text = file.names_or_pattern(key)?;
+    if text.eq_ignore_ascii_case("all-linear") {
+        return Ok(LinearSite::ALL.into_iter().collect());
+    }
+    let wrong = |reason: String| file.key_error(key, format!("linear layers of every block ({reason})"));
+    let targets = Selector::new(&text).and_then(|selector| Targets::new(&ModelShape::from(config), &selector)).map_err(wrong)?;
+    match targets.in_every_layer(config.num_layers) {
+        Some(sites) => Ok(sites),
+        None => Err(wrong("only some blocks have them".to_owned())),
+    }
+}
 
 fn parameter(layer: usize, site: LinearSite) -> String {
     format!("{}.ia3_l", site.path(layer))
@@ -124,14 +145,16 @@ impl Ia3 {
     /// When a file is missing or not whole, the adapter is of another kind or uses what this program does not compute, or sizes disagree.
     pub fn read_peft(dir: &Path, config: &ModelConfig) -> std::result::Result<Self, MethodError> {
         let file = PeftFile::open(dir, "IA3")?;
-        file.expect("fan_in_fan_out", &json!(false))?;
-        for key in ["modules_to_save", "exclude_modules"] {
-            file.expect(key, &Value::Null)?;
+        file.expect_understood(understood::IA3)?;
+        let targets = sites(&file, "target_modules", config)?;
+        let has_feedforward = file.config.get("feedforward_modules").is_some_and(|value| !understood::is_off(value));
+        let feedforward = if has_feedforward { sites(&file, "feedforward_modules", config)? } else { BTreeSet::new() };
+        if !feedforward.is_subset(&targets) {
+            return Err(file.key_error("feedforward_modules", "some of target_modules".to_owned()).into());
         }
-        let expected = "a list of linear layers of a block";
-        let settings =
-            Settings { targets: file.read("target_modules", expected)?, feedforward: file.read("feedforward_modules", expected)? };
-        let mut method = Self::new(&settings, config)?;
+        let mut method = Self::new(&Settings { targets, feedforward }, config)?;
+        let names: Vec<String> = method.params.layout().iter().map(|(name, _)| format!("{PEFT_PREFIX}{name}")).collect();
+        file.expect_tensors(names.iter().map(String::as_str), &format!("{PEFT_PREFIX}{LAYERS}"))?;
         let tensors = method.params.layout().iter().map(|(name, entry)| {
             let value = file.tensor(&format!("{PEFT_PREFIX}{name}"), &entry.shape)?;
             Ok((name.to_owned(), value))

@@ -18,6 +18,7 @@ use super::lora_settings::all_sites;
 pub use super::lora_settings::{Settings, Targets};
 use super::low_rank::LoraHooks;
 use super::select::Selector;
+use super::understood;
 use super::{ExportContext, MethodError, Mode, PeftMethod, RowContext, TrainHooks};
 use crate::kernels::host::{F32View, tensor};
 use crate::model::ChatGlm2;
@@ -28,7 +29,7 @@ use crate::rng::{KeyedRng, Stream, name_key};
 
 pub const NAME: &str = "lora";
 /// What the base's layers' names begin with.
-const LAYERS: &str = "transformer.encoder.layers.";
+pub(super) const LAYERS: &str = "transformer.encoder.layers.";
 
 pub fn name_of_A(layer: usize, site: LinearSite) -> String {
     format!("{}.lora_A.weight", site.path(layer))
@@ -132,36 +133,19 @@ impl Lora {
     /// When a file is missing or not whole, the adapter is of another kind or uses what this program does not compute, or sizes disagree.
     pub fn read_peft(dir: &Path, base: &ChatGlm2) -> std::result::Result<Self, MethodError> {
         let file = PeftFile::open(dir, "LORA")?;
-        file.expect("bias", &json!("none"))?;
-        for key in ["fan_in_fan_out", "lora_bias", "use_qalora"] {
-            file.expect(key, &json!(false))?;
-        }
-        for key in ["rank_pattern", "alpha_pattern"] {
-            file.expect(key, &json!({}))?;
-        }
-        for key in [
-            "layers_to_transform",
-            "modules_to_save",
-            "layer_replication",
-            "exclude_modules",
-            "target_parameters",
-            "trainable_token_indices",
-        ] {
-            file.expect(key, &Value::Null)?;
-        }
-        let flag = |key: &str| file.config.get(key).is_some_and(|v| v == &json!(true));
+        file.expect_understood(understood::LORA)?;
         let target = match file.names_or_pattern("target_modules")? {
-            all if all == "all-linear" => all_sites(),
+            all if all.eq_ignore_ascii_case("all-linear") => all_sites(),
             target => target,
         };
         let settings = Settings {
             rank: file.read("r", "a number above 0")?,
             alpha: file.read("lora_alpha", "a number")?,
-            dropout: file.read("lora_dropout", "a share")?,
+            dropout: file.share("lora_dropout")?,
             targets: Selector::new(&target)
                 .map_err(|reason| file.key_error("target_modules", format!("names or a valid pattern ({reason})")))?,
-            use_rslora: flag("use_rslora"),
-            use_dora: flag("use_dora"),
+            use_rslora: file.flag("use_rslora")?,
+            use_dora: file.flag("use_dora")?,
         };
         let targets = Targets::new(&ModelShape::from(&base.config), &settings.targets)
             .map_err(|reason| file.key_error("target_modules", format!("linear layers of the model ({reason})")))?;

@@ -1,6 +1,6 @@
 //! LoRA's settings, and the linear layers that they mean in a model. `lora.rs` has the method.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroUsize;
 
 use serde::{Deserialize, Serialize};
@@ -138,12 +138,16 @@ impl Targets {
 
     /// As PEFT's `target_modules` can say it: the last parts of names where those mean the same in a model of `layers` layers, else whole names.
     pub(super) fn names(&self, layers: usize) -> Vec<String> {
-        let sites: Vec<_> = LinearSite::ALL.into_iter().filter(|&site| self.0.keys().any(|(_, s)| *s == site)).collect();
-        if self.0.len() == layers * sites.len() {
-            sites.into_iter().map(|site| site.name().to_owned()).collect()
-        } else {
-            self.0.keys().map(|(layer, site)| site.path(*layer)).collect()
+        match self.in_every_layer(layers) {
+            Some(sites) => sites.into_iter().map(|site| site.name().to_owned()).collect(),
+            None => self.0.keys().map(|(layer, site)| site.path(*layer)).collect(),
         }
+    }
+
+    /// The targets of a layer, if all `layers` have the same.
+    pub(super) fn in_every_layer(&self, layers: usize) -> Option<BTreeSet<LinearSite>> {
+        let sites: BTreeSet<LinearSite> = self.0.keys().map(|(_, site)| *site).collect();
+        (self.0.len() == layers * sites.len()).then_some(sites)
     }
 
     pub(super) fn lowest_layer(&self) -> usize {

@@ -10,7 +10,8 @@ use std::path::Path;
 use candle_core::{DType, Result, Tensor, bail};
 use serde_json::{Value, json};
 
-use super::export::{self, ExportError, Files, PeftFile};
+use super::export::{self, ExportError, Files, PEFT_PREFIX, PeftFile};
+use super::understood;
 use super::{Costs, ExportContext, TrainHooks};
 use crate::kernels::host::{F32View, tensor};
 use crate::model::ModelConfig;
@@ -105,18 +106,16 @@ pub(super) fn peft_files(
 /// When a file is missing or not whole, the adapter is of another kind, or a size is not the model's.
 pub(super) fn read_peft(dir: &Path, config: &ModelConfig) -> std::result::Result<Tensor, ExportError> {
     let file = PeftFile::open_one_of(dir, &["PROMPT_TUNING", "P_TUNING"])?;
-    // PEFT puts the soft tokens before a row for this task alone.
-    file.expect("task_type", &json!("CAUSAL_LM"))?;
-    file.expect("num_transformer_submodules", &json!(1))?;
-    file.expect("modules_to_save", &Value::Null)?;
+    file.expect_understood(understood::PROMPT)?;
     for (key, ours, what) in [
         ("token_dim", config.hidden_size, "the hidden size of the model"),
         ("num_layers", config.num_layers, "the number of layers of the model"),
     ] {
-        if file.config.get(key).is_some_and(|found| found != &json!(ours)) {
+        if file.config.get(key).is_some_and(|found| !understood::is_off(found) && found != &json!(ours)) {
             return Err(file.key_error(key, format!("{ours}, {what}")));
         }
     }
     let tokens: NonZeroUsize = file.read("num_virtual_tokens", "a number above 0")?;
+    file.expect_tensors([TABLE].into_iter(), PEFT_PREFIX)?;
     file.tensor(TABLE, &[tokens.get(), config.hidden_size])
 }

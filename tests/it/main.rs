@@ -16,6 +16,7 @@ mod crash_matrix;
 mod data_errors;
 mod docs;
 mod docs_commands;
+mod foreign_adapters;
 mod full_disk;
 mod golden;
 mod golden_data;
