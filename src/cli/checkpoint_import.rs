@@ -18,7 +18,8 @@ use crate::train::adopt;
 #[derive(Clone, Debug, Args)]
 #[command(rename_all = "snake_case")]
 pub struct ImportArgs {
-    /// Folder of an adapter in PEFT's format, the adapters library's, or THUDM's (config.json with pre_seq_len, pytorch_model.bin)
+    /// Folder of an adapter in PEFT's format, the adapters library's, or THUDM's (config.json with pre_seq_len, and model.safetensors or
+    /// pytorch_model.bin)
     #[arg(value_name = "ADAPTER")]
     pub adapter: PathBuf,
     /// Print JSON

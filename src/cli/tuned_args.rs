@@ -17,7 +17,8 @@ pub struct TunedArgs {
     /// Folder of the base model as the hub has it, or of a fully tuned one
     #[arg(long, value_name = "DIR")]
     pub model_name_or_path: PathBuf,
-    /// Folder of an adapter that a run exported (OUTPUT_DIR/adapter) [default: the base alone]
+    /// Folder of an adapter that a run exported (OUTPUT_DIR/adapter), or that PEFT, the adapters library or THUDM's script saved [default: the
+    /// base alone]
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// In which arithmetic the rotary angles are computed [default: exact]

@@ -1,5 +1,4 @@
-//! Adapters in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), and a prefix in THUDM's as well (`config.json`,
-//! `pytorch_model.bin` with `transformer.prefix_encoder.*`).
+//! Adapters in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`. `thudm.rs` has a prefix in THUDM's.
 //!
 //! Of a prefix PEFT's file holds the encoder's output, THUDM's the encoder itself. What this program knows beyond either format goes into
 //! a third file, [`ABOUT_FILE`]: PEFT warns at unknown keys in its configuration, and older versions refuse them.
@@ -15,7 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::understood::{self, Rules};
-use crate::formats::{FormatError, TensorFile, safetensors, torch_pickle};
+use crate::formats::{FormatError, TensorFile, safetensors};
 use crate::model::config::{ModelConfig, ModelError};
 
 /// Method, sizes, base fingerprint, tokenizer hash and template of an exported prefix.
@@ -26,17 +25,6 @@ pub(super) const PEFT_PREFIX: &str = "base_model.model.";
 const PEFT_TENSORS: &str = "adapter_model.safetensors";
 const PEFT_TENSORS_OLD: &str = "adapter_model.bin";
 const PEFT_TABLE: &str = "prompt_embeddings";
-const THUDM_CONFIG: &str = "config.json";
-pub(super) const THUDM_TENSORS: &str = "pytorch_model.bin";
-/// `[P, W]`, or `[P, W]` before the projection.
-const EMBEDDING: &str = "transformer.prefix_encoder.embedding.weight";
-/// `[E, W]`, `[E]`, `[W, E]`, `[W]` with E the projection's width.
-const PROJECTION: [&str; 4] = [
-    "transformer.prefix_encoder.trans.0.weight",
-    "transformer.prefix_encoder.trans.0.bias",
-    "transformer.prefix_encoder.trans.2.weight",
-    "transformer.prefix_encoder.trans.2.bias",
-];
 
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
@@ -54,8 +42,16 @@ pub enum ExportError {
     MissingTensor { name: String },
     #[error("tensor `{name}` does not belong to a prefix encoder")]
     UnknownTensor { name: String },
-    #[error("{} is not there, so {} is no adapter", path.display(), path.parent().unwrap_or(path).display())]
-    NoAdapter { path: PathBuf },
+    #[error("{} holds no adapter: {reason}", path.display())]
+    NoAdapter { path: PathBuf, reason: String },
+    #[error("{} is a file, expected the folder of an adapter", path.display())]
+    NotAFolder { path: PathBuf },
+    #[error("{} holds a prefix, and {}, which says how long it is, is not there", weights.display(), path.display())]
+    NoPrefixConfig { path: PathBuf, weights: PathBuf },
+    #[error("{} and {} each hold a prefix", paths[0].display(), paths[1].display())]
+    TwoPrefixes { paths: Box<[PathBuf; 2]> },
+    #[error("tensor `{name}` in {} is not the base's: element {index} is {}, and {} in the base", path.display(), values[0], values[1])]
+    OtherWeight { path: PathBuf, name: String, index: usize, values: [f32; 2] },
     #[error("{}: the adapter was trained on {what} {found}, and this is {what} {expected}", path.display())]
     OtherBase { path: PathBuf, what: &'static str, expected: String, found: String },
     #[error("{} is for {found} layers, expected {expected}", path.display())]
@@ -78,6 +74,18 @@ impl ExportError {
         match self {
             Self::Model(error) => error.hint(),
             Self::Format(error) => error.hint(),
+            Self::NotAFolder { path } => {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                Some(format!("give {}", folder.display()))
+            }
+            Self::NoPrefixConfig { .. } => Some(
+                "take the config.json that was saved with the prefix, or the base's with `pre_seq_len` and `prefix_projection` added to it"
+                    .to_owned(),
+            ),
+            Self::TwoPrefixes { .. } => Some("remove one of the two files".to_owned()),
+            Self::OtherWeight { .. } => Some(
+                "the prefix was trained on another base, or its base was trained with it: give the base that it was trained on".to_owned(),
+            ),
             Self::NoAdapter { .. } => Some(
                 "give the folder that a run exported, OUTPUT_DIR/adapter; a fully tuned model is a base: --model_name_or_path".to_owned(),
             ),
@@ -140,17 +148,6 @@ pub struct PeftPrefix {
     pub shape: PrefixShape,
     /// `[P, W]` f32, the encoder's output.
     pub table: Tensor,
-    /// [`ABOUT_FILE`], where there is one.
-    pub about: Option<Value>,
-}
-
-/// A prefix that was read in THUDM's format.
-#[derive(Clone, Debug)]
-pub struct ThudmPrefix {
-    pub shape: PrefixShape,
-    pub projection: bool,
-    /// f32, under THUDM's names.
-    pub tensors: BTreeMap<String, Tensor>,
     /// [`ABOUT_FILE`], where there is one.
     pub about: Option<Value>,
 }
@@ -324,6 +321,21 @@ impl PeftFile {
     }
 }
 
+/// Why the folder `dir`, in which no adapter was found, holds none.
+pub(super) fn no_adapter(dir: &Path) -> ExportError {
+    let path = dir.to_owned();
+    if dir.is_file() {
+        return ExportError::NotAFolder { path };
+    }
+    let reason = if dir.exists() {
+        "neither adapter_config.json (PEFT, the adapters library), nor adapter_setup.json (a fusion), nor weights with \
+         transformer.prefix_encoder.* (THUDM) are there"
+    } else {
+        "there is no such folder"
+    };
+    ExportError::NoAdapter { path, reason: reason.to_owned() }
+}
+
 pub(super) fn key_error(path: &Path, config: &Value, key: &'static str, expected: String) -> ExportError {
     let found = config.get(key).map_or("not there".to_owned(), Value::to_string);
     ExportError::Key { path: path.to_owned(), key, expected, found }
@@ -346,75 +358,6 @@ pub fn read_peft(dir: &Path) -> Result<PeftPrefix, ExportError> {
     file.expect_tensors([PEFT_TABLE].into_iter(), PEFT_PREFIX)?;
     let table = file.tensor(PEFT_TABLE, &[shape.virtual_tokens, shape.width()])?;
     Ok(PeftPrefix { shape, table, about: read_about(dir)? })
-}
-
-/// The files of THUDM's format: `tensors` under THUDM's names (`transformer.prefix_encoder.embedding.weight` `[P, W]`, with a projection
-/// also `.trans.{0,2}.{weight,bias}`), and the base's config.json with `pre_seq_len` and `prefix_projection`.
-///
-/// # Errors
-/// When a tensor is missing, unknown, of another shape, or cannot be read from its device.
-pub fn thudm_files(
-    shape: &PrefixShape,
-    tensors: &BTreeMap<String, Tensor>,
-    base_config: &Value,
-    about: &Value,
-) -> Result<Files, ExportError> {
-    let projection = tensors.len() > 1;
-    let width = tensors.get(PROJECTION[1]).and_then(|bias| bias.dims().first().copied()).unwrap_or(0);
-    let expected = thudm_shapes(shape, projection.then_some(width));
-    if let Some(name) = tensors.keys().find(|name| !expected.contains_key(name.as_str())) {
-        return Err(ExportError::UnknownTensor { name: name.clone() });
-    }
-    for (name, dims) in &expected {
-        match tensors.get(*name) {
-            Some(tensor) => check_shape(name, tensor, dims, None)?,
-            None => return Err(ExportError::MissingTensor { name: (*name).to_owned() }),
-        }
-    }
-    let mut config = base_config.clone();
-    if let Some(keys) = config.as_object_mut() {
-        keys.insert("pre_seq_len".to_owned(), Value::from(shape.virtual_tokens));
-        keys.insert("prefix_projection".to_owned(), Value::from(projection));
-    }
-    Ok(vec![
-        (THUDM_CONFIG.to_owned(), pretty(&config)),
-        (THUDM_TENSORS.to_owned(), torch_pickle::to_bytes(tensors)?),
-        (ABOUT_FILE.to_owned(), pretty(about)),
-    ])
-}
-
-/// Reads a prefix in THUDM's format.
-///
-/// # Errors
-/// When a file is missing or not whole, config.json has no `pre_seq_len`, or sizes disagree.
-pub fn read_thudm(dir: &Path) -> Result<ThudmPrefix, ExportError> {
-    let config = ModelConfig::load(dir)?;
-    let Some(virtual_tokens) = config.pre_seq_len else {
-        return Err(ExportError::Key {
-            path: dir.join(THUDM_CONFIG),
-            key: "pre_seq_len",
-            expected: "the number of virtual tokens".to_owned(),
-            found: "not there".to_owned(),
-        });
-    };
-    let shape = PrefixShape::of(&config, virtual_tokens);
-    let file = TensorFile::open(&dir.join(THUDM_TENSORS))?;
-    let width = config.prefix_projection.then(|| file.get(PROJECTION[1]).map(|bias| bias.num_elements())).transpose()?;
-    let tensors = thudm_shapes(&shape, width)
-        .into_iter()
-        .map(|(name, dims)| Ok((name.to_owned(), read_tensor(&file, name, &dims)?)))
-        .collect::<Result<_, ExportError>>()?;
-    Ok(ThudmPrefix { shape, projection: config.prefix_projection, tensors, about: read_about(dir)? })
-}
-
-/// THUDM's tensors; `projection` is E.
-fn thudm_shapes(shape: &PrefixShape, projection: Option<usize>) -> BTreeMap<&'static str, Vec<usize>> {
-    let w = shape.width();
-    let mut shapes = BTreeMap::from([(EMBEDDING, vec![shape.virtual_tokens, w])]);
-    if let Some(e) = projection {
-        shapes.extend(PROJECTION.into_iter().zip([vec![e, w], vec![e], vec![w, e], vec![w]]));
-    }
-    shapes
 }
 
 pub(super) fn read_tensor(file: &TensorFile, name: &str, dims: &[usize]) -> Result<Tensor, ExportError> {
@@ -488,15 +431,5 @@ mod tests {
         std::fs::write(dir.path().join(PEFT_CONFIG), br#"{"peft_type": "LORA"}"#).unwrap();
         let text = read_peft(dir.path()).unwrap_err().to_string();
         assert!(text.contains("key `peft_type` is \"LORA\", expected \"PREFIX_TUNING\""), "{text}");
-    }
-
-    #[test]
-    fn thudm_tensors_with_one_missing_or_unknown_are_refused() {
-        let mut tensors = BTreeMap::from([(EMBEDDING.to_owned(), tensor(&[5, 48])), (PROJECTION[1].to_owned(), tensor(&[7]))]);
-        let text = thudm_files(&SHAPE, &tensors, &json!({}), &json!({})).unwrap_err().to_string();
-        assert_eq!(text, "tensor `transformer.prefix_encoder.trans.0.weight` of the prefix encoder is missing");
-        tensors.insert("lora".to_owned(), tensor(&[1]));
-        let text = thudm_files(&SHAPE, &tensors, &json!({}), &json!({})).unwrap_err().to_string();
-        assert_eq!(text, "tensor `lora` does not belong to a prefix encoder");
     }
 }

@@ -6,12 +6,12 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::Value;
 
-use super::export::{self, PEFT_CONFIG, THUDM_TENSORS};
 use super::prefix::Names;
+use super::thudm::ThudmFolder;
 use super::{Base, MethodError, PeftMethod, prefix_tuning, ptuning_v2, read};
 
-/// Puts the values of the adapter in `dir` into `method`: in PEFT's format, the adapters library's, or THUDM's (`pytorch_model.bin` with
-/// `transformer.prefix_encoder.*`; of a folder that has both formats of a prefix THUDM's is read, which has the projection).
+/// Puts the values of the adapter in `dir` into `method`: in PEFT's format, the adapters library's, or THUDM's. If `method` trains a prefix and the
+/// folder has both formats of one, THUDM's is read.
 ///
 /// # Errors
 /// When `dir` holds no adapter, one of another base, or one whose sizes or parameters are not those of `method`.
@@ -24,9 +24,10 @@ pub fn import(dir: &Path, base: Base, method: &mut dyn PeftMethod) -> Result<(),
         values: Box::new([found, expected]),
     };
     let takes_prefix = ENCODERS.iter().any(|names| method.params().layout().get(names.embedding).is_some());
-    let tensors = if dir.join(THUDM_TENSORS).exists() && (takes_prefix || !dir.join(PEFT_CONFIG).exists()) {
-        read::expect_base(dir, base)?;
-        export::read_thudm(dir)?.tensors
+    // PEFT's format of a prefix lacks the projection, which THUDM's has.
+    let thudm = if takes_prefix { ThudmFolder::open(dir)? } else { None };
+    let tensors = if let Some(folder) = thudm {
+        read::read_thudm(&folder, dir, base)?.tensors
     } else {
         let adapter = read::read(dir, base)?;
         if !takes_prefix && adapter.name() != name {

@@ -26,6 +26,7 @@ pub mod ptuning_v2;
 pub mod read;
 pub mod select;
 mod soft_prompt;
+pub mod thudm;
 mod understood;
 
 pub mod freeze;

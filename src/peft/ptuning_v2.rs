@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::export::{self, ExportError, Files, PrefixShape};
 use super::keys::{KeyError, MethodKeys, positive, share_below_one};
 use super::prefix::{self, Names, PrefixEncoder, Projection, Shape};
+use super::thudm::thudm_files;
 use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
 use crate::model::shape::ModelShape;
 use crate::model::{ChatGlm2, ModelConfig};
@@ -150,7 +151,7 @@ impl PeftMethod for PtuningV2 {
         // Both formats in one folder: their file names differ, and the file about the run is the same.
         let mut files: BTreeMap<String, Vec<u8>> =
             export::peft_files(&shape, self.encoder.table(), &base_model, &about)?.into_iter().collect();
-        files.extend(export::thudm_files(&shape, &self.params().tensors()?, &base_config, &about)?);
+        files.extend(thudm_files(&shape, &self.params().tensors()?, &base_config, &about)?);
         Ok(files.into_iter().collect())
     }
 }

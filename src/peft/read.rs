@@ -12,6 +12,7 @@ use super::ia3::Ia3;
 use super::lora::Lora;
 use super::prefix_tuning::PrefixTuning;
 use super::prompt_tuning::PromptTuning;
+use super::thudm::{ThudmFolder, ThudmPrefix};
 use super::{MethodError, PeftMethod};
 use crate::model::{ChatGlm2, family};
 
@@ -28,7 +29,8 @@ pub struct Base<'a> {
     pub tokenizer_sha256: &'a str,
 }
 
-/// Reads the adapter in `dir`, in PEFT's format or that of the adapters library. A prefix comes back as a plain table, whatever computed it.
+/// Reads the adapter in `dir`, in PEFT's format, that of the adapters library, or THUDM's. PEFT's prefix comes back as a plain table, whatever
+/// computed it; a folder with a prefix in both formats is read as PEFT's.
 ///
 /// An adapter without [`ABOUT_FILE`] was not exported by this program; nothing says what base it belongs to, and its sizes alone are checked.
 ///
@@ -39,7 +41,10 @@ pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> 
     let path = dir.join(PEFT_CONFIG);
     let is_fusion = dir.join(adapter_files::SETUP).exists();
     if !path.exists() && !is_fusion {
-        return Err(ExportError::NoAdapter { path }.into());
+        return match ThudmFolder::open(dir)? {
+            Some(folder) => Ok(Box::new(read_thudm(&folder, dir, base)?.method(&base.model.config)?)),
+            None => Err(export::no_adapter(dir).into()),
+        };
     }
     expect_base(dir, base)?;
     if is_fusion {
@@ -113,6 +118,16 @@ fn named_base(dir: &Path) -> Result<Option<(PathBuf, &'static str, String)>, Exp
     let json = export::read_json(&path)?;
     let named = keys.iter().find_map(|key| Some((*key, json.get(*key)?.as_str()?.to_owned())));
     Ok(named.map(|(key, name)| (path, key, name)))
+}
+
+/// A prefix in THUDM's format, of this base.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn read_thudm(folder: &ThudmFolder, dir: &Path, base: Base) -> Result<ThudmPrefix, MethodError> {
+    expect_base(dir, base)?;
+    folder.expect_base(base)?;
+    Ok(folder.prefix()?)
 }
 
 /// Tests that the adapter is of this base, where it says so.

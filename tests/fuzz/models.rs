@@ -10,8 +10,9 @@ use glmddp::formats::{safetensors, torch_pickle};
 use glmddp::model::shape::ModelShape;
 use glmddp::model::weights::WeightSource;
 use glmddp::model::{ChatGlm2, ModelConfig, RopeTable};
-use glmddp::peft::export::{read_peft, read_thudm};
+use glmddp::peft::export::read_peft;
 use glmddp::peft::keys::MethodKeys;
+use glmddp::peft::thudm::read_thudm;
 use glmddp::peft::{self, Base, ExportContext, FinetuningType, MethodPlan, Mode, RowContext};
 use serde_json::json;
 

@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use glmddp::formats::{TensorFile, tensor_bytes};
 use glmddp::model::config::ModelConfig;
 use glmddp::model::weights::WeightSource;
-use glmddp::peft::export::{PrefixShape, peft_files, read_peft, read_thudm, thudm_files};
+use glmddp::peft::export::{PrefixShape, peft_files, read_peft};
+use glmddp::peft::thudm::{read_thudm, thudm_files};
 
 use crate::support;
 

@@ -46,6 +46,7 @@ mod soft_prompt;
 mod stop;
 mod support;
 mod tensor_files;
+mod thudm;
 mod train;
 mod train_errors;
 mod tuned;

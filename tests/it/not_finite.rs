@@ -156,6 +156,19 @@ fn adapter_of_every_method_that_is_not_finite_is_refused_with_the_tensor_named()
 }
 
 #[test]
+fn prefix_in_thudms_format_that_is_not_finite_is_refused() {
+    let setup = Setup::new();
+    let args = "--finetuning_type ptuning_v2 --pre_seq_len 4 --prefix_projection";
+    setup.train("out", args);
+    let adapter = setup.path("out/adapter");
+    std::fs::remove_file(adapter.join("adapter_config.json")).unwrap();
+    set_element(&adapter.join("pytorch_model.bin"), "transformer.prefix_encoder.trans.2.bias", 5, f32::NAN);
+    let text = setup.refused(&format!("{EVALUATE} --adapter out/adapter"), 2);
+    insta::assert_snapshot!("thudm_prefix_that_is_not_finite", text);
+    assert_eq!(setup.refused(&format!("checkpoint import out/adapter {PATHS} {SIZES} {args} --output_dir new"), 2), text);
+}
+
+#[test]
 fn loss_that_overflows_with_finite_weights_is_refused_with_the_rows_named() {
     let setup = Setup::new();
     setup.train("out", "--finetuning_type lora --lora_rank 2 --lora_target query_key_value");
