@@ -18,6 +18,7 @@ pub mod optim;
 pub mod params;
 pub mod peft;
 pub mod rng;
+pub mod shell;
 pub mod telemetry;
 pub mod tokenizer;
 pub mod train;

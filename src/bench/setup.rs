@@ -143,7 +143,7 @@ impl BenchSetup {
         };
         let request = LoadRequest {
             file: file.clone(),
-            columns: Columns { prompt: "content".to_owned(), response: "summary".to_owned(), history: None },
+            columns: Columns { prompt: "content".to_owned(), input: None, response: "summary".to_owned(), history: None },
             limits,
             on_bad_row: OnBadRow::Stop,
             max_samples: None,

@@ -13,7 +13,7 @@ use super::{base_warnings, ranks, report};
 use crate::config::values::named;
 use crate::data::load::{self, LoadRequest};
 use crate::data::prompt::Truncation;
-use crate::data::record::{Columns, OnBadRow};
+use crate::data::record::{Columns, OnBadRow, PROMPT_COLUMN, RESPONSE_COLUMN};
 use crate::data::tokenize::Limits;
 use crate::dist::ProcessGroup;
 use crate::train::adapters::{Ranks, Tokenizer};
@@ -28,12 +28,15 @@ pub struct EvaluateArgs {
     #[arg(long, value_name = "FILE")]
     pub validation_file: PathBuf,
     /// Column with the question
-    #[arg(long, value_name = "NAME", default_value = "content")]
+    #[arg(long, value_name = "NAME", default_value = PROMPT_COLUMN)]
     pub prompt_column: String,
+    /// Column with more of the question, appended on a new line where it is not empty (alpaca's `input`)
+    #[arg(long, value_name = "NAME")]
+    pub input_column: Option<String>,
     /// Column with the answer
-    #[arg(long, value_name = "NAME", default_value = "summary")]
+    #[arg(long, value_name = "NAME", default_value = RESPONSE_COLUMN)]
     pub response_column: String,
-    /// Column with the earlier rounds, a list of [question, answer]
+    /// Column with the earlier rounds, a list of [question, answer]; a row without it has none
     #[arg(long, value_name = "NAME")]
     pub history_column: Option<String>,
     /// Tokens of the prompt, `[gMASK] sop` included
@@ -72,6 +75,7 @@ fn on_rank(args: &EvaluateArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> 
         file: args.validation_file.clone(),
         columns: Columns {
             prompt: args.prompt_column.clone(),
+            input: args.input_column.clone(),
             response: args.response_column.clone(),
             history: args.history_column.clone(),
         },
@@ -89,6 +93,7 @@ fn on_rank(args: &EvaluateArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> 
     if group.rank() != 0 {
         return Ok(());
     }
+    report::warn(&data.column_use.report(&request.columns, data.file()));
     let text = if args.json {
         let json = json!({
             "eval_loss": found.loss,

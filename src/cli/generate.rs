@@ -9,11 +9,13 @@ use serde_json::json;
 
 use super::tuned_args::TunedArgs;
 use super::{base_warnings, report};
+use crate::config::values::named;
+use crate::data::column_use::ColumnUse;
 use crate::data::prompt::Truncation;
-use crate::data::record::Columns;
+use crate::data::record::{Columns, OnBadRow, PROMPT_COLUMN, RESPONSE_COLUMN, Row};
 use crate::data::rows::Rows;
 use crate::data::tokenize::{Limits, SampleMaker};
-use crate::data::{DataError, Example, RowOrigin};
+use crate::data::{BadRows, DataError, Example, RowOrigin};
 use crate::dist::Solo;
 use crate::model::generate::greedy;
 use crate::train::TrainError;
@@ -31,14 +33,20 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE")]
     pub file: Option<PathBuf>,
     /// Column with the question
-    #[arg(long, value_name = "NAME", default_value = "content")]
+    #[arg(long, value_name = "NAME", default_value = PROMPT_COLUMN)]
     pub prompt_column: String,
+    /// Column with more of the question, appended on a new line where it is not empty (alpaca's `input`)
+    #[arg(long, value_name = "NAME", requires = "file")]
+    pub input_column: Option<String>,
     /// Column with the answer that is expected, to be printed beside the model's
     #[arg(long, value_name = "NAME", requires = "file")]
     pub response_column: Option<String>,
-    /// Column with the earlier rounds, a list of [question, answer]
+    /// Column with the earlier rounds, a list of [question, answer]; a row without it has none
     #[arg(long, value_name = "NAME", requires = "file")]
     pub history_column: Option<String>,
+    /// What a row that cannot be read does [default: stop]
+    #[arg(long, value_name = "WHAT", requires = "file", value_parser = named::<OnBadRow>(&["stop", "skip"]))]
+    pub on_bad_row: Option<OnBadRow>,
     /// Answer the first so many rows only
     #[arg(long, value_name = "ROWS", requires = "file")]
     pub rows: Option<NonZeroUsize>,
@@ -80,8 +88,37 @@ fn examples(args: &GenerateArgs) -> Result<Vec<Example>, DataError> {
     };
     // A row needs an answer's column to be read; where none is asked for, the question's stands in and is not looked at.
     let response = args.response_column.clone().unwrap_or_else(|| args.prompt_column.clone());
-    let columns = Columns { prompt: args.prompt_column.clone(), response, history: args.history_column.clone() };
-    Rows::open(file, &columns)?.take(args.rows.map_or(usize::MAX, NonZeroUsize::get)).collect()
+    let (prompt, input, history) = (args.prompt_column.clone(), args.input_column.clone(), args.history_column.clone());
+    let columns = Columns { prompt, input, response, history };
+    let mut rows = Rows::open(file, &columns)?;
+    let wanted = args.rows.map_or(usize::MAX, NonZeroUsize::get);
+    let (mut examples, mut column_use, mut bad_rows) = (Vec::new(), ColumnUse::default(), BadRows::default());
+    while examples.len() < wanted
+        && let Some(row) = rows.next()
+    {
+        match row {
+            Ok(Row { example, beside }) => {
+                examples.push(example);
+                column_use.push(&beside);
+            }
+            Err(DataError::BadRow(error)) if args.on_bad_row == Some(OnBadRow::Skip) => bad_rows.push(*error),
+            Err(error) => return Err(error),
+        }
+    }
+    if examples.is_empty() {
+        return Err(rows.without_good(bad_rows.total, bad_rows));
+    }
+    column_use.check(&columns, file)?;
+    if args.response_column.is_none() {
+        // The answers of a file of training rows, which nobody asked to see.
+        column_use.forget(RESPONSE_COLUMN);
+    }
+    let mut warnings = column_use.report(&columns, file);
+    if bad_rows.total > 0 {
+        warnings.push(format!("left out: {bad_rows}"));
+    }
+    report::warn(&warnings);
+    Ok(examples)
 }
 
 struct Answer {

@@ -12,7 +12,7 @@ use crate::config::arithmetic::{Arithmetic, Length, plan_arithmetic, plan_length
 use crate::config::plan::{BatchPlan, DataPlan, Duration, Recompute, Resume, TimeLimit, WeightDtype};
 use crate::config::values::name_of;
 use crate::data::DataError;
-use crate::data::record::Columns;
+use crate::data::column_use::ColumnUse;
 use crate::data::rows::Rows;
 use crate::model::shape::ModelShape;
 use crate::peft::{MethodError, bare};
@@ -59,14 +59,22 @@ fn num_train_rows(data: &DataPlan) -> Result<Option<u64>, DataError> {
     if !data.train_file.exists() {
         return Ok(None);
     }
-    let columns =
-        Columns { prompt: data.prompt_column.clone(), response: data.response_column.clone(), history: data.history_column.clone() };
+    let columns = data.columns();
     let mut rows = Rows::open(&data.train_file, &columns)?;
+    let mut column_use = ColumnUse::default();
     let limit = data.max_train_samples.map_or(u64::MAX, |n| n as u64);
     let mut num_rows = 0;
-    while num_rows < limit && rows.next_raw()?.is_some() {
+    while num_rows < limit
+        && let Some(raw) = rows.next_raw()?
+    {
         num_rows += 1;
+        // A bad row is counted here; the training says what is bad.
+        if let Ok(row) = rows.parser().parse(&raw) {
+            column_use.push(&row.beside);
+        }
     }
+    column_use.check(&columns, &data.train_file)?;
+    report::warn(&column_use.report(&columns, &data.train_file));
     Ok(Some(num_rows))
 }
 
@@ -121,7 +129,9 @@ fn method_text(plan: &Plan, arithmetic: Option<&Arithmetic>) -> String {
 fn data_text(plan: &Plan) -> String {
     let data = &plan.data;
     let history = data.history_column.as_ref().map(|h| format!(", history `{h}`")).unwrap_or_default();
-    let mut text = format!("{}: prompt `{}`, answer `{}`{history}", data.train_file.display(), data.prompt_column, data.response_column);
+    let input = data.input_column.as_ref().map(|name| format!(" and `{name}`")).unwrap_or_default();
+    let (prompt, response) = (&data.prompt_column, &data.response_column);
+    let mut text = format!("{}: prompt `{prompt}`{input}, answer `{response}`{history}", data.train_file.display());
     if let Some(file) = &data.validation_file {
         text += &format!("\nheld out: {}", file.display());
     }

@@ -28,6 +28,7 @@ pub fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
     base_warnings::of_template(&plan.model.model_name_or_path)?;
     let tokenizer = GlmTokenizer::from_file(&plan.model.model_name_or_path.join("tokenizer.model"))?;
     let (data, _) = load::load(&load_request(&plan, &plan.data.train_file, plan.data.max_train_samples), &Tokenizer(&tokenizer), &Alone)?;
+    report::warn(&data.column_use.report(&plan.data.columns(), data.file()));
     let shown: Vec<usize> = (0..data.num_samples()).filter(|&i| data.origin(i).row >= args.row).take(args.count).collect();
     let mut text = String::new();
     for i in &shown {

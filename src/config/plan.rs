@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::values::{Span, TimeLimit};
 pub use crate::data::prompt::Truncation;
+use crate::data::record::Columns;
 pub use crate::data::record::OnBadRow;
 pub use crate::dist::Reduction;
 pub use crate::model::{Recompute, RopeTable, WeightDtype};
@@ -39,6 +40,7 @@ pub struct DataPlan {
     pub train_file: PathBuf,
     pub validation_file: Option<PathBuf>,
     pub prompt_column: String,
+    pub input_column: Option<String>,
     pub response_column: String,
     pub history_column: Option<String>,
     /// Tokens of the prompt, `[gMASK] sop` included.
@@ -52,6 +54,18 @@ pub struct DataPlan {
     /// Where tokenized rows are kept between runs; none: not kept.
     pub cache_dir: Option<PathBuf>,
     pub overwrite_cache: bool,
+}
+
+impl DataPlan {
+    /// Which columns hold what.
+    pub fn columns(&self) -> Columns {
+        Columns {
+            prompt: self.prompt_column.clone(),
+            input: self.input_column.clone(),
+            response: self.response_column.clone(),
+            history: self.history_column.clone(),
+        }
+    }
 }
 
 /// A global batch is `slots_per_step` slots of `rows_per_slot` rows; each slot is computed by one rank.

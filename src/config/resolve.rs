@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use super::plan::*;
 use super::{ConfigError, Place, RunConfig, Sources};
+use crate::data::record::{PROMPT_COLUMN, RESPONSE_COLUMN};
 use crate::peft::FinetuningType;
 use crate::peft::keys::KeyError;
 
@@ -77,8 +78,9 @@ impl Resolver<'_> {
         Ok(DataPlan {
             train_file: required("train_file", data.train_file.as_ref())?,
             validation_file: data.validation_file.clone(),
-            prompt_column: data.prompt_column.clone().unwrap_or_else(|| "content".to_owned()),
-            response_column: data.response_column.clone().unwrap_or_else(|| "summary".to_owned()),
+            prompt_column: data.prompt_column.clone().unwrap_or_else(|| PROMPT_COLUMN.to_owned()),
+            input_column: data.input_column.clone(),
+            response_column: data.response_column.clone().unwrap_or_else(|| RESPONSE_COLUMN.to_owned()),
             history_column: data.history_column.clone(),
             max_source_length,
             max_target_length,

@@ -49,10 +49,13 @@ pub struct DataConfig {
     /// Column with the question [default: content]
     #[arg(long, value_name = "NAME")]
     pub prompt_column: Option<String>,
+    /// Column with more of the question, appended on a new line where it is not empty (alpaca's `input`)
+    #[arg(long, value_name = "NAME")]
+    pub input_column: Option<String>,
     /// Column with the answer [default: summary]
     #[arg(long, value_name = "NAME")]
     pub response_column: Option<String>,
-    /// Column with the earlier rounds, a list of [question, answer]
+    /// Column with the earlier rounds, a list of [question, answer]; a row without it has none
     #[arg(long, value_name = "NAME")]
     pub history_column: Option<String>,
     /// Tokens of the prompt, `[gMASK] sop` included [default: 64]

@@ -29,6 +29,7 @@ impl From<&Plan> for RunConfig {
                 train_file: Some(data.train_file.clone()),
                 validation_file: data.validation_file.clone(),
                 prompt_column: Some(data.prompt_column.clone()),
+                input_column: data.input_column.clone(),
                 response_column: Some(data.response_column.clone()),
                 history_column: data.history_column.clone(),
                 max_source_length: Some(data.max_source_length),

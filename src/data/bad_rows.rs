@@ -25,6 +25,8 @@ pub enum Place {
 pub enum BadRowKind {
     InvalidUtf8,
     BadJson,
+    /// A quote or a line break where CSV has none.
+    BadCsv,
     NotAnObject,
     /// A CSV row with another number of fields than the header.
     FieldCount,
@@ -41,6 +43,7 @@ impl fmt::Display for BadRowKind {
         f.write_str(match self {
             Self::InvalidUtf8 => "not UTF-8",
             Self::BadJson => "bad JSON",
+            Self::BadCsv => "bad CSV",
             Self::NotAnObject => "not an object",
             Self::FieldCount => "other number of fields than the header",
             Self::MissingColumn => "missing column",

@@ -13,7 +13,7 @@ use crate::digest::{hex, sha256_hex};
 
 const MAGIC: &[u8; 8] = b"glmddpR1";
 /// Changes whenever the same rows would give other samples or other bytes.
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 
 /// Everything that decides the content of a tokenized file.
 #[derive(Serialize)]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use super::bad_rows::BadRows;
+use super::column_use::ColumnUse;
 use super::error::DataError;
 use super::{RowOrigin, Sample};
 use crate::digest::hex;
@@ -50,6 +51,8 @@ pub struct Dataset {
     pub num_cut_prompts: usize,
     /// Number of rows whose answer was cut to `max_target_length`.
     pub num_cut_answers: usize,
+    /// What the rows have in columns that no key names.
+    pub column_use: ColumnUse,
 }
 
 /// Lengths of the samples (tokens).
@@ -74,6 +77,7 @@ impl Dataset {
             bad_rows: BadRows::default(),
             num_cut_prompts: 0,
             num_cut_answers: 0,
+            column_use: ColumnUse::default(),
         }
     }
 
@@ -95,6 +99,7 @@ impl Dataset {
         self.bad_rows.append(later.bad_rows.clone());
         self.num_cut_prompts += later.num_cut_prompts;
         self.num_cut_answers += later.num_cut_answers;
+        self.column_use.append(&later.column_use);
     }
 
     pub(super) fn check_size(&self) -> Result<(), DataError> {

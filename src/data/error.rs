@@ -4,6 +4,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::bad_rows::{BadRows, RowError};
+use super::encoding;
+use crate::shell;
+
+/// Characters of a column's name that a message shows.
+const SHOWN_CHARS: usize = 60;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
@@ -21,8 +26,16 @@ pub enum DataError {
     NoGoodRows { path: PathBuf, bad_rows: BadRows },
     #[error("expected JSON lines, a JSON array or CSV, found a file that starts with {found}\n  --> {}", path.display())]
     UnknownFormat { path: PathBuf, found: String },
-    #[error("expected UTF-8 text, found UTF-16\n  --> {}", path.display())]
-    Utf16 { path: PathBuf },
+    #[error("expected JSON lines, a JSON array or CSV, found {found}\n  --> {}", path.display())]
+    NotText { path: PathBuf, found: &'static str, hint: &'static str },
+    /// In an encoding that `iconv` calls `found`.
+    #[error("expected UTF-8 text, found {found}\n  --> {}", path.display())]
+    Wide { path: PathBuf, found: &'static str },
+    #[error("expected CSV, as the file's name says, found JSON\n  --> {}, line {line}", path.display())]
+    JsonInCsv { path: PathBuf, line: usize, extension: &'static str },
+    /// A column that a row may lack, but that no row has.
+    #[error("no row has the column {}\n  --> {}", shown_name(name), path.display())]
+    NoSuchColumn { path: PathBuf, name: String, role: &'static str, near: String },
     #[error("expected a JSON array, found bad JSON: {message}\n  --> {}, line {line}, byte {column}", path.display())]
     BadArray { path: PathBuf, line: usize, column: usize, message: String },
     /// The first line of a CSV file.
@@ -75,7 +88,16 @@ impl DataError {
             Self::NoRows { .. } => Some("write one JSON object a line, a JSON array of objects, or CSV with a header row".to_owned()),
             Self::NoGoodRows { bad_rows, .. } => bad_rows.first.first()?.hint.clone(),
             Self::UnknownFormat { .. } => Some("name the file .jsonl, .json or .csv after what it holds".to_owned()),
-            Self::Utf16 { path } => Some(format!("convert it: iconv -f UTF-16 -t UTF-8 {}", path.display())),
+            Self::NotText { hint, .. } => Some((*hint).to_owned()),
+            Self::Wide { path, found } => Some(format!("`{}` converts it", encoding::conversion(found, path))),
+            Self::JsonInCsv { path, extension, .. } => {
+                let (old, new) = (shell::quoted_path(path), shell::quoted_path(&path.with_extension(extension)));
+                Some(format!("`mv {old} {new}` names it after what it holds"))
+            }
+            Self::NoSuchColumn { role, near, .. } => {
+                let option = shell::option(&format!("{role}_column"), near);
+                Some(format!("is {} meant? then pass `{option}`", shown_name(near)))
+            }
             Self::BadArray { .. } => {
                 Some("a damaged array cannot be read past the damage; correct it, or write one object a line".to_owned())
             }
@@ -92,11 +114,24 @@ impl DataError {
     }
 }
 
-/// The name most like `wanted`, if one is near enough to be meant.
+/// The name most like `wanted` that can be pasted, if one is near enough to be meant.
 pub(super) fn nearest<'a>(wanted: &str, names: &'a [String]) -> Option<&'a str> {
     let score = |name: &String| strsim::jaro_winkler(&wanted.to_lowercase(), &name.to_lowercase());
-    let best = names.iter().map(|name| (score(name), name)).max_by(|a, b| a.0.total_cmp(&b.0))?;
+    let best = names.iter().filter(|name| shell::is_plain(name)).map(|name| (score(name), name)).max_by(|a, b| a.0.total_cmp(&b.0))?;
     (best.0 >= 0.75).then_some(best.1.as_str())
+}
+
+/// A column's name on one line, as a message shows it.
+pub(super) fn shown_name(name: &str) -> String {
+    if name.is_empty() {
+        return "`` (without a name)".to_owned();
+    }
+    let mut shown = String::new();
+    for c in name.chars().take(SHOWN_CHARS) {
+        if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+    }
+    let more = if name.chars().nth(SHOWN_CHARS).is_some() { "..." } else { "" };
+    format!("`{shown}{more}`")
 }
 
 fn files_of(dir: &Path) -> Vec<String> {

@@ -10,13 +10,16 @@ use rayon::prelude::*;
 
 use super::bad_rows::RowError;
 use super::cache::{self, CacheKey};
+use super::column_use::Beside;
 use super::record::{Columns, OnBadRow, RowParser};
-use super::rows::{Format, RawRow, Rows, open_file};
+use super::rows::{RawRow, Rows, open_file};
 use super::tokenize::{Encode, Limits, SampleMaker, Tokenized};
 use super::{DataError, Dataset, Exchange, wire};
 
 /// Rows read before an exchange.
 const WINDOW: usize = 1 << 16;
+/// Rows that a thread tokenizes at a time.
+const CHUNK: usize = 16;
 /// Largest message when rank 0 gives the others a cached set (bytes).
 const MESSAGE_BYTES: usize = 1 << 26;
 
@@ -145,18 +148,12 @@ fn tokenize_together(request: &LoadRequest, mut rows: Rows, maker: &SampleMaker<
             set.append(&share);
         }
     }
-    match (num_rows, set.num_samples()) {
-        (0, _) => {
-            let found = match rows.format() {
-                Format::JsonLines => "blank lines",
-                Format::JsonArray => "an empty array",
-                Format::Csv => "a header alone",
-            };
-            Err(DataError::NoRows { path: request.file.clone(), found })
-        }
-        (_, 0) => Err(DataError::NoGoodRows { path: request.file.clone(), bad_rows: set.bad_rows }),
-        _ => set.check_size().map(|()| set),
+    if set.num_samples() == 0 {
+        return Err(rows.without_good(num_rows, set.bad_rows));
     }
+    set.check_size()?;
+    set.column_use.check(&request.columns, &request.file)?;
+    Ok(set)
 }
 
 fn next_window(rows: &mut Rows, max: usize) -> Result<Vec<RawRow>, DataError> {
@@ -177,24 +174,33 @@ pub(super) fn share_of(n: usize, world_size: usize, rank: usize) -> Range<usize>
     start..start + each + usize::from(rank < more)
 }
 
+/// Tokenizes rows on this rank's threads. What a row holds beside its text is counted at once, not kept.
 fn tokenize_share(share: &[RawRow], parser: &RowParser, maker: &SampleMaker<'_>, request: &LoadRequest) -> Dataset {
-    let one = |raw: &RawRow| -> Result<Tokenized, Box<RowError>> {
-        let example = parser.parse(raw)?;
-        maker.make(&example).map_err(|message| parser.not_tokenized(raw.row, message))
-    };
-    let results: Vec<Result<Tokenized, Box<RowError>>> = share.par_iter().map(one).collect();
-    let mut set = Dataset::new(&request.file);
-    for (raw, result) in share.iter().zip(results) {
-        match result {
-            Ok(row) => {
-                set.push(row.sample.as_ref(), raw.row);
-                set.num_cut_prompts += usize::from(row.prompt_cut);
-                set.num_cut_answers += usize::from(row.answer_cut);
+    let chunk = |rows: &[RawRow]| {
+        let mut set = Dataset::new(&request.file);
+        for raw in rows {
+            match tokenize(raw, parser, maker) {
+                Ok((row, beside)) => {
+                    set.push(row.sample.as_ref(), raw.row);
+                    set.num_cut_prompts += usize::from(row.prompt_cut);
+                    set.num_cut_answers += usize::from(row.answer_cut);
+                    set.column_use.push(&beside);
+                }
+                Err(error) => set.bad_rows.push(*error),
             }
-            Err(error) => set.bad_rows.push(*error),
         }
-    }
+        set
+    };
+    let chunks: Vec<Dataset> = share.par_chunks(CHUNK).map(chunk).collect();
+    let mut set = Dataset::new(&request.file);
+    chunks.iter().for_each(|chunk| set.append(chunk));
     set
+}
+
+fn tokenize(raw: &RawRow, parser: &RowParser, maker: &SampleMaker<'_>) -> Result<(Tokenized, Beside), Box<RowError>> {
+    let row = parser.parse(raw)?;
+    let tokenized = maker.make(&row.example).map_err(|message| parser.not_tokenized(raw.row, message))?;
+    Ok((tokenized, row.beside))
 }
 
 /// Gathers every rank's bytes, or fails on every rank when one of them failed: with its own error there, with its name elsewhere.

@@ -6,9 +6,13 @@
 pub mod bad_rows;
 pub mod cache;
 pub mod collate;
+pub mod column_use;
+pub mod csv;
 pub mod dataset;
 pub mod demo;
+mod encoding;
 pub mod error;
+pub mod history;
 pub mod load;
 pub mod loader;
 pub mod prompt;

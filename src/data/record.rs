@@ -4,13 +4,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::bad_rows::{BadRowKind, Place, RowError};
-use super::error::nearest;
+use super::column_use::{Beside, Holds};
+use super::csv::{Cells, CsvFault};
+use super::encoding;
+use super::error::{nearest, shown_name};
+use super::history::{self, Rounds, describe};
 use super::rows::{Content, RawRow};
 use super::{Example, RowOrigin};
 use crate::json;
+use crate::shell;
 
 /// What to do with a row that cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,12 +27,19 @@ pub enum OnBadRow {
     Skip,
 }
 
+/// Column of the question, if no other is named (THUDM's AdvertiseGen).
+pub const PROMPT_COLUMN: &str = "content";
+/// Column of the answer, if no other is named.
+pub const RESPONSE_COLUMN: &str = "summary";
+
 /// Which columns hold what.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Columns {
     pub prompt: String,
+    /// More of the question, appended to the prompt on a new line. A row may lack it.
+    pub input: Option<String>,
     pub response: String,
-    /// A list of [query, answer] pairs, oldest first (in CSV: as JSON text in the cell).
+    /// A list of [query, answer] pairs, oldest first, or a text that is one. A row may lack it.
     pub history: Option<String>,
 }
 
@@ -41,8 +53,19 @@ pub struct RowParser {
     pub(super) header: Vec<String>,
 }
 
-/// (prompt, response, history).
-type RowText = (String, String, Vec<(String, String)>);
+/// One row as text, and what it holds beside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    pub example: Example,
+    pub beside: Beside,
+}
+
+struct RowText {
+    prompt: String,
+    response: String,
+    history: Rounds,
+    beside: Beside,
+}
 
 /// A fault before it has a place.
 struct Fault {
@@ -73,18 +96,18 @@ impl RowParser {
     /// One row as text.
     ///
     /// # Errors
-    /// When the row is not UTF-8, not JSON, not an object, lacks a column, or a column has the wrong type, is empty or (history) not a
-    /// list of pairs.
-    pub fn parse(&self, raw: &RawRow) -> Result<Example, Box<RowError>> {
+    /// When the row is not UTF-8, not JSON, malformed CSV, not an object, lacks a column, or a column has the wrong type, is empty or
+    /// (history) not a list of pairs.
+    pub fn parse(&self, raw: &RawRow) -> Result<Row, Box<RowError>> {
         let found = match &raw.content {
-            Content::Line(line) => utf8(line, "line").and_then(json_line).and_then(|value| self.object_row(&value)),
+            Content::Line(line) => self.utf8(line, "line").and_then(|line| self.json_line(line)).and_then(|value| self.object_row(&value)),
             Content::Element(value) => self.object_row(value),
-            Content::Cells(cells) => self.csv_row(cells),
+            Content::Cells(Ok(cells)) => self.csv_row(cells),
+            Content::Cells(Err(fault)) => Err(self.csv_fault(fault, raw.row)),
         };
-        let origin = || RowOrigin { file: Arc::clone(&self.file), row: raw.row };
-        found
-            .map(|(prompt, response, history)| Example { prompt, response, history, origin: origin() })
-            .map_err(|fault| self.located(fault, raw.row))
+        let RowText { prompt, response, history, beside } = found.map_err(|fault| self.located(fault, raw.row))?;
+        let origin = RowOrigin { file: Arc::clone(&self.file), row: raw.row };
+        Ok(Row { example: Example { prompt, response, history, origin }, beside })
     }
 
     /// An error about this file's row `row` that was found after parsing.
@@ -92,25 +115,69 @@ impl RowParser {
         self.located(Fault::new(BadRowKind::NotTokenized, "text that the tokenizer takes", message), row)
     }
 
-    /// Tests a CSV header for the columns asked for.
-    pub(super) fn check_header(&self) -> Result<(), Box<RowError>> {
-        let wanted = [Some(("prompt", &self.columns.prompt)), Some(("response", &self.columns.response))];
-        let history = self.columns.history.as_ref().map(|name| ("history", name));
-        for (role, name) in wanted.into_iter().chain([history]).flatten() {
-            if !self.header.contains(name) {
-                return Err(self.located(missing(role, name, &self.header), 1));
-            }
-        }
+    /// Takes the header of a CSV file, which stands at line `row`, and tests it for the columns asked for.
+    pub(super) fn take_header(&mut self, cells: &Result<Cells, CsvFault>, row: usize) -> Result<(), Box<RowError>> {
+        self.header = self.header_of(cells, row).map_err(|fault| self.located(fault, row))?;
         Ok(())
     }
 
-    pub(super) fn bad_header(&self, bytes: &[u8]) -> Option<Box<RowError>> {
-        utf8(bytes, "header").err().map(|fault| self.located(fault, 1))
+    fn header_of(&self, cells: &Result<Cells, CsvFault>, row: usize) -> Result<Vec<String>, Fault> {
+        let cells = cells.as_ref().map_err(|fault| self.csv_fault(fault, row))?;
+        let header: Vec<String> = cells.iter().map(|name| self.utf8(name, "header").map(str::to_owned)).collect::<Result<_, _>>()?;
+        let Columns { prompt, input, response, history } = &self.columns;
+        let optional = [("input", input), ("history", history)].into_iter().filter_map(|(role, name)| Some((role, name.as_ref()?)));
+        for (role, name) in [("prompt", prompt), ("response", response)].into_iter().chain(optional) {
+            match header.iter().filter(|found| *found == name).count() {
+                1 => {}
+                0 => return Err(other_separator(&header).unwrap_or_else(|| missing(role, name, &header))),
+                n => {
+                    let fault = Fault::new(BadRowKind::MissingColumn, format!("one column {}", shown_name(name)), n.to_string());
+                    return Err(fault.hint("give each column a name of its own"));
+                }
+            }
+        }
+        Ok(header)
     }
 
     fn located(&self, fault: Fault, row: usize) -> Box<RowError> {
         let Fault { kind, column, expected, found, hint } = fault;
         Box::new(RowError { kind, file: self.file.to_path_buf(), place: self.place, row, column, expected, found, hint })
+    }
+
+    fn utf8<'a>(&self, bytes: &'a [u8], what: &str) -> Result<&'a str, Fault> {
+        std::str::from_utf8(bytes).map_err(|error| {
+            let at = error.valid_up_to();
+            let found = format!("byte 0x{:02x} at byte {} of the {what}", bytes[at], at + 1);
+            Fault::new(BadRowKind::InvalidUtf8, "UTF-8 text", found).hint(encoding::hint(bytes, &self.file))
+        })
+    }
+
+    fn csv_fault(&self, fault: &CsvFault, row: usize) -> Fault {
+        let (expected, found, hint) = fault.describe(row);
+        let mut located = Fault::new(BadRowKind::BadCsv, expected, found).hint(hint);
+        located.column = self.header.get(fault.cell).cloned();
+        located
+    }
+
+    fn is_used(&self, name: &str) -> bool {
+        let Columns { prompt, input, response, history } = &self.columns;
+        name == prompt || name == response || input.as_deref() == Some(name) || history.as_deref() == Some(name)
+    }
+
+    fn json_line(&self, line: &str) -> Result<Value, Fault> {
+        json::value(line.as_bytes()).map_err(|error| {
+            let text = error.to_string();
+            let message = text.split(" at line ").next().unwrap_or_default();
+            let fault = Fault::new(BadRowKind::BadJson, "JSON", format!("bad JSON at byte {}: {message}", error.column()));
+            if line.contains('\r') {
+                let (old, new) = (shell::quoted_path(&self.file), shell::quoted_path(&encoding::beside(&self.file, "lf")));
+                fault.hint(format!("`tr '\\r' '\\n' < {old} > {new}` ends the lines with LF"))
+            } else if error.is_eof() {
+                fault.hint("JSON lines need each object whole on one line")
+            } else {
+                fault
+            }
+        })
     }
 
     fn object_row(&self, value: &Value) -> Result<RowText, Fault> {
@@ -122,59 +189,90 @@ impl RowParser {
             Value::String(text) => not_empty(text, name),
             other => Err(Fault::new(BadRowKind::WrongType, "a string", describe(other)).at(name)),
         };
-        let history = match &self.columns.history {
-            Some(name) => history_pairs(get("history", name)?, name)?,
-            None => Vec::new(),
+        let (input, history) = (entry(object, &self.columns.input), entry(object, &self.columns.history));
+        let more = match input {
+            None | Some((_, Value::Null)) => "",
+            Some((_, Value::String(text))) => text,
+            Some((name, other)) => return Err(Fault::new(BadRowKind::WrongType, "a string or null", describe(other)).at(name)),
         };
-        Ok((text("prompt", &self.columns.prompt)?, text("response", &self.columns.response)?, history))
+        let unused = object.iter().filter(|(name, _)| !self.is_used(name));
+        let beside = Beside {
+            unused: unused.filter_map(|(name, value)| Some((name.clone(), Holds::of(value)?))).collect(),
+            has_input: input.is_some(),
+            has_history: history.is_some(),
+        };
+        let history =
+            history.map_or(Ok(Rounds::new()), |(name, value)| history::rounds_of(value).map_err(|found| bad_history(name, found)))?;
+        Ok(RowText {
+            prompt: with_input(text("prompt", &self.columns.prompt)?, more),
+            response: text("response", &self.columns.response)?,
+            history,
+            beside,
+        })
     }
 
-    fn csv_row(&self, cells: &csv::ByteRecord) -> Result<RowText, Fault> {
+    fn csv_row(&self, cells: &Cells) -> Result<RowText, Fault> {
         if cells.len() != self.header.len() {
-            let expected = format!("{} fields as in the header", self.header.len());
-            return Err(Fault::new(BadRowKind::FieldCount, expected, cells.len().to_string())
-                .hint("put cells that hold commas, quotes or line breaks in double quotes"));
+            let expected = format!("{} cells as in the header", self.header.len());
+            let hint = if cells.len() > self.header.len() {
+                "put cells that hold commas, quotes or line breaks in double quotes"
+            } else {
+                "an empty cell still needs its comma"
+            };
+            return Err(Fault::new(BadRowKind::FieldCount, expected, cells.len().to_string()).hint(hint));
         }
         let cell = |role: &str, name: &str| {
             let i = self.header.iter().position(|h| h == name).ok_or_else(|| missing(role, name, &self.header))?;
-            utf8(cells.get(i).unwrap_or_default(), "cell").map_err(|fault| fault.at(name))
+            self.utf8(cells.get(i).unwrap_or_default(), "cell").map_err(|fault| fault.at(name))
         };
+        let more = self.columns.input.as_ref().map_or(Ok(""), |name| cell("input", name))?;
         let history = match &self.columns.history {
-            Some(name) => match cell("history", name)?.trim() {
-                "" => Vec::new(),
-                text => history_pairs(&json_line(text).map_err(|fault| fault.at(name))?, name)?,
-            },
-            None => Vec::new(),
+            Some(name) => history::rounds_of_text(cell("history", name)?).map_err(|found| bad_history(name, found))?,
+            None => Rounds::new(),
+        };
+        let unused = self.header.iter().zip(cells.iter()).filter(|(name, _)| !self.is_used(name));
+        let beside = Beside {
+            unused: unused.filter_map(|(name, cell)| Some((name.clone(), Holds::of_text(&String::from_utf8_lossy(cell))?))).collect(),
+            has_input: self.columns.input.is_some(),
+            has_history: self.columns.history.is_some(),
         };
         let text = |role: &str, name: &str| not_empty(cell(role, name)?, name);
-        Ok((text("prompt", &self.columns.prompt)?, text("response", &self.columns.response)?, history))
+        Ok(RowText {
+            prompt: with_input(text("prompt", &self.columns.prompt)?, more),
+            response: text("response", &self.columns.response)?,
+            history,
+            beside,
+        })
     }
 }
 
-fn utf8<'a>(bytes: &'a [u8], what: &str) -> Result<&'a str, Fault> {
-    std::str::from_utf8(bytes).map_err(|error| {
-        let at = error.valid_up_to();
-        Fault::new(BadRowKind::InvalidUtf8, "UTF-8 text", format!("byte 0x{:02x} at byte {} of the {what}", bytes[at], at + 1))
-            .hint("a file in another encoding can be converted: iconv -f GB18030 -t UTF-8")
-    })
+/// A column that a key names, if the row has it.
+fn entry<'a>(object: &'a Map<String, Value>, name: &'a Option<String>) -> Option<(&'a str, &'a Value)> {
+    let name = name.as_deref()?;
+    Some((name, object.get(name)?))
 }
 
-fn json_line(line: &str) -> Result<Value, Fault> {
-    json::value(line.as_bytes()).map_err(|error| {
-        let text = error.to_string();
-        let message = text.split(" at line ").next().unwrap_or_default();
-        let fault = Fault::new(BadRowKind::BadJson, "JSON", format!("bad JSON at byte {}: {message}", error.column()));
-        if error.is_eof() { fault.hint("JSON lines need each object whole on one line") } else { fault }
-    })
+/// The question and, where there is more of it, that on a new line.
+fn with_input(prompt: String, more: &str) -> String {
+    if more.trim().is_empty() { prompt } else { format!("{prompt}\n{more}") }
+}
+
+/// A header of one cell that another separator would cut.
+fn other_separator(header: &[String]) -> Option<Fault> {
+    let [only] = header else { return None };
+    let (_, name) = [(';', "semicolons"), ('\t', "tabs"), ('|', "bars")].into_iter().find(|(separator, _)| only.contains(*separator))?;
+    let fault = Fault::new(BadRowKind::MissingColumn, "columns separated by commas", format!("one column, with {name} in its name"));
+    Some(fault.hint(format!("save the table with commas instead of {name}, or as JSON lines")))
 }
 
 fn missing(role: &str, name: &str, names: &[String]) -> Fault {
-    let list: Vec<String> = names.iter().take(20).map(|n| format!("`{n}`")).collect();
+    let list: Vec<String> = names.iter().take(20).map(|n| shown_name(n)).collect();
     let found = if list.is_empty() { "no column".to_owned() } else { list.join(", ") };
-    let fault = Fault::new(BadRowKind::MissingColumn, format!("column `{name}`"), found);
+    let fault = Fault::new(BadRowKind::MissingColumn, format!("column {}", shown_name(name)), found);
+    let key = format!("{role}_column");
     match nearest(name, names) {
-        Some(near) => fault.hint(format!("is `{near}` meant? then pass `--{role}_column {near}`")),
-        None => fault.hint(format!("name the column with `--{role}_column`")),
+        Some(near) => fault.hint(format!("is {} meant? then pass `{}`", shown_name(near), shell::option(&key, near))),
+        None => fault.hint(format!("name the column with `--{key}`")),
     }
 }
 
@@ -186,35 +284,7 @@ fn not_empty(text: &str, column: &str) -> Result<String, Fault> {
     Ok(text.to_owned())
 }
 
-/// `null` stands for no history.
-fn history_pairs(value: &Value, column: &str) -> Result<Vec<(String, String)>, Fault> {
-    let bad = |found: String| Fault::new(BadRowKind::BadHistory, "a list of [query, answer] pairs of strings", found).at(column);
-    let rounds = match value {
-        Value::Null => return Ok(Vec::new()),
-        Value::Array(rounds) => rounds,
-        other => return Err(bad(describe(other))),
-    };
-    let pair = |(i, round): (usize, &Value)| match round {
-        Value::Array(pair) => match pair.as_slice() {
-            [Value::String(query), Value::String(answer)] => Ok((query.clone(), answer.clone())),
-            [query, answer] => {
-                let other = if query.is_string() { answer } else { query };
-                Err(bad(format!("{} in round {}", describe(other), i + 1)))
-            }
-            other => Err(bad(format!("a list of length {} as round {}", other.len(), i + 1))),
-        },
-        other => Err(bad(format!("{} as round {}", describe(other), i + 1))),
-    };
-    rounds.iter().enumerate().map(pair).collect()
-}
-
-fn describe(value: &Value) -> String {
-    match value {
-        Value::Null => "null".to_owned(),
-        Value::Bool(b) => format!("the boolean {b}"),
-        Value::Number(n) => format!("the number {n}"),
-        Value::String(_) => "a string".to_owned(),
-        Value::Array(a) => format!("a list of length {}", a.len()),
-        Value::Object(_) => "an object".to_owned(),
-    }
+fn bad_history(column: &str, found: String) -> Fault {
+    let fault = Fault::new(BadRowKind::BadHistory, "a list of [query, answer] pairs of strings", found).at(column);
+    fault.hint(r#"write it so: [["question", "answer"], ["question", "answer"]]"#)
 }

@@ -3,17 +3,29 @@
 //! THUDM's `.json` files are JSON lines; the content decides before the extension does.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Seek, SeekFrom};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::Example;
-use super::bad_rows::Place;
+use super::bad_rows::{BadRows, Place};
+use super::csv::{Cells, CsvFault, CsvReader, CsvRow, MAX_ROW_BYTES};
+use super::encoding;
 use super::error::DataError;
-use super::record::{Columns, RowParser};
+use super::record::{Columns, Row, RowParser};
 use crate::json;
+
+/// Bytes of a file's beginning that decide about its encoding.
+const SNIFFED_BYTES: usize = 64;
+/// How files that are no text begin, what they are, and what to do.
+const NO_TEXT: [(&[u8], &str, &str); 5] = [
+    (b"PK\x03\x04", "a ZIP archive or an Excel table", "unpack it, or save the table as CSV in UTF-8"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel table", "save the table as CSV in UTF-8"),
+    (b"\x1f\x8b", "a file that gzip compressed", "unpack it with gunzip"),
+    (b"\x28\xb5\x2f\xfd", "a file that zstd compressed", "unpack it with unzstd"),
+    (b"PAR1", "a Parquet file", "save its rows as JSON lines"),
+];
 
 /// How a file holds its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,48 +50,16 @@ pub struct RawRow {
 pub(super) enum Content {
     Line(Vec<u8>),
     Element(Value),
-    Cells(csv::ByteRecord),
+    Cells(Result<Cells, CsvFault>),
 }
 
 enum Source {
     Lines { reader: BufReader<File>, line: usize },
     Elements(std::iter::Enumerate<std::vec::IntoIter<Value>>),
-    Csv(csv::Reader<LineByLine>),
+    Csv(CsvReader<BufReader<File>>),
 }
 
-/// Hands out at most one line a call. So where a CSV record ends, the last line handed out is the record's last; the csv crate's own count is
-/// one short behind CRLF and blank lines.
-struct LineByLine {
-    reader: BufReader<File>,
-    /// Lines handed out with their end.
-    ended: usize,
-    /// A part of the next line is handed out.
-    open: bool,
-}
-
-impl LineByLine {
-    /// 1-based line of the last byte handed out.
-    fn line(&self) -> usize {
-        self.ended + usize::from(self.open)
-    }
-}
-
-impl io::Read for LineByLine {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let ready = self.reader.fill_buf()?;
-        let line = ready.iter().position(|&b| b == b'\n').map_or(ready, |end| &ready[..=end]);
-        let n = line.len().min(out.len());
-        out[..n].copy_from_slice(&line[..n]);
-        if let Some(last) = line[..n].last() {
-            self.open = *last != b'\n';
-            self.ended += usize::from(!self.open);
-        }
-        self.reader.consume(n);
-        Ok(n)
-    }
-}
-
-/// The rows of an open file. As an iterator it gives examples; a bad row is an error item, and the next call goes on behind it.
+/// The rows of an open file. As an iterator it gives their texts; a bad row is an error item, and the next call goes on behind it.
 pub struct Rows {
     path: PathBuf,
     source: Source,
@@ -90,11 +70,12 @@ impl Rows {
     /// Opens `path` and finds its format.
     ///
     /// # Errors
-    /// No such file, a directory, an empty file, an unknown format, a damaged JSON array, a CSV header without a column asked for.
+    /// No such file, a directory, an empty file, an unknown format or encoding, a damaged JSON array, a CSV header that is malformed or
+    /// lacks a column asked for.
     pub fn open(path: &Path, columns: &Columns) -> Result<Self, DataError> {
         let read = |source| DataError::Read { path: path.to_owned(), source };
         let mut file = open_file(path)?;
-        let (format, start) = sniff(&mut file, path)?;
+        let Sniffed { format, start, first } = sniff(&mut file, path)?;
         file.seek(SeekFrom::Start(start)).map_err(read)?;
         let mut reader = BufReader::with_capacity(1 << 16, file);
         let place = if format == Format::JsonArray { Place::Element } else { Place::Line };
@@ -103,26 +84,30 @@ impl Rows {
             Format::JsonLines => Source::Lines { reader, line: 0 },
             Format::JsonArray => Source::Elements(read_array(&mut reader, path)?.into_iter().enumerate()),
             Format::Csv => {
-                let mut csv = csv::ReaderBuilder::new().flexible(true).from_reader(LineByLine { reader, ended: 0, open: false });
-                for name in csv.byte_headers().map_err(|e| read(e.into()))? {
-                    if let Some(error) = parser.bad_header(name) {
-                        return Err(DataError::BadHeader(error));
-                    }
-                    parser.header.push(String::from_utf8_lossy(name).into_owned());
-                }
-                parser.check_header().map_err(DataError::BadHeader)?;
+                let mut csv = CsvReader::new(reader, MAX_ROW_BYTES).map_err(read)?;
+                let header = csv.header().map_err(read)?;
+                let CsvRow { line, cells } = header.ok_or(DataError::NoRows { path: path.to_owned(), found: "blank lines" })?;
+                parser.take_header(&cells, line).map_err(|error| match first {
+                    b'{' => DataError::JsonInCsv { path: path.to_owned(), line, extension: "jsonl" },
+                    b'[' => DataError::JsonInCsv { path: path.to_owned(), line, extension: "json" },
+                    _ => DataError::BadHeader(error),
+                })?;
                 Source::Csv(csv)
             }
         };
         Ok(Self { path: path.to_owned(), source, parser })
     }
 
-    pub fn format(&self) -> Format {
-        match self.source {
-            Source::Lines { .. } => Format::JsonLines,
-            Source::Elements(_) => Format::JsonArray,
-            Source::Csv(_) => Format::Csv,
-        }
+    /// Why a file of `num_rows` rows gave none that can be used.
+    pub fn without_good(&self, num_rows: usize, bad_rows: BadRows) -> DataError {
+        let path = self.path.clone();
+        let found = match self.source {
+            _ if num_rows > 0 => return DataError::NoGoodRows { path, bad_rows },
+            Source::Lines { .. } => "blank lines",
+            Source::Elements(_) => "an empty array",
+            Source::Csv(_) => "a header alone",
+        };
+        DataError::NoRows { path, found }
     }
 
     pub fn parser(&self) -> &RowParser {
@@ -149,20 +134,15 @@ impl Rows {
             },
             Source::Elements(elements) => Ok(elements.next().map(|(i, value)| RawRow { row: i + 1, content: Content::Element(value) })),
             Source::Csv(csv) => {
-                let mut cells = csv::ByteRecord::new();
-                if !csv.read_byte_record(&mut cells).map_err(|e| read(e.into()))? {
-                    return Ok(None);
-                }
-                let breaks = cells.as_slice().iter().filter(|&&b| b == b'\n').count();
-                let row = csv.get_ref().line().saturating_sub(breaks);
-                Ok(Some(RawRow { row, content: Content::Cells(cells) }))
+                let row = csv.next_row().map_err(read)?;
+                Ok(row.map(|CsvRow { line, cells }| RawRow { row: line, content: Content::Cells(cells) }))
             }
         }
     }
 }
 
 impl Iterator for Rows {
-    type Item = Result<Example, DataError>;
+    type Item = Result<Row, DataError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let raw = self.next_raw().transpose()?;
@@ -182,36 +162,35 @@ pub(super) fn open_file(path: &Path) -> Result<File, DataError> {
     File::open(path).map_err(failed)
 }
 
-/// Format and the offset of the first byte behind a byte order mark.
-fn sniff(file: &mut File, path: &Path) -> Result<(Format, u64), DataError> {
-    let mut reader = BufReader::new(file);
-    let mut head = [0; 3];
-    let mut len = 0;
-    let mut first = None;
-    for byte in io::Read::bytes(&mut reader) {
-        let byte = byte.map_err(|source| DataError::Read { path: path.to_owned(), source })?;
-        if len < head.len() {
-            head[len] = byte;
-        }
-        len += 1;
-        let in_mark = len <= 3 && [0xef, 0xbb, 0xbf].starts_with(&head[..len]);
-        if !byte.is_ascii_whitespace() && !in_mark {
-            first = Some(byte);
-            break;
-        }
+/// How a file begins.
+struct Sniffed {
+    format: Format,
+    /// Offset of the first byte behind a byte order mark.
+    start: u64,
+    /// The first byte there that is no white space.
+    first: u8,
+}
+
+fn sniff(file: &mut File, path: &Path) -> Result<Sniffed, DataError> {
+    let failed = |source| DataError::Read { path: path.to_owned(), source };
+    let mut head = Vec::with_capacity(SNIFFED_BYTES);
+    file.take(SNIFFED_BYTES as u64).read_to_end(&mut head).map_err(failed)?;
+    if let Some((_, found, hint)) = NO_TEXT.iter().find(|(magic, ..)| head.starts_with(magic)) {
+        return Err(DataError::NotText { path: path.to_owned(), found, hint });
     }
-    if head.starts_with(&[0xff, 0xfe]) || head.starts_with(&[0xfe, 0xff]) || (head[0] == 0xff && len == 1) || (head[0] == 0xfe && len == 1)
-    {
-        return Err(DataError::Utf16 { path: path.to_owned() });
+    if let Some(found) = encoding::wide(&head) {
+        return Err(DataError::Wide { path: path.to_owned(), found });
     }
-    let start = if head == [0xef, 0xbb, 0xbf] { 3 } else { 0 };
-    let Some(first) = first else {
-        let found = if len == 0 { "an empty file" } else { "nothing but white space" };
+    let start = if head.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
+    file.seek(SeekFrom::Start(start)).map_err(failed)?;
+    let first = BufReader::new(file).bytes().find(|byte| byte.as_ref().map_or(true, |byte| !byte.is_ascii_whitespace()));
+    let Some(first) = first.transpose().map_err(failed)? else {
+        let found = if head.is_empty() { "an empty file" } else { "nothing but white space" };
         return Err(DataError::NoRows { path: path.to_owned(), found });
     };
     let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
     let format = match (extension.as_str(), first) {
-        ("csv", _) => Format::Csv,
+        ("csv" | "tsv", _) => Format::Csv,
         (_, b'[') => Format::JsonArray,
         (_, b'{') | ("json" | "jsonl" | "ndjson", _) => Format::JsonLines,
         _ => {
@@ -219,7 +198,7 @@ fn sniff(file: &mut File, path: &Path) -> Result<(Format, u64), DataError> {
             return Err(DataError::UnknownFormat { path: path.to_owned(), found });
         }
     };
-    Ok((format, start))
+    Ok(Sniffed { format, start, first })
 }
 
 fn read_array(reader: &mut BufReader<File>, path: &Path) -> Result<Vec<Value>, DataError> {

@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::bad_rows::BadRows;
+use super::column_use::ColumnUse;
 use super::{Dataset, SampleRef};
 
 const TARGET_BIT: u32 = 1 << 31;
@@ -17,12 +18,18 @@ struct Report {
     bad_rows: BadRows,
     num_cut_prompts: usize,
     num_cut_answers: usize,
+    column_use: ColumnUse,
 }
 
 /// # Errors
 /// When an id needs more than 31 bits.
 pub fn encode(set: &Dataset) -> Result<Vec<u8>, String> {
-    let report = Report { bad_rows: set.bad_rows.clone(), num_cut_prompts: set.num_cut_prompts, num_cut_answers: set.num_cut_answers };
+    let report = Report {
+        bad_rows: set.bad_rows.clone(),
+        num_cut_prompts: set.num_cut_prompts,
+        num_cut_answers: set.num_cut_answers,
+        column_use: set.column_use.clone(),
+    };
     let report = serde_json::to_vec(&report).map_err(|e| e.to_string())?;
     let mut out = Vec::with_capacity(24 + 12 * set.num_samples() + 4 * set.num_tokens() + report.len());
     for n in [set.num_samples(), set.num_tokens(), report.len()] {
@@ -77,7 +84,12 @@ pub fn decode(bytes: &[u8], file: &Path) -> Result<Dataset, String> {
     if !tokens.is_empty() {
         return Err(format!("{} ids belong to no sample", tokens.len() / 4));
     }
-    Report { bad_rows: set.bad_rows, num_cut_prompts: set.num_cut_prompts, num_cut_answers: set.num_cut_answers } = report;
+    Report {
+        bad_rows: set.bad_rows,
+        num_cut_prompts: set.num_cut_prompts,
+        num_cut_answers: set.num_cut_answers,
+        column_use: set.column_use,
+    } = report;
     Ok(set)
 }
 

@@ -74,7 +74,7 @@ fn load_data(plan: &Plan, tokenizer: &GlmTokenizer, group: &dyn ProcessGroup) ->
     let load = |file: &Path, max_samples| -> Result<Dataset, TrainError> {
         let (data, cache) =
             together(group, || Ok(data::load::load(&load_request(plan, file, max_samples), &Tokenizer(tokenizer), &Ranks(group))?))?;
-        report(&data, &cache);
+        report(&data, &plan.data.columns(), &cache);
         Ok(data)
     };
     let train = load(&plan.data.train_file, plan.data.max_train_samples)?;
@@ -87,7 +87,7 @@ pub fn load_request(plan: &Plan, file: &Path, max_samples: Option<usize>) -> Loa
     let d = &plan.data;
     LoadRequest {
         file: file.to_owned(),
-        columns: Columns { prompt: d.prompt_column.clone(), response: d.response_column.clone(), history: d.history_column.clone() },
+        columns: d.columns(),
         limits: Limits { max_source_length: d.max_source_length, max_target_length: d.max_target_length, truncation: d.truncation },
         on_bad_row: d.on_bad_row,
         max_samples,
@@ -95,7 +95,7 @@ pub fn load_request(plan: &Plan, file: &Path, max_samples: Option<usize>) -> Loa
     }
 }
 
-fn report(data: &Dataset, cache: &CacheUse) {
+fn report(data: &Dataset, columns: &Columns, cache: &CacheUse) {
     let lengths = data.length_stats().map_or(String::new(), |l| format!(", {} to {} tokens, mean {:.0}", l.min, l.max, l.mean));
     tracing::info!("{}: {} rows{lengths}", data.file().display(), data.num_samples());
     for bad in &data.bad_rows.first {
@@ -106,6 +106,9 @@ fn report(data: &Dataset, cache: &CacheUse) {
     }
     if data.num_cut_prompts + data.num_cut_answers > 0 {
         tracing::info!("{} prompts and {} answers were cut to their maximum", data.num_cut_prompts, data.num_cut_answers);
+    }
+    for line in data.column_use.report(columns, data.file()) {
+        tracing::warn!("{line}");
     }
     match cache {
         CacheUse::Rebuilt { path, reason } => tracing::warn!("{} was made anew: {reason}", path.display()),

@@ -119,7 +119,7 @@ impl Encode for Bytes {
 fn request(dir: &Path, file: &str, on_bad_row: OnBadRow, history: bool) -> LoadRequest {
     LoadRequest {
         file: dir.join(file),
-        columns: Columns { prompt: "content".into(), response: "summary".into(), history: history.then(|| "history".into()) },
+        columns: Columns { prompt: "content".into(), input: None, response: "summary".into(), history: history.then(|| "history".into()) },
         limits: Limits { max_source_length: 64, max_target_length: 32, truncation: Truncation::KeepAnswerMark },
         on_bad_row,
         max_samples: None,

@@ -1,37 +1,13 @@
 //! The texts of errors about rows, and what is done with bad rows on one rank and on several.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Barrier, Mutex};
 
 use glmddp::data::load::{CacheRequest, CacheUse, LoadRequest, load};
-use glmddp::data::prompt::Truncation;
-use glmddp::data::record::{Columns, OnBadRow};
-use glmddp::data::tokenize::Limits;
-use glmddp::data::{Alone, BadRowKind, DataError, Dataset, Encode, Exchange};
+use glmddp::data::record::OnBadRow;
+use glmddp::data::{Alone, BadRowKind, DataError, Dataset, Exchange};
 
-/// One id a character; refuses texts with a NUL.
-struct Chars;
-
-impl Encode for Chars {
-    fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
-        match text.contains('\0') {
-            true => Err("a NUL character".to_owned()),
-            false => Ok(text.chars().map(|c| c as u32).collect()),
-        }
-    }
-
-    fn prompt_prefix(&self) -> Vec<u32> {
-        vec![64790, 64792]
-    }
-
-    fn eos(&self) -> u32 {
-        2
-    }
-
-    fn identity(&self) -> String {
-        "chars".to_owned()
-    }
-}
+use crate::row_support::{Chars, Dir, request};
 
 /// Ranks as threads.
 struct Threads {
@@ -73,46 +49,6 @@ fn load_on(world_size: usize, request_of: impl Fn(usize) -> LoadRequest + Sync) 
             .collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
-}
-
-fn request(file: &Path) -> LoadRequest {
-    LoadRequest {
-        file: file.to_owned(),
-        columns: Columns { prompt: "content".into(), response: "summary".into(), history: None },
-        limits: Limits { max_source_length: 64, max_target_length: 64, truncation: Truncation::KeepAnswerMark },
-        on_bad_row: OnBadRow::Stop,
-        max_samples: None,
-        cache: None,
-    }
-}
-
-struct Dir(tempfile::TempDir);
-
-impl Dir {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.0.path().join(name);
-        std::fs::write(&path, content).unwrap();
-        path
-    }
-
-    /// The error as a user sees it, with this directory as DIR.
-    fn text(&self, error: &DataError) -> String {
-        let hint = error.hint().map(|hint| format!("\n\nhint: {hint}")).unwrap_or_default();
-        format!("error: {error}{hint}").replace(&self.0.path().display().to_string(), "DIR")
-    }
-
-    fn error(&self, request: &LoadRequest) -> String {
-        self.text(&load(request, &Chars, &Alone).unwrap_err())
-    }
-
-    /// The error of a file with this content.
-    fn error_of(&self, name: &str, content: impl AsRef<[u8]>) -> String {
-        self.error(&request(&self.file(name, content)))
-    }
 }
 
 const GOOD: &str = "{\"content\": \"类型#裤\", \"summary\": \"一条长裤。\"}\n";
@@ -225,12 +161,11 @@ fn history_of_the_wrong_shape_names_the_round() {
         dir.error(&request)
     };
     let all = [
-        error("a.jsonl", ""),
         error("b.jsonl", ", \"history\": \"q\""),
         error("c.jsonl", ", \"history\": [[\"q\", \"a\"], [\"q\"]]"),
         error("d.jsonl", ", \"history\": [{\"q\": \"a\"}]"),
         error("e.jsonl", ", \"history\": [[\"q\", 1]]"),
-        error("f.jsonl", ", \"histroy\": []"),
+        error("f.jsonl", ", \"history\": \"[['q' 'a']]\""),
     ];
     insta::assert_snapshot!("bad_history", all.join("\n\n"));
 }

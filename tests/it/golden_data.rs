@@ -141,7 +141,7 @@ fn advertisegen_file_loads_whole_with_the_known_token_counts() {
     let (Some(tokenizer), Some(file)) = (tokenizer(), shared("data/advertisegen/train.jsonl")) else { return };
     let request = LoadRequest {
         file,
-        columns: Columns { prompt: "content".into(), response: "summary".into(), history: None },
+        columns: Columns { prompt: "content".into(), input: None, response: "summary".into(), history: None },
         limits: Limits { max_source_length: 64, max_target_length: 128, truncation: Truncation::Published },
         on_bad_row: OnBadRow::Stop,
         max_samples: Some(2000),
@@ -162,7 +162,7 @@ fn dialogues_with_history_load_and_render() {
     let (Some(tokenizer), Some(file)) = (tokenizer(), shared("data/chat/oasst_zh.jsonl")) else { return };
     let request = LoadRequest {
         file,
-        columns: Columns { prompt: "prompt".into(), response: "response".into(), history: Some("history".into()) },
+        columns: Columns { prompt: "prompt".into(), input: None, response: "response".into(), history: Some("history".into()) },
         limits: Limits { max_source_length: 128, max_target_length: 64, truncation: Truncation::KeepAnswerMark },
         on_bad_row: OnBadRow::Stop,
         max_samples: None,

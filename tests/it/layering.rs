@@ -51,7 +51,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("config", &["data", "dist", "json", "model", "optim", "peft"]),
     ("peft", &["digest", "formats", "json", "kernels", "model", "params", "rng"]),
     ("model", &["digest", "formats", "json", "kernels", "rng"]),
-    ("data", &["digest", "json", "rng", "tokenizer"]),
+    ("data", &["digest", "json", "rng", "shell", "tokenizer"]),
     ("tokenizer", &["digest", "rng"]),
     ("checkpoint", &["digest", "formats", "json", "params"]),
     ("optim", &["kernels", "params"]),
@@ -61,6 +61,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("formats", &["json"]),
     ("params", &[]),
     ("rng", &[]),
+    ("shell", &[]),
     ("digest", &[]),
     ("json", &[]),
 ];
