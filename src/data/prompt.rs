@@ -16,10 +16,27 @@ pub enum Truncation {
 pub fn build_prompt(query: &str, history: &[(String, String)]) -> String {
     let mut text = String::new();
     for (i, (query, answer)) in history.iter().enumerate() {
-        text.push_str(&format!("[Round {}]\n\n问：{query}\n\n答：{answer}\n\n", i + 1));
+        text.push_str(&round_header(i + 1));
+        text.push_str(&round_body(query, answer));
     }
-    text.push_str(&format!("[Round {}]\n\n问：{query}\n\n答：", history.len() + 1));
+    text.push_str(&round_header(history.len() + 1));
+    text.push_str(&open_body(query));
     text
+}
+
+/// How round `n` begins.
+pub(super) fn round_header(n: usize) -> String {
+    format!("[Round {n}]")
+}
+
+/// What stands behind the header of an earlier round, up to the next header.
+pub(super) fn round_body(query: &str, answer: &str) -> String {
+    format!("\n\n问：{query}\n\n答：{answer}\n\n")
+}
+
+/// What stands behind the header of the last round.
+pub(super) fn open_body(query: &str) -> String {
+    format!("\n\n问：{query}\n\n答：")
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::error::DataError;
-use super::prompt::{Truncation, build_prompt};
+use super::prompt::{Truncation, build_prompt, open_body, round_body, round_header};
 use super::{Example, Sample, SampleRef};
 
 /// Labels equal to this id are not targets, even in an answer (THUDM: `ignore_pad_token_for_loss`).
@@ -99,14 +99,59 @@ impl<'a> SampleMaker<'a> {
             ids.truncate(max);
             return Ok((ids, true));
         }
-        for oldest in 1..=history.len() {
-            ids = self.tokenizer.encode(&build_prompt(query, &history[oldest..]))?;
-            if ids.len() <= room {
+        if !history.is_empty() {
+            let kept;
+            (kept, ids) = self.newest_rounds(query, history, room)?;
+            if kept {
                 return Ok((with_prefix(ids), true));
             }
         }
         let (_, ids) = longest_fit(query, ids.len(), room, |query| self.tokenizer.encode(&build_prompt(query, &[])))?;
         Ok((with_prefix(ids), true))
+    }
+
+    /// The ids of the prompt without the fewest oldest rounds, at least one, with which it has at most `room` ids, and whether there is
+    /// such a prompt; if not, the ids without any round.
+    ///
+    /// The number of rounds is estimated from the rounds one by one, newest first, so that the work does not grow with the square of their
+    /// number. No token of the published tokenizer stands in a header and its body at once, so that the estimate is exact; for any other
+    /// the neighbours are tried.
+    fn newest_rounds(&self, query: &str, history: &[(String, String)], room: usize) -> Result<(bool, Vec<u32>), String> {
+        let encode_from = |oldest: usize| self.tokenizer.encode(&build_prompt(query, &history[oldest..]));
+        let mut oldest = self.estimated_oldest(query, history, room)?;
+        let mut ids = encode_from(oldest)?;
+        while ids.len() > room && oldest < history.len() {
+            oldest += 1;
+            ids = encode_from(oldest)?;
+        }
+        if ids.len() > room {
+            return Ok((false, ids));
+        }
+        while oldest > 1 {
+            let more = encode_from(oldest - 1)?;
+            if more.len() > room {
+                break;
+            }
+            (oldest, ids) = (oldest - 1, more);
+        }
+        Ok((true, ids))
+    }
+
+    /// The first of the rounds that are kept if each has as many ids as it has alone; at least 1.
+    fn estimated_oldest(&self, query: &str, history: &[(String, String)], room: usize) -> Result<usize, String> {
+        let num_ids = |text: &str| self.tokenizer.encode(text).map(|ids| ids.len());
+        let (bracket, line_break) = (num_ids("]")?, num_ids("\n")?);
+        let num_body_ids = |body: String| Ok::<_, String>(num_ids(&format!("]{body}"))?.saturating_sub(bracket));
+        let mut needed = num_ids(&round_header(1))? + num_body_ids(open_body(query))?;
+        for (num_kept, (query, answer)) in (1..).zip(history[1..].iter().rev()) {
+            // One more round gives the last one the next number.
+            needed += num_ids(&format!("\n{}", round_header(num_kept + 1)))?.saturating_sub(line_break);
+            needed += num_body_ids(round_body(query, answer))?;
+            if needed > room {
+                return Ok(history.len() + 1 - num_kept);
+            }
+        }
+        Ok(1)
     }
 
     fn answer_ids(&self, answer: &str) -> Result<(Vec<u32>, bool), String> {

@@ -32,6 +32,7 @@ mod json_files;
 mod kernel_commands;
 mod kernels;
 mod layering;
+mod long_rows;
 mod malformed_csv;
 mod methods;
 mod model_errors;
