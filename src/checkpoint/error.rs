@@ -58,10 +58,10 @@ impl CheckpointError {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::DiskFull { .. } => {
-                "make room or name an `output_dir` on another disk, then go on with `--resume_from_checkpoint latest`; earlier checkpoints are untouched".to_owned()
+                "make room, then go on with `--resume_from_checkpoint latest` (a comparison: with the same command); earlier checkpoints are untouched".to_owned()
             }
             Self::Incomplete { .. } | Self::Damaged { .. } => {
-                "use an earlier checkpoint; `--resume_from_checkpoint latest` finds the newest whole one".to_owned()
+                "use an earlier checkpoint; `glmddp train` with `--resume_from_checkpoint latest` finds the newest whole one".to_owned()
             }
             Self::NewerFormat { .. } => "use the version of glmddp that wrote it, or a newer one".to_owned(),
             Self::OlderFormat { .. } => "go on with the version of glmddp that saved it, or start anew in another `output_dir`".to_owned(),

@@ -7,7 +7,9 @@ use super::{Cli, report};
 
 /// Print a completion script for a shell
 #[derive(Clone, Debug, Args)]
-#[command(after_help = "bash: glmddp completions bash > ~/.local/share/bash-completion/completions/glmddp")]
+#[command(
+    after_help = "bash: mkdir -p ~/.local/share/bash-completion/completions && glmddp completions bash > ~/.local/share/bash-completion/completions/glmddp"
+)]
 pub struct CompletionsArgs {
     pub shell: Shell,
 }

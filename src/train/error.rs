@@ -92,7 +92,7 @@ impl TrainError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::StepNotFinite { .. } => {
-                Some("a lower learning_rate is the usual cure; look at the named rows with `glmddp tokenize`".to_owned())
+                Some("a lower learning_rate is the usual cure; `glmddp tokenize` with the same configuration and `--row LINE` shows a row".to_owned())
             }
             Self::UpdateNotFinite { .. } | Self::HeldOutNotFinite { step: Some(_), .. } => {
                 Some("a lower learning_rate is the usual cure; a checkpoint of this run, if there is one, is from before this step".to_owned())
@@ -102,7 +102,7 @@ impl TrainError {
                     .to_owned(),
             ),
             Self::CheckpointNotFinite { .. } => Some("the run had diverged when it was saved: use an earlier checkpoint".to_owned()),
-            Self::NoTargets => Some("raise max_target_length, or look at the rows with `glmddp tokenize`".to_owned()),
+            Self::NoTargets => Some("raise max_target_length; `glmddp tokenize` with the same configuration shows the rows".to_owned()),
             Self::Mismatch { .. } => Some("resume with the settings of the checkpoint, or start anew in another output_dir".to_owned()),
             Self::ProbeDiffers { .. } => Some(
                 "nothing was changed; use the program, the base and the `rope_table` that it was saved with, or an earlier checkpoint"
