@@ -94,11 +94,14 @@ struct Table {
 
 fn toml_entries(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<Table>), ConfigError> {
     let line_of = |offset: usize| 1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|&&b| b == b'\n').count();
-    let syntax = |e: &toml::de::Error| ConfigError::Syntax {
-        path: path.to_owned(),
-        line: e.span().map_or(1, |s| line_of(s.start)),
-        language: "TOML",
-        message: e.message().to_owned(),
+    let syntax = |e: &toml::de::Error| {
+        let twice = e.span().filter(|_| e.message() == "duplicate key").and_then(|span| text.get(span));
+        ConfigError::Syntax {
+            path: path.to_owned(),
+            line: e.span().map_or(1, |s| line_of(s.start)),
+            language: "TOML",
+            message: twice.map_or(e.message().to_owned(), |key| format!("key `{key}` is given twice")),
+        }
     };
     let document = DeTable::parse(text).map_err(|e| syntax(&e))?;
     let entry = |section: Option<&str>, key: &toml::Spanned<std::borrow::Cow<str>>, value: &toml::Spanned<DeValue>| {

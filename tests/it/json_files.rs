@@ -114,6 +114,27 @@ fn json_files_with_a_key_twice_are_refused_by_its_name() {
 }
 
 #[test]
+fn toml_file_with_a_key_twice_names_it_as_json_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut texts = String::new();
+    for text in ["seed = 1\nseed = 2\n", "[run]\nseed = 1\n\n[run]\nmax_steps = 2\n", "[optim]\n\"learning_rate\" = 1\nlearning_rate = 1\n"]
+    {
+        std::fs::write(dir.path().join("run.toml"), text).unwrap();
+        let ran = glmddp(dir.path(), "plan run.toml");
+        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{}", ran.stderr);
+        texts += &ran.stderr;
+    }
+    insta::assert_snapshot!(texts, @r"
+    error: configuration file is not valid TOML: key `seed` is given twice
+      --> run.toml:2
+    error: configuration file is not valid TOML: key `run` is given twice
+      --> run.toml:4
+    error: configuration file is not valid TOML: key `learning_rate` is given twice
+      --> run.toml:3
+    ");
+}
+
+#[test]
 fn rows_and_tensors_with_a_name_twice_are_refused() {
     let dir = setup();
     let dir = dir.path();
