@@ -131,8 +131,9 @@ fn first_non_finite(bytes: &[u8], from: DType) -> Option<(usize, f64)> {
     let size = from.size_in_bytes();
     let first = |bytes: &[u8]| -> Option<(usize, f64)> {
         if from == DType::F64 {
-            let values = bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes));
-            return values.enumerate().find(|(_, value)| !value.is_finite());
+            // As f32, which all arithmetic is in: a value that it cannot hold is infinite.
+            let values = bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes) as f32);
+            return values.enumerate().find(|(_, value)| !value.is_finite()).map(|(i, value)| (i, value.into()));
         }
         let mut wide = vec![0f32; bytes.len() / size];
         widen(bytes, from, &mut vec![0; wide.len()], &mut wide);
@@ -220,6 +221,9 @@ mod tests {
                 }
             }
         }
+        let beyond_f32 = tensor_bytes(&Tensor::new(&[1.0, -1e300f64], &Device::Cpu).unwrap()).unwrap();
+        let fault = to_tensor_and_fault(&beyond_f32, Dtype::F64, &[2], DType::F32, &Device::Cpu).unwrap().1;
+        assert_eq!(fault, Some((1, f64::NEG_INFINITY)));
         for from in [DType::F32, DType::F16, DType::BF16, DType::F64, DType::U8] {
             let bytes = tensor_bytes(&Tensor::ones(n, from, &Device::Cpu).unwrap()).unwrap();
             assert!(to_tensor_and_fault(&bytes, file_dtype(from).unwrap(), &[n], from, &Device::Cpu).unwrap().1.is_none(), "{from:?}");

@@ -40,12 +40,13 @@ const CONFIG_KEYS: &[&str] = &[
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "add_bias_linear", "add_qkv_bias",
     "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm", "architectures", "attention_dropout",
     "attention_softmax_in_fp32", "auto_map", "bias_dropout_fusion", "bos_token_id", "classifier_dropout", "do_sample", "dtype",
-    "eos_token_id", "ffn_hidden_size", "fp32_residual_connection", "gmask_token_id", "hidden_dropout", "hidden_size", "id2label",
-    "interleaved_qkv", "kv_channels", "label2id", "layernorm_epsilon", "max_length", "model_type", "multi_query_attention",
-    "multi_query_group_num", "num_attention_heads", "num_hidden_layers", "num_layers", "original_rope", "pad_token_id",
-    "padded_vocab_size", "post_layer_norm", "pre_seq_len", "prefix_projection", "problem_type", "quantization_bit", "return_dict",
-    "rmsnorm", "rope_ratio", "seq_length", "temperature", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype",
-    "transformers_version", "use_cache", "vocab_size",
+    "eos_token_id", "ffn_hidden_size", "finetuning_task", "fp32_residual_connection", "gmask_token_id", "hidden_dropout",
+    "hidden_size", "id2label", "interleaved_qkv", "kv_channels", "label2id", "layernorm_epsilon", "max_length",
+    "max_new_tokens", "model_type", "multi_query_attention", "multi_query_group_num", "num_attention_heads", "num_beams",
+    "num_hidden_layers", "num_layers", "original_rope", "output_attentions", "output_hidden_states", "pad_token_id",
+    "padded_vocab_size", "post_layer_norm", "pre_seq_len", "prefix_projection", "problem_type", "quantization_bit",
+    "repetition_penalty", "return_dict", "rmsnorm", "rope_ratio", "seq_length", "temperature", "tie_word_embeddings",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
 ];
 
 /// A prefix that was read in THUDM's format.
