@@ -1,5 +1,6 @@
 //! `glmddp demo-data`: made-up rows in AdvertiseGen's columns.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -18,9 +19,9 @@ pub struct DemoDataArgs {
     #[arg(long, value_enum, default_value_t = Kind::Advert)]
     pub kind: Kind,
     /// Rows of train.jsonl
-    #[arg(long, default_value_t = 4000)]
-    pub rows: usize,
-    /// Rows of dev.jsonl, none of which is in train.jsonl
+    #[arg(long, default_value = "4000")]
+    pub rows: NonZeroUsize,
+    /// Rows of dev.jsonl, none of which is in train.jsonl; 0 writes no dev.jsonl
     #[arg(long, default_value_t = 100)]
     pub dev_rows: usize,
     #[arg(long, default_value_t = 0)]
@@ -44,8 +45,9 @@ pub fn run(args: &DemoDataArgs) -> anyhow::Result<()> {
         Kind::Advert => DemoKind::Advert,
         Kind::Answer => DemoKind::Answer,
     };
-    demo::write_demo(&args.output_dir, kind, args.rows, args.dev_rows, args.seed, overwrite)?;
+    demo::write_demo(&args.output_dir, kind, args.rows.get(), args.dev_rows, args.seed, overwrite)?;
     let dir = args.output_dir.display();
-    report::print(&format!("{dir}/train.jsonl: {} rows, {dir}/dev.jsonl: {} rows; columns content, summary\n", args.rows, args.dev_rows))?;
+    let dev = if args.dev_rows > 0 { format!(", {dir}/dev.jsonl: {} rows", args.dev_rows) } else { String::new() };
+    report::print(&format!("{dir}/train.jsonl: {} rows{dev}; columns content, summary\n", args.rows))?;
     Ok(())
 }

@@ -6,10 +6,10 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 
 use super::report;
-use super::text::{bytes, thousands};
+use super::text::{bytes as bytes_text, thousands};
 use crate::data::demo::{self, DemoKind};
 use crate::model::init::{self, InitOptions};
-use crate::tokenizer::{GlmTokenizer, train_small};
+use crate::tokenizer::{GlmTokenizer, TokenizerError, train_filled, train_small};
 
 /// Make a ChatGLM2 with random weights: config.json, safetensors, tokenizer.model
 #[derive(Clone, Debug, Args)]
@@ -27,7 +27,7 @@ pub struct InitModelArgs {
     /// Another number of layers than the preset's
     #[arg(long, value_name = "N")]
     pub num_layers: Option<std::num::NonZeroUsize>,
-    /// A tokenizer.model to use [default: a small one trained on demo rows]
+    /// A tokenizer.model to use; the vocabulary of tiny and small follows from it, that of 6b is 65024 [default: one trained on demo rows]
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
 }
@@ -43,23 +43,43 @@ pub enum Preset {
     SixB,
 }
 
-/// Rows that the small tokenizer is trained on, and how many pieces it gets.
+impl Preset {
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+impl From<Preset> for init::Preset {
+    fn from(preset: Preset) -> Self {
+        match preset {
+            Preset::Tiny => Self::Tiny,
+            Preset::Small => Self::Small,
+            Preset::SixB => Self::SixB,
+        }
+    }
+}
+
+/// Rows that the small tokenizer is trained on, and how many pieces it learns at most.
 const CORPUS_ROWS: usize = 2000;
 const PIECES: usize = 1000;
+/// Pieces of the published tokenizer, so that the special ids of the `6b` preset are the published ones.
+const PUBLISHED_PIECES: usize = 64_789;
 
 pub fn run(args: &InitModelArgs) -> anyhow::Result<()> {
-    let (tokenizer, path) = match &args.tokenizer {
+    let preset = init::Preset::from(args.preset);
+    let (bytes, path) = match &args.tokenizer {
         Some(path) => (std::fs::read(path).with_context(|| format!("while reading {}", path.display()))?, path.as_path()),
-        None => (small_tokenizer(), Path::new("tokenizer.model")),
+        None => (own_tokenizer(preset), Path::new("tokenizer.model")),
     };
-    let num_pieces = GlmTokenizer::from_bytes(&tokenizer, path)?.num_pieces();
-    let preset = match args.preset {
-        Preset::Tiny => init::Preset::Tiny,
-        Preset::Small => init::Preset::Small,
-        Preset::SixB => init::Preset::SixB,
-    };
+    let tokenizer = GlmTokenizer::from_bytes(&bytes, path)?;
+    if let Some(rows) = preset.vocabulary() {
+        let (ids, fitting) = (tokenizer.vocab_size(), GlmTokenizer::fitting_ids(rows));
+        if !fitting.contains(&ids) {
+            return Err(TokenizerError::OtherPreset { path: path.to_owned(), ids, preset: args.preset.name(), fitting }.into());
+        }
+    }
     let options = InitOptions { preset, num_layers: args.num_layers.map(|n| n.get()), seed: args.seed };
-    let made = init::init_model(&args.output_dir, options, &tokenizer, num_pieces)?;
+    let made = init::init_model(&args.output_dir, options, &bytes, tokenizer.vocab_size())?;
     let text = format!(
         "{}: {} layers, hidden {}, vocabulary {}; {} parameters, {} in {} safetensors file(s)\n",
         args.output_dir.display(),
@@ -67,16 +87,19 @@ pub fn run(args: &InitModelArgs) -> anyhow::Result<()> {
         made.config.hidden_size,
         made.config.padded_vocab_size,
         thousands(made.num_parameters),
-        bytes(made.num_weight_bytes),
+        bytes_text(made.num_weight_bytes),
         made.num_shards,
     );
     report::print(&text)?;
     Ok(())
 }
 
-/// A tokenizer of our own: nothing foreign is shipped.
-fn small_tokenizer() -> Vec<u8> {
+/// The `tokenizer.model` of a preset: learnt from demo rows, so that nothing foreign is shipped.
+pub fn own_tokenizer(preset: init::Preset) -> Vec<u8> {
     let mut corpus = vec!["[Round 1]\n\n问：\n\n答：".to_owned()];
     corpus.extend(demo::demo_rows(DemoKind::Advert, CORPUS_ROWS, 0).into_iter().flat_map(|(content, summary)| [content, summary]));
-    train_small(&corpus, PIECES)
+    match preset.vocabulary() {
+        None => train_small(&corpus, PIECES),
+        Some(_) => train_filled(&corpus, PIECES, PUBLISHED_PIECES),
+    }
 }

@@ -4,6 +4,7 @@
 //! There are two kinds of text over the same lists, so that a model can be trained on one and tuned to the other.
 
 use std::collections::HashSet;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use super::DataError;
@@ -147,11 +148,11 @@ pub enum Overwrite {
 }
 
 /// Writes `train.jsonl` and `dev.jsonl` into `dir` with the columns `content` and `summary`; no row of one has an attribute list of the other.
-/// Each file appears whole or not at all; one that already holds these rows is left as it is. With equal numbers and seed the lists of two
-/// kinds are equal, so that a row held out from one is held out from both.
+/// Each file appears whole or not at all; one that already holds these rows is left as it is. A file of 0 rows is none, since no command
+/// takes one. With equal numbers and seed the lists of two kinds are equal, so that a row held out from one is held out from both.
 ///
 /// # Errors
-/// When a file is there with other rows and `overwrite` is [`Overwrite::No`] (then nothing is written), or a file cannot be written.
+/// When a file is there with other rows and `overwrite` is [`Overwrite::No`] (then nothing is written), or a file cannot be written or removed.
 pub fn write_demo(
     dir: &Path,
     kind: DemoKind,
@@ -164,19 +165,21 @@ pub fn write_demo(
     let seen: HashSet<&str> = train.iter().map(|(content, _)| content.as_str()).collect();
     let later = (num_train as u64..).map(|index| demo_row(kind, seed, index));
     let valid: Vec<_> = later.filter(|(content, _)| !seen.contains(content.as_str())).take(num_valid).collect();
-    let mut missing = Vec::new();
+    let mut stale = Vec::new();
     for (name, rows) in [(TRAIN_FILE, &train), (DEV_FILE, &valid)] {
         let (path, text) = (dir.join(name), json_lines(rows));
         match std::fs::read(&path) {
-            Ok(old) if old == text.as_bytes() => {}
+            Ok(old) if old == text.as_bytes() && !rows.is_empty() => {}
             Ok(_) if overwrite == Overwrite::No => return Err(DataError::Exists { path }),
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => return Err(DataError::Read { path, source }),
-            _ => missing.push((path, text)),
+            Err(source) if source.kind() != ErrorKind::NotFound => return Err(DataError::Read { path, source }),
+            Err(_) if rows.is_empty() => {}
+            _ => stale.push((path, text)),
         }
     }
     std::fs::create_dir_all(dir).map_err(|source| DataError::Write { path: dir.to_owned(), source })?;
-    for (path, text) in missing {
-        write_atomically(&path, &[text.as_bytes()]).map_err(|source| DataError::Write { path, source })?;
+    for (path, text) in stale {
+        let replaced = if text.is_empty() { std::fs::remove_file(&path) } else { write_atomically(&path, &[text.as_bytes()]) };
+        replaced.map_err(|source| DataError::Write { path, source })?;
     }
     Ok(())
 }
@@ -268,5 +271,20 @@ mod tests {
         write(301, Overwrite::Yes).unwrap();
         assert_eq!(read(TRAIN_FILE).lines().count(), 301);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn demo_file_of_no_rows_is_none_and_an_old_one_goes_only_if_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |valid, overwrite| write_demo(dir.path(), DemoKind::Answer, 5, valid, 7, overwrite);
+        let names = || std::fs::read_dir(dir.path()).unwrap().count();
+        write(0, Overwrite::No).unwrap();
+        assert_eq!(names(), 1);
+        write(3, Overwrite::No).unwrap();
+        assert_eq!(names(), 2);
+        assert!(matches!(write(0, Overwrite::No), Err(DataError::Exists { .. })));
+        assert_eq!(names(), 2);
+        write(0, Overwrite::Yes).unwrap();
+        assert_eq!(names(), 1);
     }
 }

@@ -1,5 +1,6 @@
 //! What can be wrong with a tokenizer.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +21,8 @@ pub enum TokenizerError {
     MissingPiece { path: PathBuf, piece: String },
     #[error("the tokenizer {} has {tokenizer} ids, the model's embedding has {model} rows (`padded_vocab_size`)", path.display())]
     OtherVocabulary { path: PathBuf, tokenizer: usize, model: usize },
+    #[error("the tokenizer {} has {ids} ids, the vocabulary of preset {preset} takes {} to {}", path.display(), fitting.start(), fitting.end())]
+    OtherPreset { path: PathBuf, ids: usize, preset: String, fitting: RangeInclusive<usize> },
     #[error("cannot tokenize a text of {bytes} bytes: {reason}")]
     Encode { bytes: usize, reason: String },
 }
@@ -39,6 +42,9 @@ impl TokenizerError {
             }
             Self::Unsupported { .. } => "glmddp reads the tokenizers of ChatGLM2, ChatGLM3 and CodeGeeX2",
             Self::OtherVocabulary { .. } => "use the `tokenizer.model` that lies beside the model's config.json",
+            Self::OtherPreset { .. } => {
+                "leave `--tokenizer` out, or take a preset whose vocabulary follows from the tokenizer: tiny or small"
+            }
             Self::Io { .. } | Self::Encode { .. } => return None,
         };
         Some(hint.to_owned())

@@ -1,5 +1,6 @@
 //! ChatGLM's tokenizer: SentencePiece pieces, then special ids that are in no file.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use tokenizers::{PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl};
@@ -201,10 +202,15 @@ impl GlmTokenizer {
     /// # Errors
     /// Ids without a row, or so many rows without an id that the model must have another vocabulary.
     pub fn check_fits(&self, padded_vocab_size: usize) -> Result<(), TokenizerError> {
-        match padded_vocab_size.checked_sub(self.vocab_size()) {
-            Some(padding) if padding < MAX_PADDING_ROWS => Ok(()),
-            _ => Err(TokenizerError::OtherVocabulary { path: self.path.clone(), tokenizer: self.vocab_size(), model: padded_vocab_size }),
+        if Self::fitting_ids(padded_vocab_size).contains(&self.vocab_size()) {
+            return Ok(());
         }
+        Err(TokenizerError::OtherVocabulary { path: self.path.clone(), tokenizer: self.vocab_size(), model: padded_vocab_size })
+    }
+
+    /// How many ids the tokenizer of a model with `padded_vocab_size` embedding rows may have.
+    pub fn fitting_ids(padded_vocab_size: usize) -> RangeInclusive<usize> {
+        padded_vocab_size.saturating_sub(MAX_PADDING_ROWS - 1)..=padded_vocab_size
     }
 }
 

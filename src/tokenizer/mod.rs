@@ -18,4 +18,4 @@ pub use bpe::SpBpe;
 pub use error::TokenizerError;
 pub use glm::{GlmTokenizer, RoleIds, SpPipeline};
 pub use pipeline::{SpDecoder, SpNormalizer};
-pub use train::{SpBpeTrainer, train_small};
+pub use train::{SpBpeTrainer, train_filled, train_small};

@@ -1,6 +1,7 @@
 //! Makes a small `tokenizer.model` of our own from a corpus, in the layout of ChatGLM's: `<unk>`, `<s>`, `</s>`, the 256 bytes, then merged pieces and single
 //! characters whose score is minus their rank.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use tokenizers::{AddedToken, Trainer};
@@ -16,12 +17,34 @@ const NUM_RESERVED: usize = 259;
 /// Learns at most `vocab_pieces` pieces from `corpus` and returns the bytes of a `tokenizer.model`. The same corpus gives the same bytes; fewer pieces come out
 /// of a corpus that has no more pairs to merge, and never fewer than the 259 reserved ones and `▁`.
 pub fn train_small(corpus: &[String], vocab_pieces: usize) -> Vec<u8> {
+    to_bytes(learnt_pieces(corpus, vocab_pieces))
+}
+
+/// As [`train_small`], then further single characters until there are `num_pieces`: for a model whose vocabulary is larger than what the
+/// corpus teaches. The characters go by Unicode blocks (CJK, its extension A, Hangul, extension B: 81,472 of them), so that a text in
+/// Chinese or Korean has at most one token a character.
+pub fn train_filled(corpus: &[String], vocab_pieces: usize, num_pieces: usize) -> Vec<u8> {
+    let mut pieces = learnt_pieces(corpus, vocab_pieces);
+    let known: HashSet<String> = pieces.iter().map(|piece| piece.text.clone()).collect();
+    let blocks = ['\u{4e00}'..='\u{9fff}', '\u{3400}'..='\u{4dbf}', '\u{ac00}'..='\u{d7a3}', '\u{20000}'..='\u{2a6df}'];
+    let further = blocks.into_iter().flatten().map(String::from).filter(|text| !known.contains(text));
+    for text in further.take(num_pieces.saturating_sub(pieces.len())) {
+        let rank = pieces.len() - NUM_RESERVED;
+        pieces.push(Piece { text, score: -(rank as f32), kind: PieceKind::Normal });
+    }
+    to_bytes(pieces)
+}
+
+fn to_bytes(pieces: Vec<Piece>) -> Vec<u8> {
+    SpModel { pieces, unk: 0, eos: 2, bytes: Box::new(std::array::from_fn(|byte| byte as u32 + 3)) }.to_bytes()
+}
+
+fn learnt_pieces(corpus: &[String], vocab_pieces: usize) -> Vec<Piece> {
     let mut words = Words::default();
     for text in corpus {
         words.add(&escape(text));
     }
-    SpModel { pieces: pieces(&words, vocab_pieces), unk: 0, eos: 2, bytes: Box::new(std::array::from_fn(|byte| byte as u32 + 3)) }
-        .to_bytes()
+    pieces(&words, vocab_pieces)
 }
 
 fn pieces(words: &Words, vocab_pieces: usize) -> Vec<Piece> {
@@ -126,6 +149,21 @@ mod tests {
         }
         let empty = GlmTokenizer::from_bytes(&train_small(&[], 512), Path::new("trained")).unwrap();
         assert_eq!(empty.decode(&empty.encode("文 字").unwrap()), "文 字");
+    }
+
+    #[test]
+    fn filled_model_has_the_pieces_that_were_asked_for_and_a_token_for_each_character() {
+        let filled = |num_pieces| GlmTokenizer::from_bytes(&train_filled(&corpus(), 320, num_pieces), Path::new("filled")).unwrap();
+        let tokenizer = filled(64_789);
+        assert_eq!((tokenizer.num_pieces(), tokenizer.gmask(), tokenizer.sop()), (64_789, 64_790, 64_792));
+        for text in corpus() {
+            assert_eq!(tokenizer.encode(&text).unwrap(), trained(320).encode(&text).unwrap(), "learnt pieces go first");
+        }
+        for text in ["未见过的字", "한국어"] {
+            assert_eq!(tokenizer.encode(text).unwrap().len(), text.chars().count() + 1);
+            assert_eq!(tokenizer.decode(&tokenizer.encode(text).unwrap()), text);
+        }
+        assert_eq!(filled(0).num_pieces(), 320, "nothing is taken away");
     }
 
     #[test]

@@ -33,6 +33,7 @@ mod kernel_commands;
 mod kernels;
 mod layering;
 mod long_rows;
+mod made_and_taken;
 mod malformed_csv;
 mod methods;
 mod model_errors;

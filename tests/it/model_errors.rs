@@ -237,7 +237,7 @@ fn config_with_sizes_that_do_not_fit_is_refused() {
 fn weights_after(damage: impl Fn(&Path)) -> String {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().join("model");
-    init_model(&dir, InitOptions { preset: Preset::Tiny, num_layers: None, seed: 1 }, b"tokenizer", 251).unwrap();
+    init_model(&dir, InitOptions { preset: Preset::Tiny, num_layers: None, seed: 1 }, b"tokenizer", 256).unwrap();
     damage(&dir);
     let load = || -> Result<(), ModelError> {
         let shapes = ModelConfig::load(&dir)?.parameter_shapes();
