@@ -104,15 +104,22 @@ pub fn table(plan: &Plan, length: &Length, costs: Option<(&ModelShape, &Arithmet
 fn model_text(plan: &Plan, costs: Option<(&ModelShape, &Arithmetic)>) -> String {
     let path = plan.model.model_name_or_path.display();
     match costs {
-        Some((s, a)) => format!(
-            "{path}\n{} layers, hidden {}, {} heads in {} groups, vocabulary {}: {} parameters, frozen",
-            s.layers,
-            s.hidden,
-            s.heads,
-            s.groups,
-            thousands(s.vocab),
-            thousands(a.base_parameters)
-        ),
+        Some((s, a)) => {
+            let trained = match a.trained_base_parameters {
+                0 => "frozen".to_owned(),
+                n if n == a.base_parameters => "all trained".to_owned(),
+                n => format!("{} of them trained", thousands(n)),
+            };
+            format!(
+                "{path}\n{} layers, hidden {}, {} heads in {} groups, vocabulary {}: {} parameters, {trained}",
+                s.layers,
+                s.hidden,
+                s.heads,
+                s.groups,
+                thousands(s.vocab),
+                thousands(a.base_parameters)
+            )
+        }
         None => format!("{path}\nno such folder yet: tokens, FLOPs and memory are left out"),
     }
 }
@@ -175,15 +182,29 @@ fn tokens_text(plan: &Plan, length: &Length, a: &Arithmetic) -> String {
 }
 
 fn flops_text(plan: &Plan, length: &Length, a: &Arithmetic) -> String {
-    let (factor, backward) = match plan.model.recompute {
-        Recompute::None => (4, "2N forward, 2N backward, frozen weights get no gradient"),
-        Recompute::Block => (6, "2N forward, 2N again, 2N backward, frozen weights get no gradient"),
+    let (flops, weights) = (&a.token_flops, a.matmul_weights as f64);
+    let per_weight = |flops: u64| {
+        let text = format!("{:.2}", flops as f64 / weights);
+        format!("{}N", text.trim_end_matches('0').trim_end_matches('.'))
     };
-    let weights = a.matmul_weights as f64;
+    let again = match plan.model.recompute {
+        Recompute::None => String::new(),
+        Recompute::Block => format!(", {} forward again", per_weight(flops.trunk_recompute)),
+    };
+    let gradients = match a.trained_base_parameters {
+        0 => "the base's weights get no gradient",
+        n if n == a.base_parameters => "inputs and weights get gradients",
+        _ => "of the base's weights, those that train get gradients",
+    };
+    let forward = flops.trunk_forward + flops.head_forward;
+    let backward = flops.trunk_backward + flops.head - flops.head_forward;
     let all = length.steps.map(|n| format!(", {}FLOP in all", si(a.max_step_flops as f64 * n as f64))).unwrap_or_default();
     format!(
-        "{factor}N = {}FLOP a token: {backward}; N = {}\nat most {}FLOP a step with attention, head on targets only{all}",
-        si(f64::from(factor) * weights),
+        "{} = {}FLOP a token: {} forward{again}, {} backward; N = {} weights in products\n{gradients}\nat most {}FLOP a step with attention, head on targets only{all}",
+        per_weight(flops.trunk() + flops.head),
+        si((flops.trunk() + flops.head) as f64),
+        per_weight(forward),
+        per_weight(backward),
         si(weights),
         si(a.max_step_flops as f64)
     )
@@ -199,10 +220,10 @@ fn memory_text(plan: &Plan, a: &Arithmetic) -> String {
             (" (weights rounded to bf16 too)", format!("{} their f32 masters{}\n", bytes(m.masters), part(m.masters, m.trained_parameters)))
         }
     };
+    let frozen = if m.weights > 0 { format!("{} frozen weights\n", bytes(m.weights)) } else { String::new() };
     format!(
-        "about {} a rank, in f32{rounded}:\n{} weights\n{} trained parameters\n{} their gradient{}\n{} their two moments{}\n{masters}{} gradient sums, {} slots a rank\n{} activations of {rows} rows\n{} logits",
+        "about {} a rank, in f32{rounded}:\n{frozen}{} trained parameters\n{} their gradient{}\n{} their two moments{}\n{masters}{} gradient sums, {} slots a rank\n{} activations of {rows} rows\n{} logits",
         bytes(m.total()),
-        bytes(m.weights),
         bytes(m.trained_parameters),
         bytes(m.gradient),
         part(m.gradient, m.trained_parameters),

@@ -26,6 +26,8 @@ pub struct TokenFlops {
     pub trunk_recompute: u64,
     /// Head, forward and backward, of a target token.
     pub head: u64,
+    /// The forward part of it.
+    pub head_forward: u64,
     /// Scores and weighted values, forward, backward and recomputed, of one query over one key, summed over layers.
     pub attention_per_key: u64,
 }
@@ -75,6 +77,8 @@ pub struct Arithmetic {
     pub base_parameters: u64,
     pub matmul_weights: u64,
     pub trainable_parameters: u64,
+    /// Those of them that are the base's own.
+    pub trained_base_parameters: u64,
     pub prefix_tokens: u64,
     /// Soft tokens before each row; they count as tokens.
     pub soft_tokens: u64,
@@ -117,6 +121,7 @@ pub fn token_flops(shape: &ModelShape, costs: &Costs, recompute: Recompute) -> T
         trunk_backward: from(forward, lowest_gradient) + costs.backward,
         trunk_recompute: passes_recomputed * (from(forward, costs.lowest_layer) + costs.forward),
         head: 4 * shape.head_weights() + costs.head_backward,
+        head_forward: 2 * shape.head_weights(),
         attention_per_key: scores + from(2 * scores, lowest_gradient) + passes_recomputed * from(scores, costs.lowest_layer),
     }
 }
@@ -145,6 +150,7 @@ pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, Me
         base_parameters: shape.parameters(),
         matmul_weights: shape.trunk_weights() + shape.head_weights(),
         trainable_parameters: trained,
+        trained_base_parameters: costs.trained_base_parameters,
         prefix_tokens: costs.prefix_tokens,
         soft_tokens: costs.soft_tokens,
         max_row_tokens,
@@ -229,7 +235,8 @@ mod tests {
 
     #[test]
     fn row_without_attention_and_head_costs_four_flops_a_weight() {
-        let flops = TokenFlops { trunk_forward: 20, trunk_backward: 20, trunk_recompute: 0, head: 4, attention_per_key: 1 };
+        let flops =
+            TokenFlops { trunk_forward: 20, trunk_backward: 20, trunk_recompute: 0, head: 4, head_forward: 2, attention_per_key: 1 };
         assert_eq!(flops.row(3, 2, 5), 3 * 40 + 2 * 4 + 15 + 6);
     }
 }

@@ -81,7 +81,7 @@ pub const FOREIGN_ARGUMENTS: &[ForeignArgument] = &[
     idle("max_predict_samples", One, "only prediction reads it"),
     idle("num_beams", One, "nothing is generated while training"),
     refused("quantization_bit", One, NEVER, "the base model is not quantized yet"),
-    refused("ptuning_checkpoint", One, NEVER, "training does not start from another run's prefix yet; resume_from_checkpoint goes on with a run"),
+    refused("ptuning_checkpoint", One, NEVER, "`glmddp checkpoint import` makes an adapter the start of a run; resume_from_checkpoint goes on with a run"),
     refused("source_prefix", One, &[""], "nothing is put before the prompt"),
     refused("val_max_target_length", One, NEVER, "held-out answers are cut at max_target_length"),
     // transformers Seq2SeqTrainingArguments

@@ -107,7 +107,7 @@ pub struct BatchConfig {
 #[command(next_help_heading = "Optimizer", rename_all = "snake_case")]
 pub struct OptimConfig {
     /// Peak learning rate [default: 2e-2 for ptuning_v2, 1e-2 for prefix_tuning, 1e-3 for p_tuning, 3e-2 for prompt_tuning, 5e-4
-    /// for lora]
+    /// for lora, 1e-4 for adapter, 5e-5 for adapter_fusion, 1e-4 for freeze, 1e-4 for full, 3e-3 for ia3]
     #[arg(long, value_name = "RATE", allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
     /// AdamW's decay of the first moment [default: 0.9]
@@ -161,7 +161,7 @@ pub struct ScheduleConfig {
     /// Passes over the training rows; `max_steps` goes first
     #[arg(long, value_name = "EPOCHS")]
     pub num_train_epochs: Option<f64>,
-    /// Seed of shuffling, dropout and the prefix's first values [default: 42]
+    /// Seed of shuffling, dropout and the method's first values [default: 42]
     #[arg(long, value_name = "SEED", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
     /// Log every so many steps [default: 10]

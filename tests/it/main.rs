@@ -43,6 +43,7 @@ mod not_run;
 mod other_templates;
 mod overlap;
 mod peft;
+mod plan_texts;
 mod power_loss;
 mod resume;
 mod row_columns;
