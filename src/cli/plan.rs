@@ -10,6 +10,7 @@ use super::{base_warnings, environment, report};
 use crate::config::Plan;
 use crate::config::arithmetic::{Arithmetic, Length, plan_arithmetic, plan_length};
 use crate::config::plan::{BatchPlan, DataPlan, Duration, Recompute, Resume, TimeLimit, WeightDtype};
+use crate::config::surprises::surprises;
 use crate::config::values::name_of;
 use crate::data::DataError;
 use crate::data::column_use::ColumnUse;
@@ -38,7 +39,9 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
     base_warnings::of_template(&plan.model.model_name_or_path)?;
     let shape = model_shape(&plan.model.model_name_or_path)?;
     let arithmetic = shape.as_ref().map(|shape| plan_arithmetic(shape, &plan)).transpose()?;
-    let length = plan_length(&plan, num_train_rows(&plan.data)?);
+    let num_rows = num_train_rows(&plan.data)?;
+    report::warn(&surprises(&plan, num_rows));
+    let length = plan_length(&plan, num_rows);
     let text = if args.json {
         let json = serde_json::json!({ "plan": plan, "length": length, "shape": shape, "arithmetic": arithmetic });
         format!("{json:#}\n")

@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::base_warnings;
-use crate::config::values::named;
+use super::{base_warnings, report};
+use crate::config::values::{MemoryLimit, named};
 use crate::dist::{self, ProcessGroup};
-use crate::model::RopeTable;
-use crate::train::TrainError;
+use crate::model::shape::ModelShape;
+use crate::model::{ModelConfig, RopeTable};
+use crate::train::together::together;
 use crate::train::tuned::Tuned;
+use crate::train::{TrainError, room};
 
 #[derive(Clone, Debug, Args)]
 #[command(rename_all = "snake_case", next_help_heading = "Model")]
@@ -24,6 +26,10 @@ pub struct TunedArgs {
     /// In which arithmetic the rotary angles are computed [default: exact]
     #[arg(long, value_name = "WHICH", value_parser = named::<RopeTable>(&["exact", "published"]))]
     pub rope_table: Option<RopeTable>,
+    /// Memory that the ranks of this machine may take together, such as 20GiB: a model that is larger is refused before it is loaded; none
+    /// does not look [default: what is free, with swap, under the limits of the container or job]
+    #[arg(long, value_name = "SIZE|none")]
+    pub memory_limit: Option<MemoryLimit>,
     /// Threads of each rank [default: cores of the machine / ranks on it]
     #[arg(long, value_name = "N")]
     pub threads: Option<std::num::NonZeroUsize>,
@@ -33,11 +39,20 @@ impl TunedArgs {
     /// Starts the threads and loads model and adapter, having warned if the adapter names another base.
     ///
     /// # Errors
-    /// As [`Tuned::load`], or when there are no such threads.
+    /// As [`Tuned::load`], or when there are no such threads or the model cannot fit into memory.
     pub fn load(&self, group: &dyn ProcessGroup) -> Result<Tuned, TrainError> {
         base_warnings::of_names(&self.model_name_or_path, self.adapter.as_deref())?;
         let threads = dist::plan_threads(group, self.threads)?;
         dist::install_thread_pool(threads.count)?;
-        Tuned::load(&self.model_name_or_path, self.adapter.as_deref(), self.rope_table.unwrap_or(RopeTable::Exact), group)
+        let dir = &self.model_name_or_path;
+        let shape = together(group, || Ok(ModelShape::from(&ModelConfig::load(dir)?)))?;
+        room::expect_room_for_weights(&format!("the model in {}", dir.display()), &shape, self.memory_limit, group)?;
+        let tuned = Tuned::load(dir, self.adapter.as_deref(), self.rope_table.unwrap_or(RopeTable::Exact), group)?;
+        if let (Some(adapter), Some(method)) = (&self.adapter, &tuned.method)
+            && let Some(reason) = method.without_effect()?
+        {
+            report::warn(&[format!("{} changes nothing, the result is that of the base alone: {reason}", adapter.display())]);
+        }
+        Ok(tuned)
     }
 }

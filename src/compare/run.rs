@@ -8,12 +8,14 @@ use super::report::identity;
 use super::{CompareError, Entry, Figures, REPORT_FILE, Report, RunResult, Shared, picture, table};
 use crate::checkpoint::{self, Claim, Disk};
 use crate::config::Plan;
+use crate::config::arithmetic::total_steps;
 use crate::config::plan::{Duration, Resume};
+use crate::data::Dataset;
 use crate::data::sampler::Sampler;
 use crate::dist::{Collectives, ProcessGroup};
 use crate::telemetry::{Console, reset_peak_rss};
 use crate::train::TrainError;
-use crate::train::base::Base;
+use crate::train::base::{Base, RunData};
 use crate::train::drift::drift;
 use crate::train::evaluate::evaluate;
 use crate::train::requests::{Limits, Stop};
@@ -84,8 +86,14 @@ pub fn run(
     let path = options.output_dir.join(REPORT_FILE);
     let tensors: &dyn Collectives = &run::watched(plan, tensors)?;
     let group = tensors.group();
-    let base = Base::load(plan, group)?;
-    let shared = shared(&base, plan, &options)?;
+    let data = RunData::load(plan, group)?;
+    let steps = steps_and_tokens(&data.train, plan, &options);
+    run::warn(group, &surprises(&data, contenders, &options, steps.0));
+    for Contender { label, plan } in contenders {
+        data.expect_room(&format!("the run of {label}"), plan, group)?;
+    }
+    let base = data.into_base(plan, group)?;
+    let shared = shared(&base, plan, &options, steps)?;
     let scene = Scene { base, options, tensors, group, disk, console, limits, steps: shared.steps };
     tracing::info!("{} methods, {} steps each: {} tokens", contenders.len(), shared.steps, shared.budget_tokens);
     let mut report = scene.read_report(&path)?.unwrap_or_else(|| Report::new(shared.clone()));
@@ -248,20 +256,45 @@ fn as_json(value: &impl serde::Serialize, path: &Path) -> Result<Vec<u8>, TrainE
     Ok(text)
 }
 
-/// The inputs, and the budget in steps and in tokens.
-fn shared(base: &Base, plan: &Plan, options: &Options) -> Result<Shared, CompareError> {
-    let held_out = base.validation.as_deref().ok_or(CompareError::NoHeldOutRows)?;
+/// What the contenders' users should see before the first run; a line of some of them alone begins with their labels.
+fn surprises(data: &RunData, contenders: &[Contender], options: &Options, steps: u64) -> Vec<String> {
+    let mut said: Vec<(String, Vec<&str>)> = Vec::new();
+    for Contender { label, plan } in contenders {
+        let mut plan = plan.clone();
+        if options.max_tokens.is_some() {
+            plan.run.duration = Duration::Steps(steps);
+        }
+        for line in data.surprises(&plan) {
+            match said.iter_mut().find(|(other, _)| *other == line) {
+                Some((_, labels)) => labels.push(label),
+                None => said.push((line, vec![label])),
+            }
+        }
+    }
+    let named = |(line, labels): (String, Vec<&str>)| {
+        if labels.len() == contenders.len() { line } else { format!("{}: {line}", labels.join(", ")) }
+    };
+    said.into_iter().map(named).collect()
+}
+
+/// The budget of each run, in steps and in tokens.
+fn steps_and_tokens(train: &Dataset, plan: &Plan, options: &Options) -> (u64, u64) {
     let rows_per_step = plan.batch.rows_per_step() as u64;
-    let samples = NonZeroUsize::new(base.train.num_samples()).unwrap_or(NonZeroUsize::MIN);
+    let samples = NonZeroUsize::new(train.num_samples()).unwrap_or(NonZeroUsize::MIN);
     let mut sampler = Sampler::new(samples, plan.run.seed);
-    let tokens_of = |position| base.train.sample(sampler.sample_at(position)).ids.len() as u64;
-    let (steps, budget_tokens) = match options.max_tokens {
+    let tokens_of = |position| train.sample(sampler.sample_at(position)).ids.len() as u64;
+    match options.max_tokens {
         Some(max_tokens) => steps_for_tokens(max_tokens.get(), rows_per_step, tokens_of),
         None => {
-            let steps = run::total_steps(plan, base.train.num_samples());
+            let steps = total_steps(plan, train.num_samples() as u64);
             (steps, (0..steps * rows_per_step).map(tokens_of).sum())
         }
-    };
+    }
+}
+
+/// The inputs, and the budget.
+fn shared(base: &Base, plan: &Plan, options: &Options, (steps, budget_tokens): (u64, u64)) -> Result<Shared, CompareError> {
+    let held_out = base.validation.as_deref().ok_or(CompareError::NoHeldOutRows)?;
     let parameters = base.model.config.parameter_shapes();
     Ok(Shared {
         base_fingerprint: base.fingerprint.clone(),
@@ -273,7 +306,7 @@ fn shared(base: &Base, plan: &Plan, options: &Options) -> Result<Shared, Compare
         held_out_tokens: held_out.num_tokens() as u64,
         drift_rows: options.drift_rows.get().min(held_out.num_samples()) as u64,
         steps,
-        rows_per_step,
+        rows_per_step: plan.batch.rows_per_step() as u64,
         budget_tokens,
     })
 }

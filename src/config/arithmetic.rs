@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-use super::plan::{BatchPlan, Plan, Recompute, Reduction, WeightDtype};
+use super::plan::{BatchPlan, Duration, Plan, Recompute, Reduction, Warmup, WeightDtype};
 use crate::dist::Shards;
 use crate::model::loss::LOGITS_CHUNK;
 use crate::model::shape::ModelShape;
@@ -46,7 +46,7 @@ impl TokenFlops {
 }
 
 /// Memory of one rank by purpose; f32 everywhere, bf16 values too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct RankBytes {
     pub weights: u64,
     pub trained_parameters: u64,
@@ -65,6 +65,11 @@ pub struct RankBytes {
 }
 
 impl RankBytes {
+    /// A model that nothing is trained on.
+    pub fn of_weights(shape: &ModelShape) -> Self {
+        Self { weights: F32_BYTES * shape.parameters(), ..Self::default() }
+    }
+
     pub fn total(&self) -> u64 {
         let trained = self.trained_parameters + self.gradient + self.moments + self.masters;
         self.weights + trained + self.slot_sums + self.saved_activations + self.logits
@@ -126,15 +131,39 @@ pub fn token_flops(shape: &ModelShape, costs: &Costs, recompute: Recompute) -> T
     }
 }
 
-/// # Errors
-/// When the method's settings name parts that the model does not have.
-pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, MethodError> {
-    let costs = plan.method.settings().costs(shape)?;
-    let token_flops = token_flops(shape, &costs, plan.model.recompute);
-    let max_row_targets = plan.data.max_target_length as u64 + 1;
-    let max_row_tokens = plan.data.max_source_length as u64 + max_row_targets - 1;
+/// What a rank has at once in memory, of a micro-batch and of the gradients of slots.
+struct Held {
+    saved_floats: u64,
+    logits_rows: u64,
+    gradient_buffers: u64,
+    /// Elements of the mean gradient, beside those buffers.
+    gradient: u64,
+}
+
+fn rank_bytes(shape: &ModelShape, plan: &Plan, costs: &Costs, held: &Held) -> RankBytes {
+    // Trained weights of the base are counted among the trainable ones.
+    let weights = shape.parameters() + costs.frozen_parameters - costs.trained_base_parameters;
+    let trained = costs.trainable_parameters;
+    let shard = optimizer_shard(plan, trained);
+    RankBytes {
+        weights: F32_BYTES * weights,
+        trained_parameters: F32_BYTES * trained,
+        gradient: F32_BYTES * held.gradient,
+        moments: 2 * F32_BYTES * shard,
+        masters: match plan.model.torch_dtype {
+            WeightDtype::Float32 => 0,
+            WeightDtype::Bfloat16 => F32_BYTES * shard,
+        },
+        slot_sums: F32_BYTES * costs.site_elements * held.gradient_buffers,
+        saved_activations: F32_BYTES * held.saved_floats,
+        logits: F32_BYTES * (LOGITS_CHUNK as u64).min(held.logits_rows) * shape.vocab,
+    }
+}
+
+/// What a rank may take, of micro-batches of rows of so many inputs and targets.
+fn most_rank_bytes(shape: &ModelShape, plan: &Plan, costs: &Costs, row_tokens: u64, row_targets: u64) -> RankBytes {
     let rows = plan.batch.rows_per_slot.get() as u64;
-    let micro_batch_tokens = rows * (costs.soft_tokens + max_row_tokens);
+    let trained = costs.trainable_parameters;
     let reached = shape.layers - costs.lowest_layer;
     let saved = match plan.model.recompute {
         Recompute::None => reached * shape.saved_floats(Recompute::None) + costs.saved_floats,
@@ -142,14 +171,27 @@ pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, Me
             reached * shape.saved_floats(Recompute::Block) + shape.saved_floats(Recompute::None) + costs.saved_floats / shape.layers.max(1)
         }
     };
-    // Trained weights of the base are counted among the trainable ones.
-    let weights = shape.parameters() + costs.frozen_parameters - costs.trained_base_parameters;
-    let trained = costs.trainable_parameters;
-    let shard = optimizer_shard(plan, trained);
+    let held = Held {
+        saved_floats: rows * (costs.soft_tokens + row_tokens) * saved,
+        logits_rows: rows * row_targets,
+        gradient_buffers: gradient_buffers(&plan.batch, plan.optim.reduction),
+        // Only where the method meets the model by its parameters themselves can ranks do with a shard of the gradient.
+        gradient: if costs.site_elements == trained { optimizer_shard(plan, trained) } else { trained },
+    };
+    rank_bytes(shape, plan, costs, &held)
+}
+
+/// # Errors
+/// When the method's settings name parts that the model does not have.
+pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, MethodError> {
+    let costs = plan.method.settings().costs(shape)?;
+    let token_flops = token_flops(shape, &costs, plan.model.recompute);
+    let max_row_targets = plan.data.max_target_length as u64 + 1;
+    let max_row_tokens = plan.data.max_source_length as u64 + max_row_targets - 1;
     Ok(Arithmetic {
         base_parameters: shape.parameters(),
         matmul_weights: shape.trunk_weights() + shape.head_weights(),
-        trainable_parameters: trained,
+        trainable_parameters: costs.trainable_parameters,
         trained_base_parameters: costs.trained_base_parameters,
         prefix_tokens: costs.prefix_tokens,
         soft_tokens: costs.soft_tokens,
@@ -159,24 +201,66 @@ pub fn plan_arithmetic(shape: &ModelShape, plan: &Plan) -> Result<Arithmetic, Me
         max_step_flops: token_flops
             .row(costs.soft_tokens + max_row_tokens, max_row_targets, costs.prefix_tokens)
             .saturating_mul(plan.batch.rows_per_step() as u64),
-        rank_bytes: RankBytes {
-            weights: F32_BYTES * weights,
-            trained_parameters: F32_BYTES * trained,
-            // Only where the method meets the model by its parameters themselves can ranks do with a shard of the gradient.
-            gradient: F32_BYTES * if costs.site_elements == trained { shard } else { trained },
-            moments: 2 * F32_BYTES * shard,
-            masters: match plan.model.torch_dtype {
-                WeightDtype::Float32 => 0,
-                WeightDtype::Bfloat16 => F32_BYTES * shard,
-            },
-            slot_sums: F32_BYTES * costs.site_elements * gradient_buffers(&plan.batch, plan.optim.reduction),
-            saved_activations: F32_BYTES * micro_batch_tokens * saved,
-            logits: F32_BYTES * (LOGITS_CHUNK as u64).min(rows * max_row_targets) * shape.vocab,
-        },
+        rank_bytes: most_rank_bytes(shape, plan, &costs, max_row_tokens, max_row_targets),
     })
 }
 
-/// Optimizer steps and, where the number of rows is known, passes over them.
+/// Tokens of the rows of a run, the last of each, which predicts nothing, included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowLengths {
+    pub shortest: u64,
+    pub longest: u64,
+    pub num_rows: u64,
+}
+
+/// As [`plan_arithmetic`] has it, with the longest of such rows in place of the longest that the plan allows.
+///
+/// # Errors
+/// When the method's settings name parts that the model does not have.
+pub fn rank_bytes_of_rows(shape: &ModelShape, plan: &Plan, lengths: &RowLengths) -> Result<RankBytes, MethodError> {
+    let row_tokens = lengths.longest.saturating_sub(1);
+    let row_targets = row_tokens.min(plan.data.max_target_length as u64 + 1);
+    Ok(most_rank_bytes(shape, plan, &plan.method.settings().costs(shape)?, row_tokens, row_targets))
+}
+
+/// What each rank of a run over such rows surely takes, where [`plan_arithmetic`] has what it may take. Of the rows: micro-batches of the
+/// shortest, and the longest once if the run comes to every row. Of the layers: not the lowest that is reached, which may keep less. Of the
+/// gradients: one buffer. Nothing of what the method keeps for itself.
+///
+/// # Errors
+/// When the method's settings name parts that the model does not have.
+pub fn least_rank_bytes(shape: &ModelShape, plan: &Plan, lengths: &RowLengths) -> Result<RankBytes, MethodError> {
+    let costs = plan.method.settings().costs(shape)?;
+    let rows = plan.batch.rows_per_slot.get() as u64;
+    let steps = total_steps(plan, lengths.num_rows);
+    // On several ranks nobody knows which meets the longest row.
+    let meets_all = plan.batch.world_size.get() == 1 && steps.saturating_mul(plan.batch.rows_per_step() as u64) >= lengths.num_rows;
+    let longest = if meets_all { lengths.longest } else { lengths.shortest };
+    let inputs = |tokens: u64| costs.soft_tokens + tokens.saturating_sub(1);
+    let tokens = inputs(longest) + (rows - 1) * inputs(lengths.shortest);
+    let saved = match (shape.layers - costs.lowest_layer, plan.model.recompute) {
+        (0 | 1, _) => 0,
+        (reached, Recompute::None) => (reached - 1) * shape.saved_floats(Recompute::None),
+        (reached, Recompute::Block) => (reached - 1) * shape.saved_floats(Recompute::Block) + shape.saved_floats(Recompute::None),
+    };
+    let held = Held { saved_floats: tokens * saved, logits_rows: rows, gradient_buffers: 1, gradient: 0 };
+    let mut bytes = rank_bytes(shape, plan, &costs, &held);
+    if steps < 2 {
+        // The first step frees its activations before it touches the moments.
+        bytes.moments = bytes.moments.saturating_sub(bytes.saved_activations + bytes.logits);
+    }
+    Ok(bytes)
+}
+
+/// Optimizer steps of a run over `num_rows` training rows; the last step of the epochs asked for is a whole one.
+pub fn total_steps(plan: &Plan, num_rows: u64) -> u64 {
+    match plan.run.duration {
+        Duration::Steps(steps) => steps,
+        Duration::Epochs(epochs) => (num_rows as f64 * epochs / plan.batch.rows_per_step() as f64).ceil().max(1.0) as u64,
+    }
+}
+
+/// Optimizer steps, and the passes over the rows that they are; where the number of rows is not known, the passes asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Length {
     pub steps: Option<u64>,
@@ -184,22 +268,20 @@ pub struct Length {
     pub warmup_steps: Option<u64>,
 }
 
-/// How long `plan` runs over `num_rows` training rows; steps of an epoch count its last, incomplete one.
+/// How long `plan` runs over `num_rows` training rows.
 pub fn plan_length(plan: &Plan, num_rows: Option<u64>) -> Length {
-    use super::plan::{Duration, Warmup};
-    let rows_per_step = plan.batch.rows_per_step() as f64;
-    let rows = num_rows.map(|n| n as f64);
-    let steps = match plan.run.duration {
-        Duration::Steps(steps) => Some(steps),
-        Duration::Epochs(epochs) => rows.map(|n| (n * epochs / rows_per_step).ceil() as u64),
+    let steps = match (plan.run.duration, num_rows) {
+        (Duration::Steps(steps), _) => Some(steps),
+        (Duration::Epochs(_), num_rows) => num_rows.map(|n| total_steps(plan, n)),
     };
-    let epochs = match plan.run.duration {
-        Duration::Steps(steps) => rows.filter(|&n| n > 0.0).map(|n| steps as f64 * rows_per_step / n),
+    let done = num_rows.filter(|&n| n > 0).zip(steps).map(|(n, steps)| steps as f64 * plan.batch.rows_per_step() as f64 / n as f64);
+    let epochs = done.or(match plan.run.duration {
+        Duration::Steps(_) => None,
         Duration::Epochs(epochs) => Some(epochs),
-    };
+    });
     let warmup_steps = match plan.optim.warmup {
         Warmup::Steps(steps) => Some(steps),
-        Warmup::Ratio(ratio) => steps.map(|n| (n as f64 * ratio).ceil() as u64),
+        Warmup::Ratio(_) => steps.map(|n| plan.optim.warmup.steps(n)),
     };
     Length { steps, epochs, warmup_steps }
 }

@@ -75,6 +75,11 @@ pub enum ConfigError {
     Shared { key: String, section: &'static str, place: Place },
     #[error("`{key}` is given for all methods of a comparison, but each has its own")]
     PerMethod { key: String, place: Place },
+    #[error(
+        "`{}` is {weight_decay}: a step at the learning rate {learning_rate} takes {:.1} times each parameter away, so that nothing learnt stays",
+        place.key, learning_rate * weight_decay
+    )]
+    TooMuchDecay { learning_rate: f64, weight_decay: f64, place: Place },
     #[error("`{}` is {rows}, which {world_size} ranks x micro-batch {micro} = {} does not divide", place.key, world_size * micro)]
     NotDivisible { rows: usize, world_size: usize, micro: usize, place: Place },
     #[error("`{}` is {rows}: {} slots of micro-batch {micro}, fewer than {world_size} ranks", place.key, rows / micro)]
@@ -101,6 +106,7 @@ impl ConfigError {
             | Self::BadLabel { place, .. }
             | Self::Shared { place, .. }
             | Self::PerMethod { place, .. }
+            | Self::TooMuchDecay { place, .. }
             | Self::NotDivisible { place, .. }
             | Self::TooManyRanks { place, .. } => Some(place.to_string()),
         }
@@ -132,6 +138,9 @@ impl ConfigError {
             Self::PerMethod { key, .. } => {
                 format!("set `{key}` in `[methods.LABEL]` of the configuration file, as configs/compare.toml does")
             }
+            Self::TooMuchDecay { learning_rate, .. } => {
+                format!("use `--weight_decay {}` or less; 0.01 is usual", round_down(0.1 / learning_rate))
+            }
             Self::NotDivisible { rows, world_size, micro, .. } => match divisible_neighbours(*rows, world_size * micro) {
                 (0, above) => format!("use {above}"),
                 (below, above) => format!("use {below} or {above}"),
@@ -146,6 +155,14 @@ impl ConfigError {
 
 fn or_not_set(text: &str) -> String {
     if text.is_empty() { "not set".to_owned() } else { format!("`{text}`, which is no time") }
+}
+
+/// `x` to one figure, not above it.
+fn round_down(x: f64) -> f64 {
+    let unit = 10f64.powf(x.log10().floor());
+    let figure = (x / unit).floor();
+    // Dividing by a whole power prints without a tail of digits.
+    if unit < 1.0 { figure / unit.recip().round() } else { figure * unit }
 }
 
 /// The nearest multiples of `unit` on both sides of `rows`; 0 below the first.

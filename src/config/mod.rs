@@ -8,6 +8,7 @@ pub mod error;
 pub mod foreign;
 pub mod plan;
 pub mod sections;
+pub mod surprises;
 pub mod values;
 
 mod comparison;
@@ -102,7 +103,20 @@ const ALTERNATIVES: [&[&str]; 4] = [
 pub fn load(file: Option<&Path>, command_line: &RunConfig) -> Result<Loaded, ConfigError> {
     let file::FileValues { mut values, mut sources, warnings } = file.map(file::read).transpose()?.unwrap_or_default();
     overlay(&mut values, &mut sources, flatten(command_line)?.into_iter().map(|(key, value)| (key, value, Source::CommandLine)).collect());
-    Ok(Loaded { config: unflatten(values)?, sources, warnings })
+    let config = unflatten(values)?;
+    let warnings = warnings.into_iter().chain(displaced(&config, &sources)).collect();
+    Ok(Loaded { config, sources, warnings })
+}
+
+/// Keys that do nothing since another goes first.
+fn displaced(config: &RunConfig, sources: &Sources) -> Vec<String> {
+    let (run, optim) = (&config.run, &config.optim);
+    let pairs = [
+        ("run.num_train_epochs", "max_steps", run.num_train_epochs.is_some() && run.max_steps.is_some_and(|n| n != -1)),
+        ("optim.warmup_ratio", "warmup_steps", optim.warmup_ratio.is_some() && optim.warmup_steps.is_some_and(|n| n > 0)),
+    ];
+    let displaced = pairs.into_iter().filter(|(.., is_displaced)| *is_displaced);
+    displaced.map(|(path, first, _)| format!("`{path}` does nothing here: `{first}` goes first ({})", sources.place(path))).collect()
 }
 
 /// Lays `over` = (key, value, source) over what is there; a key displaces its alternatives as well.

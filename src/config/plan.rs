@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use super::values::{Span, TimeLimit};
+pub use super::values::{MemoryLimit, Span, TimeLimit};
 pub use crate::data::prompt::Truncation;
 use crate::data::record::Columns;
 pub use crate::data::record::OnBadRow;
@@ -143,6 +143,9 @@ pub struct RunPlan {
     pub stall_timeout: Option<Span>,
     /// Threads of this rank; none: cores of the machine / ranks on it.
     pub threads: Option<NonZeroUsize>,
+    /// What the ranks of a machine may take together; `None`: what is free. Checkpoints of earlier versions do not have it.
+    #[serde(default)]
+    pub memory_limit: Option<MemoryLimit>,
     /// Write the rows of every micro-batch to this file, one JSON line each.
     pub dump_batches: Option<PathBuf>,
     /// Write the parameters before the first step to this safetensors file.

@@ -17,7 +17,8 @@ const MAX_LENGTH: usize = 1 << 20;
 const MAX_ROWS_PER_SLOT: usize = 1 << 16;
 const ROWS_PER_STEP: usize = 16;
 const MAX_STEPS: u64 = 3000;
-const SAVE_STEPS: usize = 1000;
+pub(super) const SAVE_STEPS: usize = 1000;
+pub(super) const LOGGING_STEPS: usize = 10;
 const AUDIT_STEPS: usize = 100;
 const STALL_TIMEOUT: Span = Span(std::time::Duration::from_secs(600));
 
@@ -173,13 +174,18 @@ impl Resolver<'_> {
             (steps, _) => Warmup::Steps(steps),
         };
         let learning_rate = optim.learning_rate.unwrap_or(method.settings().learning_rate());
+        let learning_rate = self.within("optim.learning_rate", learning_rate, learning_rate > 0.0, "a number above 0")?;
+        let weight_decay = not_negative("optim.weight_decay", optim.weight_decay.unwrap_or(0.0))?;
+        if learning_rate * weight_decay >= 1.0 {
+            return Err(ConfigError::TooMuchDecay { learning_rate, weight_decay, place: self.place("optim.weight_decay") });
+        }
         let adam_epsilon = optim.adam_epsilon.unwrap_or(1e-8);
         Ok(OptimPlan {
-            learning_rate: self.within("optim.learning_rate", learning_rate, learning_rate > 0.0, "a number above 0")?,
+            learning_rate,
             adam_beta1: self.share_below_one("optim.adam_beta1", optim.adam_beta1.unwrap_or(0.9))?,
             adam_beta2: self.share_below_one("optim.adam_beta2", optim.adam_beta2.unwrap_or(0.999))?,
             adam_epsilon: self.within("optim.adam_epsilon", adam_epsilon, adam_epsilon > 0.0, "a number above 0")?,
-            weight_decay: not_negative("optim.weight_decay", optim.weight_decay.unwrap_or(0.0))?,
+            weight_decay,
             max_grad_norm: (max_grad_norm > 0.0).then_some(max_grad_norm),
             lr_scheduler_type: optim.lr_scheduler_type.unwrap_or(SchedulerType::Linear),
             warmup,
@@ -223,7 +229,7 @@ impl Resolver<'_> {
             overwrite_output_dir: run.overwrite_output_dir.unwrap_or(false),
             duration: self.duration()?,
             seed: run.seed.unwrap_or(42),
-            logging_steps: self.positive("run.logging_steps", run.logging_steps.unwrap_or(10))?,
+            logging_steps: self.positive("run.logging_steps", run.logging_steps.unwrap_or(LOGGING_STEPS))?,
             save_steps,
             save_total_limit: run.save_total_limit.map(|n| self.positive("run.save_total_limit", n)).transpose()?,
             save_best,
@@ -235,6 +241,7 @@ impl Resolver<'_> {
             audit_steps: NonZeroUsize::new(run.audit_steps.unwrap_or(AUDIT_STEPS)),
             stall_timeout: Some(run.stall_timeout.unwrap_or(STALL_TIMEOUT)).filter(|limit| !limit.0.is_zero()),
             threads: run.threads.map(|n| self.positive("run.threads", n)).transpose()?,
+            memory_limit: run.memory_limit,
             dump_batches: run.dump_batches.clone(),
             dump_initial: run.dump_initial.clone(),
         })

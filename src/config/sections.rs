@@ -11,7 +11,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::plan::{LossMean, OnBadRow, OnSaveError, Recompute, Reduction, RopeTable, SchedulerType, Truncation, WeightDtype};
-use super::values::{ResumeFrom, Span, TimeLimit, named};
+use super::values::{MemoryLimit, ResumeFrom, Span, TimeLimit, named};
 pub use crate::peft::keys::MethodKeys as MethodConfig;
 
 /// `[model]`
@@ -201,6 +201,10 @@ pub struct ScheduleConfig {
     /// Threads of each rank [default: cores of the machine / ranks on it]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// Memory that the ranks of a machine may take together, such as 20GiB: a run that needs more is refused before it loads the model;
+    /// none does not look [default: what is free, with swap, under the limits of the container or job]
+    #[arg(long, value_name = "SIZE|none")]
+    pub memory_limit: Option<MemoryLimit>,
     /// Write the rows of every micro-batch to this file, one JSON line each
     #[arg(long, value_name = "FILE")]
     pub dump_batches: Option<PathBuf>,

@@ -127,6 +127,48 @@ impl fmt::Display for TimeLimit {
     }
 }
 
+/// `memory_limit`: what the ranks of a machine may take together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryLimit {
+    Bytes(u64),
+    /// Nobody looks.
+    None,
+}
+
+const SIZES: [(&str, u32); 4] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+
+impl FromStr for MemoryLimit {
+    type Err = String;
+
+    /// `20GiB`, `20G` (as Slurm and docker mean it) or `1.5 GiB`, `20GB` (powers of 1000), `21474836480B`, `none`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self::None);
+        }
+        let expected = || "expected a size with its unit, such as 20GiB, or none".to_owned();
+        let at = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).ok_or_else(expected)?;
+        let (number, unit) = (&text[..at], text[at..].trim_start());
+        let binary = SIZES.iter().find(|(name, _)| *name == unit || name[..1] == *unit).map(|&(_, shift)| f64::from(shift).exp2());
+        let decimal =
+            || Some(1e3f64.powi([("KB", 1), ("kB", 1), ("MB", 2), ("GB", 3), ("TB", 4)].iter().find(|(name, _)| *name == unit)?.1));
+        let unit = binary.or_else(decimal).or((unit == "B").then_some(1.0)).ok_or_else(expected)?;
+        let bytes = number.parse::<f64>().ok().map(|n| n * unit).filter(|&n| (1.0..2f64.powi(63)).contains(&n)).ok_or_else(expected)?;
+        Ok(Self::Bytes(bytes as u64))
+    }
+}
+
+impl fmt::Display for MemoryLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::None => f.write_str("none"),
+            Self::Bytes(n) => match SIZES.iter().find(|(_, shift)| n.trailing_zeros() >= *shift) {
+                Some((unit, shift)) => write!(f, "{}{unit}", n >> shift),
+                None => write!(f, "{n}B"),
+            },
+        }
+    }
+}
+
 /// In a file, and in a stored plan, as the command line has it.
 macro_rules! as_text {
     ($type:ty) => {
@@ -147,6 +189,7 @@ macro_rules! as_text {
 
 as_text!(Span);
 as_text!(TimeLimit);
+as_text!(MemoryLimit);
 
 #[cfg(test)]
 mod tests {
@@ -171,5 +214,28 @@ mod tests {
             assert_eq!(limit.to_string().parse(), Ok(limit));
         }
         assert_eq!("tomorrow".parse::<TimeLimit>(), Err(format!("expected {SPAN_FORM}, or slurm")));
+    }
+
+    #[test]
+    fn sizes_of_memory_are_read_as_people_write_them_and_survive_their_text() {
+        for (text, bytes) in [
+            ("20GiB", 20 << 30),
+            ("20G", 20 << 30),
+            ("1.5 GiB", 3 << 29),
+            ("100MiB", 100 << 20),
+            ("20GB", 20_000_000_000),
+            ("7kB", 7000),
+            ("2T", 2 << 40),
+            ("512K", 512 << 10),
+            ("1234567B", 1_234_567),
+        ] {
+            let limit = text.parse::<MemoryLimit>().unwrap();
+            assert_eq!(limit, MemoryLimit::Bytes(bytes), "{text}");
+            assert_eq!(limit.to_string().parse(), Ok(limit), "{text}");
+        }
+        assert_eq!("none".parse(), Ok(MemoryLimit::None));
+        for text in ["", "20", "GiB", "0GiB", "-1GiB", "20 gigs", "20gib", "1e3GiB", "..GiB", "99999999TiB", "None"] {
+            assert!(text.parse::<MemoryLimit>().unwrap_err().contains("such as 20GiB"), "{text}");
+        }
     }
 }

@@ -80,6 +80,7 @@ impl From<&Plan> for RunConfig {
                 audit_steps: Some(run.audit_steps.map_or(0, |n| n.get())),
                 stall_timeout: Some(run.stall_timeout.unwrap_or(Span(std::time::Duration::ZERO))),
                 threads: run.threads.map(|n| n.get()),
+                memory_limit: run.memory_limit,
                 dump_batches: run.dump_batches.clone(),
                 dump_initial: run.dump_initial.clone(),
             },

@@ -22,6 +22,7 @@ use super::export::{ExportError, Files};
 use super::keys::{KeyError, MethodKeys, positive};
 use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
 use crate::kernels::activation::Activation;
+use crate::kernels::host::F32View;
 use crate::model::hooks::{Reach, Sublayer};
 use crate::model::shape::ModelShape;
 use crate::model::{ChatGlm2, ModelConfig};
@@ -235,6 +236,15 @@ impl PeftMethod for Adapter {
 
     fn hooks<'a>(&'a self, _rows: RowContext<'a>) -> Result<Box<dyn TrainHooks + 'a>> {
         Ok(Box::new(AdapterHooks::new(self)?))
+    }
+
+    fn without_effect(&self) -> Result<Option<&'static str>> {
+        for (name, tensor) in self.params.tensors()? {
+            if bottleneck::is_of_output(&name) && F32View::new(&tensor)?.iter().any(|&x| x != 0.0) {
+                return Ok(None);
+            }
+        }
+        Ok(Some("each of its `adapter_up` is 0"))
     }
 
     fn sizes(&self) -> BTreeMap<String, Value> {

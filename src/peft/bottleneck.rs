@@ -38,6 +38,11 @@ pub(super) fn shapes(layer: usize, which: Sublayer, adapter: &str, (hidden, widt
     parts.into_iter().map(|(part, shape)| (format!("{}.adapters.{adapter}.{part}", site(layer, which)), shape)).collect()
 }
 
+/// Whether a parameter is of an adapter's second layer, whose output is what the adapter adds.
+pub(super) fn is_of_output(name: &str) -> bool {
+    name.ends_with(UP) || name.ends_with(UP_BIAS)
+}
+
 /// N(0, 0.02) for a matrix and zeros for a bias, as the library starts its linear layers.
 pub(super) fn start(name: &str, shape: &[usize], seed: u64) -> Result<Tensor> {
     let n = shape.iter().product();

@@ -190,6 +190,11 @@ impl PeftMethod for Ia3 {
         Ok(Box::new(Ia3Hooks { method: self, grad: vec![0.0; self.site_len()] }))
     }
 
+    fn without_effect(&self) -> Result<Option<&'static str>> {
+        let is_one = F32View::new(self.params.flat())?.iter().all(|&factor| factor == 1.0);
+        Ok(is_one.then_some("each of its factors is 1"))
+    }
+
     fn sizes(&self) -> BTreeMap<String, Value> {
         BTreeMap::from([
             ("ia3_target".to_owned(), json!(names(&self.settings.targets))),

@@ -254,6 +254,25 @@ impl PeftMethod for Lora {
         Ok(Box::new(LoraHooks::new(self, drops.then_some(rows), self.site_len())))
     }
 
+    fn without_effect(&self) -> Result<Option<&'static str>> {
+        if let Some(magnitudes) = &self.magnitudes {
+            for (&(layer, site), norms) in &magnitudes.norms {
+                if F32View::new(&self.params.get(&name_of_magnitude(layer, site))?)?[..] != norms[..] {
+                    return Ok(None);
+                }
+            }
+        }
+        if self.factor() == 0.0 {
+            return Ok(Some("its `lora_alpha` is 0"));
+        }
+        for &(layer, site) in self.targets.0.keys() {
+            if F32View::new(&self.params.get(&name_of_B(layer, site))?)?.iter().any(|&b| b != 0.0) {
+                return Ok(None);
+            }
+        }
+        Ok(Some("each of its `lora_B` is 0"))
+    }
+
     fn sizes(&self) -> BTreeMap<String, Value> {
         BTreeMap::from([
             ("lora_rank".to_owned(), self.settings.rank.get().into()),

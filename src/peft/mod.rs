@@ -248,6 +248,13 @@ pub trait PeftMethod {
     fn trained_base_weights(&self) -> Result<BTreeMap<BaseWeight, Tensor>> {
         Ok(BTreeMap::new())
     }
+    /// What shows that the model computes with these parameters what its base computes; `None` where nothing does.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    fn without_effect(&self) -> Result<Option<&'static str>> {
+        Ok(None)
+    }
     /// Sizes that a checkpoint must agree on, name -> value.
     fn sizes(&self) -> BTreeMap<String, serde_json::Value>;
     /// The files of the adapter in the public formats that know it, relative path and content.

@@ -5,6 +5,7 @@
 mod console;
 mod error;
 mod format;
+mod free_memory;
 mod log;
 mod logged;
 mod memory;
@@ -17,6 +18,7 @@ mod step_clock;
 pub use console::{ByteBar, Console, StepBar};
 pub use error::TelemetryError;
 pub use format::step_line;
+pub use free_memory::Memory;
 pub use log::{Verbosity, init};
 pub use logged::{LoggedStep, logged_steps};
 pub use memory::{peak_rss_bytes, reset_peak_rss};

@@ -5,16 +5,21 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::TrainError;
 use super::adapters::{Ranks, Tokenizer};
 use super::together::together;
+use super::{TrainError, room};
 use crate::config::Plan;
+use crate::config::arithmetic::RowLengths;
+use crate::config::surprises::surprises;
+use crate::data::dataset::LengthStats;
 use crate::data::load::{CacheRequest, CacheUse, LoadRequest};
 use crate::data::record::Columns;
 use crate::data::tokenize::Limits;
 use crate::data::{self, Dataset};
 use crate::dist::ProcessGroup;
-use crate::model::{ChatGlm2, WeightDtype};
+use crate::model::shape::ModelShape;
+use crate::model::weights::WeightSource;
+use crate::model::{ChatGlm2, ModelConfig, WeightDtype};
 use crate::peft::bare;
 use crate::tokenizer::GlmTokenizer;
 
@@ -29,11 +34,20 @@ pub struct Base {
     pub tokenizer_sha256: String,
 }
 
-impl Base {
-    /// Loads what `plan.model` and `plan.data` name. Every rank calls it.
+/// What is loaded before the weights: rows, and what reads them.
+pub struct RunData {
+    config: ModelConfig,
+    source: WeightSource,
+    tokenizer: GlmTokenizer,
+    pub train: Dataset,
+    pub validation: Option<Dataset>,
+}
+
+impl RunData {
+    /// Loads the rows that `plan.data` names, for the model that `plan.model` names. Every rank calls it.
     ///
     /// # Errors
-    /// When a file is missing or damaged, the model is not a bare base, rows cannot be read, or the ranks have different weights.
+    /// When a file is missing or damaged, the model is not a bare base, or rows cannot be read.
     pub fn load(plan: &Plan, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
         let dir = &plan.model.model_name_or_path;
         let (tokenizer, config, source) = together(group, || {
@@ -44,6 +58,30 @@ impl Base {
             Ok((tokenizer, config, source))
         })?;
         let (train, validation) = load_data(plan, &tokenizer, group)?;
+        Ok(Self { config, source, tokenizer, train, validation })
+    }
+
+    /// Lines that the user of `plan` should see before anything takes long.
+    pub fn surprises(&self, plan: &Plan) -> Vec<String> {
+        surprises(plan, Some(self.train.num_samples() as u64))
+    }
+
+    /// Tests that the run of `plan`, called `what`, can fit into memory. Every rank calls it.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn expect_room(&self, what: &str, plan: &Plan, group: &dyn ProcessGroup) -> Result<(), TrainError> {
+        let Some(LengthStats { min, max, .. }) = self.train.length_stats() else { return Ok(()) };
+        let lengths = RowLengths { shortest: min as u64, longest: max as u64, num_rows: self.train.num_samples() as u64 };
+        room::expect_room(what, &ModelShape::from(&self.config), plan, &lengths, group)
+    }
+
+    /// Loads the weights. Every rank calls it.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or the ranks have different weights.
+    pub fn into_base(self, plan: &Plan, group: &dyn ProcessGroup) -> Result<Base, TrainError> {
+        let Self { config, source, tokenizer, train, validation } = self;
         let (model, fingerprint) = together(group, || {
             // One rank of each machine reads every byte: the others have the same files.
             let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
@@ -55,7 +93,19 @@ impl Base {
         })?;
         let fingerprint = same_base(group, &fingerprint)?;
         let validation = validation.map(Arc::new);
-        Ok(Self { model, train: Arc::new(train), validation, fingerprint, tokenizer_sha256: tokenizer.sha256().to_owned() })
+        Ok(Base { model, train: Arc::new(train), validation, fingerprint, tokenizer_sha256: tokenizer.sha256().to_owned() })
+    }
+}
+
+impl Base {
+    /// Loads what `plan.model` and `plan.data` name. Every rank calls it.
+    ///
+    /// # Errors
+    /// As [`RunData::load`], [`RunData::expect_room`] and [`RunData::into_base`].
+    pub fn load(plan: &Plan, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
+        let data = RunData::load(plan, group)?;
+        data.expect_room("the run", plan, group)?;
+        data.into_base(plan, group)
     }
 }
 
@@ -104,8 +154,13 @@ fn report(data: &Dataset, columns: &Columns, cache: &CacheUse) {
     if data.bad_rows.total > data.bad_rows.first.len() {
         tracing::warn!("{} rows left out in all", data.bad_rows.total);
     }
-    if data.num_cut_prompts + data.num_cut_answers > 0 {
-        tracing::info!("{} prompts and {} answers were cut to their maximum", data.num_cut_prompts, data.num_cut_answers);
+    let (rows, prompts, answers) = (data.num_samples(), data.num_cut_prompts, data.num_cut_answers);
+    let most_are_cut = [(prompts, "prompts", "max_source_length"), (answers, "answers", "max_target_length")];
+    for (cut, what, key) in most_are_cut.into_iter().filter(|(cut, ..)| 2 * cut > rows) {
+        tracing::warn!("{cut} of {rows} {what} of {} were cut to `{key}`; use a larger one", data.file().display());
+    }
+    if prompts + answers > 0 {
+        tracing::info!("{prompts} prompts and {answers} answers were cut to their maximum");
     }
     for line in data.column_use.report(columns, data.file()) {
         tracing::warn!("{line}");

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::room::TooLarge;
 use crate::checkpoint::{CheckpointError, Mismatch};
 use crate::data::DataError;
 use crate::dist::{AgreedError, DistError};
@@ -61,6 +62,8 @@ pub enum TrainError {
         /// Parts behind it that differ as well.
         others: usize,
     },
+    #[error(transparent)]
+    TooLarge(Box<TooLarge>),
     #[error("cannot write {}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
@@ -85,6 +88,12 @@ pub enum TrainError {
     Tokenizer(#[from] TokenizerError),
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+impl From<TooLarge> for TrainError {
+    fn from(error: TooLarge) -> Self {
+        Self::TooLarge(Box::new(error))
+    }
 }
 
 impl TrainError {
@@ -117,6 +126,7 @@ impl TrainError {
                  processors on the machine of the named rank, and go on from the newest checkpoint before this step"
                     .to_owned(),
             ),
+            Self::TooLarge(e) => Some(e.hint()),
             Self::Checkpoint(e) => e.hint(),
             Self::Data(e) => e.hint(),
             Self::Dist(e) => e.hint(),

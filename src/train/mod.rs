@@ -14,6 +14,7 @@ pub mod optimizer;
 pub mod probe;
 pub mod requests;
 pub mod resume_report;
+pub mod room;
 pub mod run;
 pub mod save;
 pub mod state;

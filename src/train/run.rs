@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::audit::{self, Fingerprints};
-use super::base::Base;
+use super::base::{Base, RunData};
 use super::evaluate::{Evaluation, evaluate};
 use super::optimizer::Optimizer;
 use super::requests::{Limits, Listener, Stop, TRIGGER_FILE};
@@ -18,7 +18,8 @@ use super::together::together;
 use super::{TrainError, dump, finite, probe};
 use crate::checkpoint::{self, Claim, Disk, Identity};
 use crate::config::Plan;
-use crate::config::plan::{Duration, Resume, WeightDtype};
+use crate::config::arithmetic::total_steps;
+use crate::config::plan::{Resume, WeightDtype};
 use crate::data::Dataset;
 use crate::data::loader::{Division, training_batches};
 use crate::data::sampler::{Sampler, slot_positions};
@@ -70,10 +71,20 @@ pub struct Outcome {
 pub fn run(plan: &Plan, tensors: &dyn Collectives, disk: &dyn Disk, console: &Console, limits: &Limits) -> Result<Summary, TrainError> {
     claim(plan, tensors.group(), disk)?;
     let ranks = watched(plan, tensors)?;
-    let base = Base::load(plan, &ranks)?;
+    let data = RunData::load(plan, &ranks)?;
+    warn(&ranks, &data.surprises(plan));
+    data.expect_room("the run", plan, &ranks)?;
+    let base = data.into_base(plan, &ranks)?;
     let job = Job::new(plan, base, &ranks, disk)?;
     together(&ranks, || job.refuse_if_done())?;
     Ok(job.train(disk, console, limits)?.summary)
+}
+
+/// Says `lines` once, on the first rank.
+pub fn warn(group: &dyn ProcessGroup, lines: &[String]) {
+    for line in lines.iter().filter(|_| group.rank() == 0) {
+        tracing::warn!("{line}");
+    }
 }
 
 /// The same ranks, whose waits end as `plan` says.
@@ -165,7 +176,7 @@ impl<'a> Job<'a> {
             identity.sizes.insert("torch_dtype".to_owned(), serde_json::to_value(plan.model.torch_dtype).unwrap_or_default());
         }
 
-        let total_steps = total_steps(plan, train.num_samples());
+        let total_steps = total_steps(plan, train.num_samples() as u64);
         let (output_dir, resume) = (&plan.run.output_dir, &plan.run.resume);
         let resumed = state::resume(disk, group, output_dir, resume, &identity, &mut *method, &mut optimizer)?;
         together(group, || {
@@ -333,6 +344,14 @@ impl<'a> Job<'a> {
         let ending = match stopped {
             Some(by) => Ending::Stopped { by, total_steps: self.total_steps },
             None => {
+                if let Some(reason) = self.method.without_effect()? {
+                    warn(
+                        group,
+                        &[format!(
+                            "the tuned model computes what its base does: {reason}; more steps, or a higher learning rate, change it"
+                        )],
+                    );
+                }
                 let export = || if group.rank() == 0 { context.export(&self.model, &*self.method) } else { Ok(PathBuf::new()) };
                 Ending::Done { adapter: together(group, export)? }
             }
@@ -461,14 +480,6 @@ fn replay(resumed: &Resumed, model: &ChatGlm2, method: &dyn PeftMethod, group: &
 
 fn is_due(every: Option<NonZeroUsize>, step: u64) -> bool {
     every.is_some_and(|every| step.is_multiple_of(every.get() as u64))
-}
-
-/// Optimizer steps of a run over `num_rows` training rows.
-pub fn total_steps(plan: &Plan, num_rows: usize) -> u64 {
-    match plan.run.duration {
-        Duration::Steps(steps) => steps,
-        Duration::Epochs(epochs) => (num_rows as f64 * epochs / plan.batch.rows_per_step() as f64).ceil().max(1.0) as u64,
-    }
 }
 
 fn open_log(plan: &Plan, step: u64) -> Result<RunLog, TrainError> {

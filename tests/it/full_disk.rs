@@ -89,9 +89,9 @@ fn full_disk_keeps_what_was_saved_and_the_run_goes_on_when_there_is_room() {
     };
     let hidden = |run: &str| RealDisk.list(&path(run)).unwrap().iter().any(|path| path.file_name().unwrap().as_encoded_bytes()[0] == b'.');
     let said = |run: &str| {
-        // Steps with their times, and how long a save waited for the one before.
-        let is_timed = |line: &&str| line.starts_with("step ") || line.contains(" waited ");
-        let lines = read(&format!("{run}.err")).lines().filter(|line| !is_timed(line)).collect::<Vec<_>>().join("\n");
+        // Steps with their times, how long a save waited for the one before, and rows that are cut short.
+        let is_left_out = |line: &&str| line.starts_with("step ") || line.contains(" waited ") || line.contains(" were cut to ");
+        let lines = read(&format!("{run}.err")).lines().filter(|line| !is_left_out(line)).collect::<Vec<_>>().join("\n");
         let text = format!("{lines}\nexit status {}", read(&format!("{run}.code")).trim());
         regex::Regex::new(r"\d{3,}").unwrap().replace_all(&text, "N").into_owned()
     };

@@ -98,7 +98,9 @@ impl Setup {
             });
             format!("SHA256-{}", char::from(b'A' + index as u8))
         };
-        sum.replace_all(&ran.stderr, letter).into_owned()
+        // Warnings of rows that are cut short go before it.
+        let error = ran.stderr.find("error: ").map_or(ran.stderr.as_str(), |at| &ran.stderr[at..]);
+        sum.replace_all(error, letter).into_owned()
     }
 
     /// Trains into `output`; gives what is printed.

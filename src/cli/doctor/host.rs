@@ -6,6 +6,7 @@ use rustix::fs::statvfs;
 
 use super::super::text::bytes;
 use super::Finding;
+use crate::telemetry::Memory;
 
 const SMALL_SHARED_MEMORY: u64 = 64 << 20;
 const SMALL_DISK: u64 = 1 << 30;
@@ -29,14 +30,11 @@ fn cores() -> Finding {
 }
 
 fn memory() -> Finding {
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = |name: &str| -> Option<u64> { info.lines().find(|l| l.starts_with(name))?.split_ascii_whitespace().nth(1)?.parse().ok() };
-    let (Some(total), Some(available)) = (kib("MemTotal:"), kib("MemAvailable:")) else {
+    let Some(memory) = Memory::of_this_machine() else {
         return Finding::good("memory", "unknown: no /proc/meminfo");
     };
-    let limit = fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|t| t.trim().parse().ok());
-    let limit = limit.map(|n| format!(", {} allowed here", bytes(n))).unwrap_or_default();
-    Finding::good("memory", format!("{} available of {}{limit}", bytes(available << 10), bytes(total << 10)))
+    let left = memory.left_in_group.map(|n| format!(", {} left by the limit of the container or job", bytes(n))).unwrap_or_default();
+    Finding::good("memory", format!("{} available of {}{left}", bytes(memory.available), bytes(memory.total)))
 }
 
 /// Free and total bytes of the file system that holds `path`.
