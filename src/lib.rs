@@ -16,6 +16,7 @@ pub mod kernels;
 pub mod model;
 pub mod optim;
 pub mod params;
+pub mod paths;
 pub mod peft;
 pub mod rng;
 pub mod shell;

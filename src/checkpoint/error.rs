@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::Mismatch;
 use crate::formats::FormatError;
+use crate::paths::{Kind, NotThere};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -30,6 +31,14 @@ pub enum CheckpointError {
     Mismatch { path: PathBuf, mismatches: Vec<Mismatch> },
     #[error("{} holds another run: found {found}", path.display())]
     OutputDirTaken { path: PathBuf, found: String },
+    #[error("no such folder: {}{}", path.display(), and_there(folder, there))]
+    NotFound {
+        path: PathBuf,
+        /// Where checkpoints could be.
+        folder: PathBuf,
+        /// Names of the checkpoints there, oldest first.
+        there: Vec<String>,
+    },
     #[error("{} is a file, expected the folder of a checkpoint or of a run", path.display())]
     NotAFolder { path: PathBuf },
     #[error("{} is a checkpoint, expected the output_dir of a run", path.display())]
@@ -53,6 +62,10 @@ fn room(needed_bytes: u64, free_bytes: Option<u64>) -> String {
     }
 }
 
+fn and_there(folder: &Path, there: &[String]) -> String {
+    if there.is_empty() { String::new() } else { format!("; {} has {}", folder.display(), there.join(", ")) }
+}
+
 impl CheckpointError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
@@ -71,6 +84,14 @@ impl CheckpointError {
             Self::Mismatch { .. } => "use the model, tokenizer and method settings that the checkpoint was made with, or start anew in another `output_dir`".to_owned(),
             Self::OutputDirTaken { .. } => {
                 "name another `output_dir`, go on with `--resume_from_checkpoint latest`, or give `--overwrite_output_dir` to delete what is there".to_owned()
+            }
+            Self::NotFound { path, there, .. } if there.is_empty() => {
+                let not_there = NotThere { path: path.clone(), expected: Kind::Folder };
+                not_there.hint_and("give OUTPUT_DIR/checkpoint-N, or the OUTPUT_DIR of a run")
+            }
+            Self::NotFound { folder, there, .. } => {
+                let newest = there.last().map(|name| folder.join(name)).unwrap_or_default();
+                format!("give `{}`, the newest, or another of them", newest.display())
             }
             Self::NotAFolder { .. } | Self::NoCheckpoints { .. } => {
                 "give OUTPUT_DIR/checkpoint-N, or the OUTPUT_DIR of a run for all in it".to_owned()

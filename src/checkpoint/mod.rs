@@ -26,7 +26,7 @@ pub use fault::{Attempt, Call, Fault, FaultyDisk};
 pub use manifest::{
     FORMAT_VERSION, FileEntry, Header, Identity, Manifest, Mismatch, PieceEntry, Probe, ProbeRow, ShardEntry, TensorEntry, compare,
 };
-pub use output_dir::{Claim, Fate, Keep, Named, claim, clean_leftovers, fates, leftovers, named, retention};
+pub use output_dir::{Claim, Fate, Keep, Named, claim, clean_leftovers, fates, leftovers, named, retention, to_resume};
 pub use publish::{publish, publish_file};
 pub use read::{Checkpoint, open};
 pub use shard::{Flat, Part, Written, WrittenPiece, ZSTD_LEVEL, sum_of};

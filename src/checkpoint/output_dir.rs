@@ -170,6 +170,7 @@ fn original_of(path: &Path) -> Option<PathBuf> {
 pub fn named(disk: &dyn Disk, path: &Path) -> Result<Named, CheckpointError> {
     let entries = disk.list(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotADirectory => CheckpointError::NotAFolder { path: path.to_owned() },
+        std::io::ErrorKind::NotFound => not_found(disk, path, None),
         _ => CheckpointError::io("read", path, 0, source),
     })?;
     if step_of(path).is_some() || entries.iter().any(|entry| entry.ends_with(super::MANIFEST)) {
@@ -179,6 +180,31 @@ pub fn named(disk: &dyn Disk, path: &Path) -> Result<Named, CheckpointError> {
         none if none.is_empty() && leftovers(disk, path)?.is_empty() => Err(CheckpointError::NoCheckpoints { path: path.to_owned() }),
         all => Ok(Named::OutputDir(all)),
     }
+}
+
+/// As [`named`], of a checkpoint that a run in `output_dir` is to go on from: a path from where the user is, or else from `output_dir`.
+///
+/// # Errors
+/// As [`named`]; one that is nowhere says which there are.
+pub fn to_resume(disk: &dyn Disk, output_dir: &Path, path: &Path) -> Result<Named, CheckpointError> {
+    let is_there = |path: &Path| !matches!(disk.list(path), Err(error) if error.kind() == std::io::ErrorKind::NotFound);
+    let inside = output_dir.join(path);
+    match [path, &inside].into_iter().find(|path| is_there(path)) {
+        Some(path) => named(disk, path),
+        None => Err(not_found(disk, path, Some(output_dir))),
+    }
+}
+
+/// The error that names the checkpoints beside `path`, or else those of `output_dir`.
+fn not_found(disk: &dyn Disk, path: &Path, output_dir: Option<&Path>) -> CheckpointError {
+    let beside = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let names = |folder: &Path| -> Vec<String> {
+        let all = super::newest_first(disk, folder).unwrap_or_default();
+        all.iter().rev().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect()
+    };
+    let found = [beside, output_dir].into_iter().flatten().map(|folder| (folder.to_owned(), names(folder)));
+    let (folder, there) = found.into_iter().find(|(_, there)| !there.is_empty()).unwrap_or_default();
+    CheckpointError::NotFound { path: path.to_owned(), folder, there }
 }
 
 /// What a user's path leads to.

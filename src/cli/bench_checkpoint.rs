@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use super::report;
 use crate::bench::checkpoint::{BenchState, Compression, SaveTimes, compressions, save_and_load};
 use crate::checkpoint::{RealDisk, ZSTD_LEVEL};
+use crate::paths;
 
 #[derive(Clone, Debug, Args)]
 #[command(rename_all = "snake_case")]
@@ -55,7 +56,10 @@ impl State {
 
 pub fn run(args: &CheckpointArgs) -> anyhow::Result<()> {
     let text = match &args.compress {
-        Some(path) => compression_text(&compressions(&RealDisk, path, &args.levels)?, args.json)?,
+        Some(path) => {
+            paths::expect_folder(path)?;
+            compression_text(&compressions(&RealDisk, path, &args.levels)?, args.json)?
+        }
         None => {
             let mut rows = Vec::new();
             for state in &args.states {

@@ -10,7 +10,7 @@ use clap::Args;
 use super::ranks::{self, MessageArgs};
 use super::restart::{self, GoesOn};
 use super::train::stopped;
-use super::{allocator, base_warnings, report, signals};
+use super::{allocator, base_warnings, environment, report, signals};
 use crate::checkpoint::RealDisk;
 use crate::compare::{self, Compared, Contender, Options, REPORT_FILE, Report, StoppedRun, picture, table};
 use crate::config::sections::{BatchConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig};
@@ -101,7 +101,8 @@ fn run_on_rank(args: &CompareArgs, tensors: &dyn Collectives, signals: &Signals,
 fn contenders(args: &CompareArgs, world_size: usize) -> Result<Vec<Contender>, ConfigError> {
     let CompareArgs { model, data, batch, optim, run, .. } = args.clone();
     let keys = RunConfig { model, data, batch, optim, run, ..RunConfig::default() };
-    let comparison = config::load_comparison(args.config.as_deref().or(args.config_file.as_deref()), &keys)?;
+    let mut comparison = config::load_comparison(args.config.as_deref().or(args.config_file.as_deref()), &keys)?;
+    comparison.expand_paths(&environment::variable)?;
     report::warn(&comparison.warnings);
     let chosen = comparison.select(&args.methods)?;
     let contenders = chosen.into_iter().map(|(label, loaded)| Ok(Contender { label, plan: loaded.resolve(world_size)? }));

@@ -1,22 +1,20 @@
 //! What a launcher tells a process before MPI is up, and how it was started.
 
+use crate::dist::launcher;
+
 /// One environment variable, where it is set and valid text.
 pub fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// This process's rank among those that a launcher started.
+/// This process's rank among those that a launcher of MPI processes started.
 pub fn launched_rank() -> Option<usize> {
-    first_number(&["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"])
+    launcher::speaking_mpi(&variable)?.rank
 }
 
-/// Number of processes that a launcher started.
+/// Number of processes that a launcher of MPI processes started.
 pub fn launched_size() -> Option<usize> {
-    first_number(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-}
-
-fn first_number(names: &[&str]) -> Option<usize> {
-    names.iter().find_map(|name| std::env::var(name).ok()?.parse().ok())
+    launcher::speaking_mpi(&variable)?.num_processes
 }
 
 /// When Slurm ends the job, in seconds since 1970; set since Slurm 23.02.

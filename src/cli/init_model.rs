@@ -9,6 +9,7 @@ use super::report;
 use super::text::{bytes as bytes_text, thousands};
 use crate::data::demo::{self, DemoKind};
 use crate::model::init::{self, InitOptions};
+use crate::paths;
 use crate::tokenizer::{GlmTokenizer, TokenizerError, train_filled, train_small};
 
 /// Make a ChatGLM2 with random weights: config.json, safetensors, tokenizer.model
@@ -66,6 +67,9 @@ const PIECES: usize = 1000;
 const PUBLISHED_PIECES: usize = 64_789;
 
 pub fn run(args: &InitModelArgs) -> anyhow::Result<()> {
+    if let Some(path) = &args.tokenizer {
+        paths::expect_file(path)?;
+    }
     let preset = init::Preset::from(args.preset);
     let (bytes, path) = match &args.tokenizer {
         Some(path) => (std::fs::read(path).with_context(|| format!("while reading {}", path.display()))?, path.as_path()),

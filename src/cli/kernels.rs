@@ -15,6 +15,7 @@ use crate::bench::kernels::{Shape, Work};
 use crate::bench::traffic::{self, Traffic};
 use crate::json;
 use crate::kernels::cuda;
+use crate::paths;
 
 /// Of ChatGLM2-6B.
 const NUM_LAYERS: usize = 28;
@@ -127,6 +128,7 @@ fn reading(path: &Path) -> String {
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {
+    paths::expect_file(path)?;
     std::fs::read_to_string(path).with_context(|| reading(path))
 }
 

@@ -20,6 +20,7 @@ pub mod environment;
 pub mod evaluate;
 pub mod export;
 pub mod generate;
+pub mod hint;
 pub mod init_model;
 pub mod kernels;
 pub mod kernels_check;
@@ -34,6 +35,7 @@ pub mod text;
 pub mod tokenize;
 pub mod train;
 pub mod tuned_args;
+pub mod usage;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -85,9 +87,9 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
-    let argv::Argv { args, warnings } = argv::normalise(args, Cli::command())?;
+    let argv::Argv { args, warnings } = argv::normalise(args, Cli::command(), &environment::variable)?;
     report::warn(&warnings);
-    let command = Cli::try_parse_from(args)?.command;
+    let command = Cli::try_parse_from(args).map_err(usage::in_plain_words)?.command;
     if matches!(command, Command::Train(_) | Command::Evaluate(_) | Command::Compare(_) | Command::Bench(_)) {
         allocator::keep_memory();
     }

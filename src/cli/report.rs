@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use super::environment;
+use super::{environment, hint, restart};
 use crate::checkpoint::CheckpointError;
 use crate::compare::CompareError;
 use crate::config::ConfigError;
@@ -13,6 +13,7 @@ use crate::dist::DistError;
 use crate::kernels::cuda::CudaError;
 use crate::kernels::launch::LaunchError;
 use crate::model::ModelError;
+use crate::paths::NotThere;
 use crate::peft::MethodError;
 use crate::telemetry::TelemetryError;
 use crate::tokenizer::TokenizerError;
@@ -66,6 +67,9 @@ fn facts(error: &anyhow::Error) -> Facts {
         if let Some(error) = cause.downcast_ref::<MethodError>() {
             return user(error.hint());
         }
+        if let Some(error) = cause.downcast_ref::<NotThere>() {
+            return user(error.hint());
+        }
         if let Some(error) = cause.downcast_ref::<ModelError>() {
             return user(error.hint());
         }
@@ -83,8 +87,10 @@ fn facts(error: &anyhow::Error) -> Facts {
             return Some(Facts { fault, place: None, hint: error.hint() });
         }
         if let Some(error) = cause.downcast_ref::<DistError>() {
-            let is_users = matches!(error, DistError::WithoutMpi { .. } | DistError::Unconnected { .. });
-            return Some(Facts { fault: if is_users { Fault::User } else { Fault::Ours }, place: None, hint: error.hint() });
+            use DistError::{Alone, Unconnected, WithoutMpi};
+            let is_users = matches!(error, WithoutMpi { .. } | Unconnected { .. } | Alone { .. });
+            let hint = if let Unconnected { claim } = error { Some(restart::connected(claim)) } else { error.hint() };
+            return Some(Facts { fault: if is_users { Fault::User } else { Fault::Ours }, place: None, hint });
         }
         cause.is::<std::io::Error>().then_some(Facts { fault: Fault::User, place: None, hint: None })
     };
@@ -94,6 +100,7 @@ fn facts(error: &anyhow::Error) -> Facts {
 /// The message without its exit code: `error: ...`, causes that it does not quote, `  --> place`, an empty line, `hint: ...`.
 pub fn render(error: &anyhow::Error) -> String {
     let Facts { place, hint, .. } = facts(error);
+    let hint = hint.map(|hint| hint::of_this_command(&hint, &environment::arguments()));
     let mut text = format!("error: {error}\n");
     for cause in error.chain().skip(1).map(ToString::to_string) {
         if !text.contains(&cause) {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::environment;
+use crate::dist::launcher::{ALONE, Claim, Spread};
 
 /// Set by the scripts in `launch/`: the command that started all ranks, quoted for a shell.
 const COMMAND: &str = "GLMDDP_COMMAND";
@@ -20,6 +21,25 @@ pub enum GoesOn {
 /// The command of this job, quoted for a shell, so that it goes on.
 pub fn command(goes_on: GoesOn) -> String {
     quoted(with_latest(words_of_job(), goes_on))
+}
+
+/// How to start the job of `claim` so that its processes find each other, or this one alone: with the command of this process.
+pub fn connected(claim: &Claim) -> String {
+    // What launchers of Python put before the arguments of a program.
+    let is_theirs = |word: &String| word.starts_with("--local_rank=") || word.starts_with("--local-rank=");
+    let own = quoted(environment::arguments().into_iter().filter(|word| !is_theirs(word)).collect());
+    let n = claim.num_processes.unwrap_or(2);
+    let start = match (claim.launcher, claim.spread) {
+        ("srun", _) => "start it with `srun --mpi=pmix` (or `--mpi=pmi2`), or with mpirun inside the allocation".to_owned(),
+        _ if claim.speaks_mpi => {
+            return "use the mpirun of the MPI library that glmddp is linked with; `ldd $(command -v glmddp)` shows it".to_owned();
+        }
+        (_, Spread::Processes) => format!("start it with `mpirun -n {n} {own}`"),
+        (_, Spread::Machines) => {
+            format!("start it once for all machines with `mpirun -n {n} --hostfile hosts {own}` (launch/README.md, \"Several machines\")")
+        }
+    };
+    format!("{start}; if no other process belongs to this one: `{ALONE}=1 {own}`")
 }
 
 /// The words of the command that started all ranks.

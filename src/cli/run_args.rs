@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::report;
+use super::{environment, report};
 use crate::config::{self, ConfigError, Loaded, RunConfig};
 
 #[derive(Clone, Debug, Args)]
@@ -25,7 +25,8 @@ impl RunArgs {
     /// # Errors
     /// As [`config::load`].
     pub fn load(&self) -> Result<Loaded, ConfigError> {
-        let loaded = config::load(self.config.as_deref().or(self.config_file.as_deref()), &self.keys)?;
+        let mut loaded = config::load(self.config.as_deref().or(self.config_file.as_deref()), &self.keys)?;
+        loaded.expand_paths(&environment::variable)?;
         report::warn(&loaded.warnings);
         Ok(loaded)
     }

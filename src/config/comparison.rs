@@ -10,7 +10,8 @@ use toml::Value;
 
 use super::error::nearest;
 use super::file::{self, FileValues, MethodTable};
-use super::{ConfigError, KeyTable, Loaded, Place, RunConfig, Source, Sources, flatten, overlay, unflatten};
+use super::foreign::{self, Idle};
+use super::{ConfigError, KeyTable, Loaded, Place, RunConfig, Source, Sources, expand_paths, flatten, overlay, unflatten};
 
 const BUILT_IN: &str = include_str!("../../configs/compare.toml");
 const BUILT_IN_PATH: &str = "configs/compare.toml (built in)";
@@ -42,8 +43,7 @@ pub struct Comparison {
 /// As [`super::load`]; and when a key stands on the wrong side of what is shared and what is a method's own.
 pub fn load_comparison(file: Option<&Path>, command_line: &RunConfig) -> Result<Comparison, ConfigError> {
     let keys = KeyTable::new();
-    let (FileValues { mut values, mut sources, mut warnings }, mut methods) =
-        file.map(file::read_comparison).transpose()?.unwrap_or_default();
+    let (FileValues { mut values, mut sources, mut idle }, mut methods) = file.map(file::read_comparison).transpose()?.unwrap_or_default();
     if methods.is_empty() {
         methods = file::parse_toml(Path::new(BUILT_IN_PATH), BUILT_IN)?.1;
     }
@@ -57,7 +57,7 @@ pub fn load_comparison(file: Option<&Path>, command_line: &RunConfig) -> Result<
             return true;
         };
         let place = sources.place(&format!("{}.{key}", keys.section_of(key).unwrap_or_default()));
-        warnings.push(format!("`{key}` does nothing here: {reason} ({place})"));
+        idle.push(Idle { key: key.clone(), reason: Some(reason), place });
         false
     });
     let over = flatten(command_line)?;
@@ -80,12 +80,24 @@ pub fn load_comparison(file: Option<&Path>, command_line: &RunConfig) -> Result<
                 return Err(ConfigError::Shared { key: key.clone(), section, place });
             }
         }
-        warnings.extend(own.warnings.iter().cloned());
+        idle.extend(own.idle.iter().cloned());
     }
-    Ok(Comparison { values, sources, methods, warnings })
+    Ok(Comparison { values, sources, methods, warnings: foreign::warnings(&idle) })
 }
 
 impl Comparison {
+    /// As [`Loaded::expand_paths`], of what all methods share and of what each has of its own.
+    ///
+    /// # Errors
+    /// When a path cannot be expanded.
+    pub fn expand_paths(&mut self, env: &dyn Fn(&str) -> Option<String>) -> Result<(), ConfigError> {
+        expand_paths(&mut self.values, &self.sources, "", env)?;
+        for MethodTable { place, own, .. } in &mut self.methods {
+            expand_paths(&mut own.values, &own.sources, &format!("{}.", place.key), env)?;
+        }
+        Ok(())
+    }
+
     pub fn labels(&self) -> impl Iterator<Item = &str> {
         self.methods.iter().map(|m| m.label.as_str())
     }

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::paths::NotThere;
+
 /// Where a value came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
@@ -28,6 +30,8 @@ impl fmt::Display for Place {
         let name = self.key.rsplit('.').next().unwrap_or(&self.key);
         match &self.source {
             Source::File { path, line } => write!(f, "{}:{line}, key `{}`", path.display(), self.key),
+            // An argument without a name.
+            Source::CommandLine if name.starts_with('<') => write!(f, "command line, `{name}`"),
             Source::CommandLine => write!(f, "command line, `--{name}`"),
             Source::Default => write!(f, "default of `--{name}`"),
         }
@@ -39,6 +43,8 @@ impl fmt::Display for Place {
 pub enum ConfigError {
     #[error("cannot read configuration file {}: {reason}", path.display())]
     Read { path: PathBuf, reason: String },
+    #[error("cannot read configuration file: {0}")]
+    NotThere(#[from] NotThere),
     #[error("configuration file is not valid {language}: {message}")]
     Syntax { path: PathBuf, line: usize, language: &'static str, message: String },
     #[error("unknown key `{key}`")]
@@ -59,6 +65,10 @@ pub enum ConfigError {
     Missing { key: &'static str },
     #[error("`{}` is {value}, expected {expected}", place.key)]
     Value { value: String, expected: &'static str, place: Place },
+    #[error("`{}` is `{value}`: {reason}", place.key)]
+    Path { value: String, reason: String, place: Place },
+    #[error("`{}` has no value: `{next}` looks like an option", place.key)]
+    LooksLikeOption { next: String, place: Place },
     #[error("`{}` is given, but `{needs}` is not", place.key)]
     Needs { needs: &'static str, place: Place },
     #[error("`{}` contradicts `{other}`: {reason}", place.key)]
@@ -90,7 +100,7 @@ impl ConfigError {
     /// What the message's `-->` line says.
     pub fn place(&self) -> Option<String> {
         match self {
-            Self::Read { .. } | Self::Missing { .. } | Self::NotText { .. } | Self::NoJobEnd { .. } => None,
+            Self::Read { .. } | Self::NotThere(_) | Self::Missing { .. } | Self::NotText { .. } | Self::NoJobEnd { .. } => None,
             Self::Syntax { path, line, .. } => Some(format!("{}:{line}", path.display())),
             Self::UnknownKey { place, .. }
             | Self::UnknownSection { place, .. }
@@ -99,6 +109,8 @@ impl ConfigError {
             | Self::WrongType { place, .. }
             | Self::Unsupported { place, .. }
             | Self::Value { place, .. }
+            | Self::Path { place, .. }
+            | Self::LooksLikeOption { place, .. }
             | Self::Needs { place, .. }
             | Self::Contradiction { place, .. }
             | Self::UnknownLabel { place, .. }
@@ -148,7 +160,16 @@ impl ConfigError {
             Self::TooManyRanks { rows, world_size, micro, .. } => {
                 format!("start {} ranks, or use {}", rows / micro, world_size * micro)
             }
-            Self::Read { .. } | Self::Syntax { .. } | Self::WrongType { .. } | Self::Value { .. } | Self::NotText { .. } => return None,
+            Self::LooksLikeOption { next, place } => {
+                format!("if it is the value, write `--{}={next}`; else give the value before it", place.key)
+            }
+            Self::NotThere(error) => return error.hint(),
+            Self::Read { .. }
+            | Self::Syntax { .. }
+            | Self::WrongType { .. }
+            | Self::Value { .. }
+            | Self::Path { .. }
+            | Self::NotText { .. } => return None,
         })
     }
 }

@@ -13,8 +13,10 @@ use toml::Value;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::error::{ConfigError, Place, Source, nearest};
-use super::{KeyTable, SECTIONS, Sources, foreign};
-use crate::json;
+use super::foreign::{self, Idle};
+use super::off::{self, Asks};
+use super::{KeyTable, SECTIONS, Sources};
+use crate::{json, paths};
 
 /// The shipped files have some kilobytes. To find a key's line takes time by the length of the file, and that for each key.
 const MAX_BYTES: u64 = 1 << 16;
@@ -27,14 +29,16 @@ const METHODS: &str = "methods";
 pub(super) struct FileValues {
     pub values: BTreeMap<String, Value>,
     pub sources: Sources,
-    pub warnings: Vec<String>,
+    /// Keys that do nothing here.
+    pub idle: Vec<Idle>,
 }
 
 /// One `key = value`, wherever it stood.
 struct Entry {
     section: Option<String>,
     key: String,
-    value: Value,
+    /// `None`: null.
+    value: Option<Value>,
     line: usize,
 }
 
@@ -57,10 +61,11 @@ pub(super) fn read(path: &Path) -> Result<FileValues, ConfigError> {
 
 /// Reads the file of a comparison: a run's, and `[methods.LABEL]` tables where it is TOML.
 pub(super) fn read_comparison(path: &Path) -> Result<(FileValues, Vec<MethodTable>), ConfigError> {
+    paths::expect_file(path)?;
     let failed = |reason: String| ConfigError::Read { path: path.to_owned(), reason };
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes));
-    read.map_err(|e| failed(if path.is_dir() { "it is a directory".into() } else { e.to_string() }))?;
+    read.map_err(|e| failed(e.to_string()))?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(failed(format!("it has more than {MAX_BYTES} bytes")));
     }
@@ -107,8 +112,9 @@ fn toml_entries(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<Table>), Con
     let entry = |section: Option<&str>, key: &toml::Spanned<std::borrow::Cow<str>>, value: &toml::Spanned<DeValue>| {
         let line = line_of(key.span().start);
         let value = Value::deserialize(ValueDeserializer::from(value.clone())).map_err(|e| syntax(&e))?;
-        Ok::<_, ConfigError>(Entry { section: section.map(str::to_owned), key: key.get_ref().to_string(), value, line })
+        Ok::<_, ConfigError>(Entry { section: section.map(str::to_owned), key: key.get_ref().to_string(), value: Some(value), line })
     };
+    let keys = KeyTable::new();
     let (mut entries, mut tables) = (Vec::new(), Vec::new());
     for (key, value) in document.get_ref() {
         let name: &str = key.get_ref();
@@ -123,6 +129,7 @@ fn toml_entries(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<Table>), Con
                     tables.push(Table { label: label.get_ref().to_string(), line, entries });
                 }
             }
+            Some(_) if is_key(name, &keys) => entries.push(entry(None, key, value)?),
             Some(_) if !SECTIONS.contains(&name) => return Err(unknown_section(path, name, line)),
             Some(table) => {
                 for (k, v) in table {
@@ -144,21 +151,48 @@ fn json_entries(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
     let line_of = |key: &str| 1 + text.lines().position(|l| l.contains(&format!("\"{key}\""))).unwrap_or(0);
     let mut entries = Vec::new();
     let mut push = |section: Option<&str>, key: &str, value: &serde_json::Value| {
-        if !value.is_null() {
-            let line = line_of(key);
-            let value = Value::try_from(value).map_err(|e| syntax(line, e.to_string()))?;
-            entries.push(Entry { section: section.map(str::to_owned), key: key.to_owned(), value, line });
-        }
+        let line = line_of(key);
+        let value = toml_value(value).map_err(|e| syntax(line, e.to_string()))?;
+        entries.push(Entry { section: section.map(str::to_owned), key: key.to_owned(), value, line });
         Ok::<_, ConfigError>(())
     };
+    let keys = KeyTable::new();
     for (key, value) in document {
         match value.as_object() {
+            Some(_) if is_key(key, &keys) => push(None, key, value)?,
             Some(_) if !SECTIONS.contains(&key.as_str()) => return Err(unknown_section(path, key, line_of(key))),
             Some(table) => table.iter().try_for_each(|(k, v)| push(Some(key), k, v))?,
             None => push(None, key, value)?,
         }
     }
     Ok(entries)
+}
+
+/// Whether a table called `name` is the value of a key, ours or another program's, and no section.
+fn is_key(name: &str, keys: &KeyTable) -> bool {
+    !SECTIONS.contains(&name) && (keys.get(name).is_some() || foreign::find(name).is_some())
+}
+
+/// JSON's value as TOML's, which has no null: `None`, and left out of arrays and objects.
+fn toml_value(value: &serde_json::Value) -> Result<Option<Value>, toml::ser::Error> {
+    use serde_json::Value as Json;
+    Ok(Some(match value {
+        Json::Null => return Ok(None),
+        Json::Array(values) => {
+            let values: Result<Vec<Option<Value>>, _> = values.iter().map(toml_value).collect();
+            Value::Array(values?.into_iter().flatten().collect())
+        }
+        Json::Object(object) => {
+            let mut table = toml::Table::new();
+            for (key, value) in object {
+                if let Some(value) = toml_value(value)? {
+                    table.insert(key.clone(), value);
+                }
+            }
+            Value::Table(table)
+        }
+        plain => Value::try_from(plain)?,
+    }))
 }
 
 fn unknown_section(path: &Path, section: &str, line: usize) -> ConfigError {
@@ -174,16 +208,22 @@ fn check(path: &Path, table: &str, entries: Vec<Entry>) -> Result<FileValues, Co
     for Entry { section, key, value, line } in entries {
         let source = Source::File { path: path.clone(), line };
         let written = section.as_ref().map_or_else(|| format!("{table}{key}"), |s| format!("{s}.{key}"));
-        let Some(expected) = keys.section_of(&key) else {
+        let Some(known) = keys.get(&key) else {
             let place = Place { source, key: written };
-            file.warnings.push(pass_over(&key, &value, &keys, place)?);
+            let is_empty_section = section.is_none() && SECTIONS.contains(&key.as_str()) && asks_nothing(value.as_ref());
+            if !is_empty_section {
+                file.idle.push(pass_over(&key, value, &keys, place)?);
+            }
             continue;
         };
+        let expected = known.section;
         if let Some(found) = section.filter(|s| s != expected) {
             return Err(ConfigError::WrongSection { key, found, expected, place: Place { source, key: written } });
         }
         let place = Place { source, key: if table.is_empty() { format!("{expected}.{key}") } else { written } };
-        super::check_type(expected, &key, &value).map_err(|message| ConfigError::WrongType { message, place: place.clone() })?;
+        let value = value.map_or(Ok(None), |value| off::meant(known, value));
+        let value = value.map_err(|message| ConfigError::WrongType { message, place: place.clone() })?;
+        let Some(value) = value else { continue };
         if let Some(Source::File { line: first, .. }) = file.sources.get(&key) {
             return Err(ConfigError::Twice { key, first: *first, second: line, place });
         }
@@ -193,14 +233,15 @@ fn check(path: &Path, table: &str, entries: Vec<Entry>) -> Result<FileValues, Co
     Ok(file)
 }
 
-/// The warning for a key of other programs, or why it is refused, or that nobody knows it.
-fn pass_over(key: &str, value: &Value, keys: &KeyTable, place: Place) -> Result<String, ConfigError> {
-    let Some(argument) = foreign::find(key) else {
-        return Err(ConfigError::UnknownKey { key: key.to_owned(), nearest: nearest(key, keys.names()), place });
-    };
-    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    if !argument.accepts(&text) {
-        return Err(ConfigError::Unsupported { key: key.to_owned(), reason: argument.reason, place });
+fn asks_nothing(value: Option<&Value>) -> bool {
+    value.is_none_or(|value| Asks::of(value) == Asks::Nothing)
+}
+
+/// What is said of a key of other programs, or why it is refused, or that nobody knows it. Null asks for nothing of anybody.
+fn pass_over(key: &str, value: Option<Value>, keys: &KeyTable, place: Place) -> Result<Idle, ConfigError> {
+    match (foreign::find(key), value) {
+        (_, None) => Ok(Idle { key: key.to_owned(), reason: None, place }),
+        (Some(argument), Some(value)) => argument.judge(key, &value, place),
+        (None, Some(_)) => Err(ConfigError::UnknownKey { key: key.to_owned(), nearest: nearest(key, keys.names()), place }),
     }
-    Ok(format!("`{key}` does nothing here: {} ({place})", argument.reason))
 }

@@ -13,16 +13,18 @@ pub mod values;
 
 mod comparison;
 mod file;
+mod off;
 mod resolve;
 mod write;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
+use crate::paths;
 pub use comparison::{Comparison, load_comparison};
 pub use error::{ConfigError, Place, Source};
 pub use plan::Plan;
@@ -79,6 +81,17 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// Puts what `~` and `$NAME` stand for into the paths that the file gave; those of the command line come expanded.
+    ///
+    /// # Errors
+    /// When one cannot be expanded.
+    pub fn expand_paths(&mut self, env: &dyn Fn(&str) -> Option<String>) -> Result<(), ConfigError> {
+        let mut values = flatten(&self.config)?;
+        expand_paths(&mut values, &self.sources, "", env)?;
+        self.config = unflatten(values)?;
+        Ok(())
+    }
+
     /// The plan of this run on `world_size` ranks.
     ///
     /// # Errors
@@ -101,10 +114,10 @@ const ALTERNATIVES: [&[&str]; 4] = [
 /// # Errors
 /// When the file cannot be read or parsed, or holds a key that is unknown, misplaced, repeated, unsupported or of the wrong type.
 pub fn load(file: Option<&Path>, command_line: &RunConfig) -> Result<Loaded, ConfigError> {
-    let file::FileValues { mut values, mut sources, warnings } = file.map(file::read).transpose()?.unwrap_or_default();
+    let file::FileValues { mut values, mut sources, idle } = file.map(file::read).transpose()?.unwrap_or_default();
     overlay(&mut values, &mut sources, flatten(command_line)?.into_iter().map(|(key, value)| (key, value, Source::CommandLine)).collect());
     let config = unflatten(values)?;
-    let warnings = warnings.into_iter().chain(displaced(&config, &sources)).collect();
+    let warnings = foreign::warnings(&idle).into_iter().chain(displaced(&config, &sources)).collect();
     Ok(Loaded { config, sources, warnings })
 }
 
@@ -117,6 +130,28 @@ fn displaced(config: &RunConfig, sources: &Sources) -> Vec<String> {
     ];
     let displaced = pairs.into_iter().filter(|(.., is_displaced)| *is_displaced);
     displaced.map(|(path, first, _)| format!("`{path}` does nothing here: `{first}` goes first ({})", sources.place(path))).collect()
+}
+
+/// As [`Loaded::expand_paths`]; `table` stands before the names of keys in messages.
+fn expand_paths(
+    values: &mut BTreeMap<String, Value>,
+    sources: &Sources,
+    table: &str,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<(), ConfigError> {
+    let keys = KeyTable::new();
+    for (name, value) in values {
+        let (Some(source @ Source::File { .. }), Some(key)) = (sources.get(name), keys.get(name).filter(|key| key.is_path)) else {
+            continue;
+        };
+        let Some(text) = value.as_str() else { continue };
+        let expanded = if key.is_list { paths::expand_list(text, env) } else { paths::expand(text, env) };
+        let section = if table.is_empty() { format!("{}.", key.section) } else { table.to_owned() };
+        let place = || Place { source: source.clone(), key: format!("{section}{name}") };
+        let expanded = expanded.map_err(|reason| ConfigError::Path { value: text.to_owned(), reason, place: place() })?;
+        *value = Value::String(expanded);
+    }
+    Ok(())
 }
 
 /// Lays `over` = (key, value, source) over what is there; a key displaces its alternatives as well.
@@ -149,32 +184,70 @@ fn unflatten(values: BTreeMap<String, Value>) -> Result<RunConfig, ConfigError> 
     Value::Table(table).try_into().map_err(|e: toml::de::Error| ConfigError::NotText { message: e.message().to_owned() })
 }
 
-/// Which key belongs to which section, from the definitions in [`sections`].
-struct KeyTable(Vec<(&'static str, String)>);
+/// A key, as it is defined in [`sections`].
+struct Key {
+    section: &'static str,
+    name: String,
+    /// A path, or several separated by commas.
+    is_path: bool,
+    is_list: bool,
+    is_bool: bool,
+    /// The words that it takes, where it takes no others.
+    words: Vec<String>,
+}
+
+/// Every key.
+struct KeyTable(Vec<Key>);
 
 impl KeyTable {
     fn new() -> Self {
-        fn keys<A: Args>() -> Vec<String> {
-            A::augment_args(clap::Command::new("")).get_arguments().map(|a| a.get_id().to_string()).collect()
+        fn keys<A: Args>(section: &'static str) -> Vec<Key> {
+            let key = |arg: &clap::Arg| {
+                let words: Vec<String> = arg.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect();
+                Key {
+                    section,
+                    name: arg.get_id().to_string(),
+                    is_path: is_path(arg),
+                    is_list: is_path_list(arg),
+                    is_bool: words == ["true", "false"],
+                    words,
+                }
+            };
+            A::augment_args(clap::Command::new("")).get_arguments().map(key).collect()
         }
+        let [model, data, batch, method, optim, run] = SECTIONS;
         let by_section = [
-            keys::<ModelConfig>(),
-            keys::<DataConfig>(),
-            keys::<BatchConfig>(),
-            keys::<MethodConfig>(),
-            keys::<OptimConfig>(),
-            keys::<ScheduleConfig>(),
+            keys::<ModelConfig>(model),
+            keys::<DataConfig>(data),
+            keys::<BatchConfig>(batch),
+            keys::<MethodConfig>(method),
+            keys::<OptimConfig>(optim),
+            keys::<ScheduleConfig>(run),
         ];
-        Self(SECTIONS.into_iter().zip(by_section).flat_map(|(s, keys)| keys.into_iter().map(move |k| (s, k))).collect())
+        Self(by_section.into_iter().flatten().collect())
     }
 
-    fn section_of(&self, key: &str) -> Option<&'static str> {
-        self.0.iter().find(|(_, k)| k == key).map(|(s, _)| *s)
+    fn get(&self, name: &str) -> Option<&Key> {
+        self.0.iter().find(|key| key.name == name)
+    }
+
+    fn section_of(&self, name: &str) -> Option<&'static str> {
+        self.get(name).map(|key| key.section)
     }
 
     fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(|(_, k)| k.as_str())
+        self.0.iter().map(|key| key.name.as_str())
     }
+}
+
+/// Whether an argument, and so a key, is a path: its type says so, or its hint for a shell.
+pub fn is_path(arg: &clap::Arg) -> bool {
+    matches!(arg.get_value_hint(), ValueHint::AnyPath | ValueHint::FilePath | ValueHint::DirPath)
+}
+
+/// Whether it is several paths separated by commas.
+pub fn is_path_list(arg: &clap::Arg) -> bool {
+    is_path(arg) && arg.get_value_names().is_some_and(|names| names.iter().any(|name| name == "DIRS"))
 }
 
 /// Whether `section.key` can hold `value`; the reason if not.

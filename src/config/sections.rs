@@ -186,7 +186,7 @@ pub struct ScheduleConfig {
     #[arg(long, value_name = "STEPS")]
     pub eval_steps: Option<usize>,
     /// Go on from this checkpoint; `latest` or `true` takes the newest of `output_dir`
-    #[arg(long, value_name = "DIR|latest")]
+    #[arg(long, value_name = "DIR|latest", value_hint = clap::ValueHint::DirPath)]
     pub resume_from_checkpoint: Option<ResumeFrom>,
     /// Save and stop before this time is over: a duration from the start (3h55m, 03:55:00), or slurm for the end of the job's time limit
     #[arg(long, value_name = "TIME|slurm")]

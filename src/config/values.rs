@@ -20,6 +20,15 @@ pub fn name_of(value: &impl Serialize) -> String {
     }
 }
 
+/// `text` as true or false, in any spelling that Python's parsers take.
+pub fn truth(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Some(true),
+        "false" | "no" | "off" | "0" => Some(false),
+        _ => None,
+    }
+}
+
 /// `resume_from_checkpoint`: a path, or `true` / `latest` for the newest checkpoint of `output_dir`, or `false`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResumeFrom(pub Resume);
@@ -29,9 +38,13 @@ impl FromStr for ResumeFrom {
 
     fn from_str(text: &str) -> Result<Self, Infallible> {
         Ok(Self(match text {
-            "true" | "True" | "latest" => Resume::Latest,
-            "false" | "False" => Resume::No,
-            path => Resume::Path(PathBuf::from(path)),
+            "latest" => Resume::Latest,
+            "" | "none" | "None" | "null" => Resume::No,
+            text => match truth(text) {
+                Some(true) => Resume::Latest,
+                Some(false) => Resume::No,
+                None => Resume::Path(PathBuf::from(text)),
+            },
         }))
     }
 }

@@ -1,33 +1,7 @@
-//! Finds out whether a launcher started this process, and joins its group.
+//! Joins the group of ranks that a launcher started.
 
+use super::launcher::{self, ALONE, Claim, Environment, Spread};
 use super::{Collectives, DistError, Solo};
-
-/// Reads one environment variable; the command line hands it in.
-pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
-
-/// Who started this process as part of a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Launched {
-    by: &'static str,
-    /// Number of processes, where the launcher's variables tell.
-    num_processes: Option<usize>,
-    /// The launcher speaks to MPI libraries (PMI, PMIx).
-    speaks_mpi: bool,
-}
-
-fn detect(env: Environment) -> Option<Launched> {
-    let number = |name: &str| env(name)?.trim().parse::<usize>().ok();
-    let steps_tasks = number("SLURM_STEP_NUM_TASKS");
-    if let Some(n) = number("OMPI_COMM_WORLD_SIZE").or_else(|| number("PMI_SIZE")) {
-        return Some(Launched { by: "mpirun", num_processes: Some(n), speaks_mpi: true });
-    }
-    if env("PMIX_RANK").or_else(|| env("PMI_RANK")).is_some() {
-        let by = if steps_tasks.is_some() { "srun" } else { "mpirun" };
-        return Some(Launched { by, num_processes: steps_tasks, speaks_mpi: true });
-    }
-    // An interactive or batch step has one task and is no job of ours.
-    steps_tasks.filter(|&n| n > 1).map(|n| Launched { by: "srun", num_processes: Some(n), speaks_mpi: false })
-}
 
 /// Joins the group of ranks that a launcher started (mpirun, srun), or is alone without one.
 ///
@@ -36,72 +10,123 @@ fn detect(env: Environment) -> Option<Launched> {
 /// # Errors
 /// When several processes were started and they cannot find each other: each would train alone and overwrite the others.
 pub fn connect(env: Environment) -> Result<Box<dyn Collectives>, DistError> {
-    match detect(env) {
-        None => Ok(Box::new(Solo)),
-        Some(Launched { by, num_processes, speaks_mpi: false }) if cfg!(feature = "mpi") => {
-            Err(DistError::Unconnected { launcher: by, claimed: num_processes.unwrap_or(0) })
-        }
-        Some(launched) => join(launched),
+    let unconnected = if is_alone(env)? { None } else { launcher::speaking_no_mpi(env) };
+    let Some(claim) = launcher::speaking_mpi(env) else {
+        return match unconnected {
+            None => Ok(Box::new(Solo)),
+            Some(claim) => Err(lone(claim)),
+        };
+    };
+    // srun starts the daemons of an mpirun inside its allocation, one a machine: its number of tasks is not that of ranks.
+    let other = unconnected.filter(|other| other.launcher != "srun" && claim.num_processes != other.num_processes);
+    // One launcher inside another: several jobs that do not know of each other. A number of machines may well differ from that of ranks.
+    let is_nested = |other: &Claim| claim.num_processes.is_some_and(|n| n == 1 || other.spread == Spread::Processes);
+    match other {
+        Some(other) if is_nested(&other) => Err(lone(other)),
+        other => join(claim, other),
     }
 }
 
+/// Whether the user says that no other process belongs to this one.
+fn is_alone(env: Environment) -> Result<bool, DistError> {
+    let value = env(ALONE).unwrap_or_default();
+    match value.trim().to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "" | "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err(DistError::Alone { value }),
+    }
+}
+
+/// Each of the processes would train alone.
+fn lone(claim: Claim) -> DistError {
+    if cfg!(feature = "mpi") {
+        DistError::Unconnected { claim }
+    } else {
+        DistError::WithoutMpi { launcher: claim.launcher, processes: claim.processes() }
+    }
+}
+
+/// `other` is a launcher besides, which says that there are more processes than MPI may find.
 #[cfg(feature = "mpi")]
-fn join(launched: Launched) -> Result<Box<dyn Collectives>, DistError> {
+fn join(claim: Claim, other: Option<Claim>) -> Result<Box<dyn Collectives>, DistError> {
     let group = super::mpi::Mpi::initialise()?;
-    match launched.num_processes {
-        Some(claimed) if claimed > 1 && group.group().world_size() == 1 => Err(DistError::Unconnected { launcher: launched.by, claimed }),
-        _ => Ok(Box::new(group)),
+    let is_one_of_several = claim.num_processes.is_some_and(|n| n > 1) || claim.rank.is_some_and(|rank| rank > 0);
+    match other {
+        _ if group.group().world_size() > 1 => Ok(Box::new(group)),
+        Some(other) => Err(lone(other)),
+        None if is_one_of_several => Err(lone(claim)),
+        None => Ok(Box::new(group)),
     }
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join(launched: Launched) -> Result<Box<dyn Collectives>, DistError> {
-    let processes = match launched.num_processes {
-        Some(1) => return Ok(Box::new(Solo)),
-        Some(n) => format!("{n} processes"),
-        None => "one of several processes".into(),
-    };
-    Err(DistError::WithoutMpi { launcher: launched.by, processes })
+fn join(claim: Claim, other: Option<Claim>) -> Result<Box<dyn Collectives>, DistError> {
+    match (claim.num_processes, other) {
+        (Some(1), None) => Ok(Box::new(Solo)),
+        (_, other) => Err(lone(other.unwrap_or(claim))),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::launcher::tests::with;
     use super::*;
 
-    fn with(variables: &'static [(&'static str, &'static str)]) -> impl Fn(&str) -> Option<String> {
-        move |name| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned())
+    fn refused(variables: &'static [(&'static str, &'static str)]) -> DistError {
+        let Err(error) = connect(&with(variables)) else { panic!("must be refused: {variables:?}") };
+        error
     }
 
-    #[test]
-    fn launchers_are_told_apart_by_their_variables() {
-        let seen = |variables| detect(&with(variables)).map(|l| (l.by, l.num_processes, l.speaks_mpi));
-        assert_eq!(seen(&[]), None);
-        assert_eq!(seen(&[("OMPI_COMM_WORLD_SIZE", "4"), ("SLURM_STEP_NUM_TASKS", "2")]), Some(("mpirun", Some(4), true)));
-        assert_eq!(seen(&[("PMI_SIZE", "3"), ("PMI_RANK", "0")]), Some(("mpirun", Some(3), true)));
-        assert_eq!(seen(&[("PMIX_RANK", "1")]), Some(("mpirun", None, true)));
-        assert_eq!(seen(&[("PMIX_RANK", "1"), ("SLURM_STEP_NUM_TASKS", "8")]), Some(("srun", Some(8), true)));
-        assert_eq!(seen(&[("SLURM_STEP_NUM_TASKS", "8")]), Some(("srun", Some(8), false)));
-        assert_eq!(seen(&[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")]), None);
+    fn is_lone(variables: &'static [(&'static str, &'static str)]) -> bool {
+        connect(&with(variables)).unwrap().group().world_size() == 1
     }
 
     #[test]
     fn connect_without_a_launcher_is_alone() {
-        assert_eq!(connect(&with(&[])).unwrap().group().world_size(), 1);
+        assert!(is_lone(&[]) && is_lone(&[("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")]) && is_lone(&[("WORLD_SIZE", "many")]));
     }
 
     #[test]
-    fn connect_under_srun_without_pmi_is_refused_with_a_way_out() {
-        let Err(error) = connect(&with(&[("SLURM_STEP_NUM_TASKS", "4")])) else { panic!("must be refused") };
-        assert!(error.to_string().starts_with("started by srun as 4 processes, but"), "{error}");
-        assert!(error.hint().is_some());
+    fn connect_under_launchers_without_mpi_is_refused_unless_the_user_says_alone() {
+        for variables in [
+            &[("SLURM_STEP_NUM_TASKS", "4")][..],
+            &[("WORLD_SIZE", "4"), ("RANK", "0"), ("LOCAL_RANK", "0")],
+            &[("WORLD_SIZE", "4"), ("RANK", "3"), ("MASTER_ADDR", "job-0")],
+            &[("HOROVOD_SIZE", "4"), ("HOROVOD_RANK", "2")],
+        ] {
+            let error = refused(variables).to_string();
+            assert!(error.starts_with("started by ") && error.contains(" as 4 processes"), "{error}");
+            for (value, is_on) in [("1", true), ("yes", true), ("0", false), ("", false)] {
+                let env = |name: &str| if name == ALONE { Some(value.to_owned()) } else { with(variables)(name) };
+                assert_eq!(connect(&env).is_ok(), is_on, "{variables:?} {value:?}");
+            }
+        }
+        assert_eq!(refused(&[(ALONE, "perhaps")]).to_string(), "the environment variable GLMDDP_ALONE is `perhaps`, expected 1 or 0");
+    }
+
+    #[test]
+    fn connect_of_one_mpi_process_that_another_launcher_started_several_times_is_refused() {
+        for variables in [
+            &[("OMPI_COMM_WORLD_SIZE", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")][..],
+            &[("OMPI_COMM_WORLD_SIZE", "4"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")],
+            &[("SLURM_STEP_NUM_TASKS", "1"), ("PMIX_RANK", "0"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "none")],
+        ] {
+            let error = refused(variables);
+            assert!(error.to_string().starts_with("started by torchrun as 2 processes"), "{error}");
+        }
     }
 
     #[cfg(not(feature = "mpi"))]
     #[test]
     fn connect_without_mpi_under_mpirun_is_refused() {
-        let Err(error) = connect(&with(&[("OMPI_COMM_WORLD_SIZE", "4")])) else { panic!("must be refused") };
-        assert!(error.to_string().starts_with("started by mpirun as 4 processes, but this glmddp is built without MPI"), "{error}");
-        assert_eq!(connect(&with(&[("OMPI_COMM_WORLD_SIZE", "1")])).unwrap().group().world_size(), 1);
+        let error = refused(&[("OMPI_COMM_WORLD_SIZE", "4")]);
+        assert!(
+            error
+                .to_string()
+                .starts_with("started by mpirun as 4 processes (OMPI_COMM_WORLD_SIZE is 4), but this glmddp is built without MPI"),
+            "{error}"
+        );
+        assert!(is_lone(&[("OMPI_COMM_WORLD_SIZE", "1")]));
         assert!(connect(&with(&[("PMIX_RANK", "0")])).is_err());
     }
 }

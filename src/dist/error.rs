@@ -1,5 +1,7 @@
 //! What can go wrong between ranks.
 
+use super::launcher::{ALONE, Claim};
+
 /// A failed collective, or a job that cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum DistError {
@@ -15,8 +17,10 @@ pub enum DistError {
     Slots { rank: usize, problem: String },
     #[error("started by {launcher} as {processes}, but this glmddp is built without MPI: each would train alone and overwrite the others")]
     WithoutMpi { launcher: &'static str, processes: String },
-    #[error("started by {launcher} as {claimed} processes, but MPI found one: each would train alone and overwrite the others")]
-    Unconnected { launcher: &'static str, claimed: usize },
+    #[error("started by {} as {}, but MPI found one: each would train alone and overwrite the others", claim.launcher, claim.processes())]
+    Unconnected { claim: Claim },
+    #[error("the environment variable {ALONE} is `{value}`, expected 1 or 0")]
+    Alone { value: String },
     #[error("MPI is already initialised in this process")]
     MpiInitialised,
     #[error("rank {rank} sent {found} bytes as {what}, expected {expected}")]
@@ -32,12 +36,7 @@ impl DistError {
             Self::WithoutMpi { .. } => {
                 Some("build it with `cargo build --release` (the feature `mpi` is on by default), or start it without a launcher".into())
             }
-            Self::Unconnected { launcher: "srun", .. } => {
-                Some("start it with `srun --mpi=pmix` (or `--mpi=pmi2`), or with mpirun inside the allocation".into())
-            }
-            Self::Unconnected { .. } => {
-                Some("use the mpirun of the MPI library that glmddp is linked with; `ldd $(command -v glmddp)` shows it".into())
-            }
+            Self::Alone { .. } => Some(format!("set {ALONE}=1 if no other process belongs to this one, else unset it")),
             _ => None,
         }
     }

@@ -15,6 +15,7 @@ mod agree;
 mod connect;
 mod error;
 mod host;
+pub mod launcher;
 pub mod local;
 #[cfg(feature = "mpi")]
 mod mpi;

@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 pub use super::error::ModelError;
 use super::family::{Family, model_name};
 use super::shape::ModelShape;
-use crate::json;
+use crate::{json, paths};
 
 /// Base of the rotary angles in all of the family.
 const ROTARY_BASE: f64 = 10_000.0;
@@ -81,10 +81,13 @@ impl ModelConfig {
     /// Reads `dir`/config.json.
     ///
     /// # Errors
-    /// When the file is missing or not JSON, lacks a needed key, or describes a model that this program does not compute.
+    /// When the folder or the file is missing, the file is not JSON, lacks a needed key, or describes a model that this program does not compute.
     pub fn load(dir: &Path) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
-        let text = std::fs::read(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+        let text = std::fs::read(&path).map_err(|source| match paths::expect_folder(dir) {
+            Err(error) => error.into(),
+            Ok(()) => ModelError::Io { path: path.clone(), source },
+        })?;
         let json: Value = json::value(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
         let Value::Object(keys) = json else {
             return Err(ModelError::Inconsistent { path, reason: "expected a JSON object at the top".to_owned() });

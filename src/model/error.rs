@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::formats::FormatError;
+use crate::paths::NotThere;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -39,6 +40,8 @@ pub enum ModelError {
     #[error("{} exists and is not empty", path.display())]
     FolderTaken { path: PathBuf },
     #[error(transparent)]
+    NotThere(#[from] NotThere),
+    #[error(transparent)]
     Format(#[from] FormatError),
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
@@ -48,6 +51,9 @@ impl ModelError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
+            Self::NotThere(error) => {
+                error.hint_and("the base is a folder as the hub has it, and nothing is downloaded; `glmddp init-model` makes a small one")
+            }
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 "give the folder of a ChatGLM2 model as the hub has it: config.json, weights, tokenizer.model; `glmddp init-model` makes one".to_owned()
             }

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::understood::{self, Rules};
 use crate::formats::{FormatError, TensorFile, safetensors};
 use crate::model::config::{ModelConfig, ModelError};
+use crate::paths::{self, NotThere};
 
 /// Method, sizes, base fingerprint, tokenizer hash and template of an exported prefix.
 pub const ABOUT_FILE: &str = "glmddp.json";
@@ -44,8 +45,6 @@ pub enum ExportError {
     UnknownTensor { name: String },
     #[error("{} holds no adapter: {reason}", path.display())]
     NoAdapter { path: PathBuf, reason: String },
-    #[error("{} is a file, expected the folder of an adapter", path.display())]
-    NotAFolder { path: PathBuf },
     #[error("{} holds a prefix, and {}, which says how long it is, is not there", weights.display(), path.display())]
     NoPrefixConfig { path: PathBuf, weights: PathBuf },
     #[error("{} and {} each hold a prefix", paths[0].display(), paths[1].display())]
@@ -61,6 +60,8 @@ pub enum ExportError {
     #[error("`{name}` cannot be written as {}: element {at} would be {value}", dtype.as_str())]
     Overflow { name: String, dtype: DType, at: String, value: &'static str },
     #[error(transparent)]
+    NotThere(#[from] NotThere),
+    #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
     Format(#[from] FormatError),
@@ -74,10 +75,6 @@ impl ExportError {
         match self {
             Self::Model(error) => error.hint(),
             Self::Format(error) => error.hint(),
-            Self::NotAFolder { path } => {
-                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                Some(format!("give {}", folder.display()))
-            }
             Self::NoPrefixConfig { .. } => Some(
                 "take the config.json that was saved with the prefix, or the base's with `pre_seq_len` and `prefix_projection` added to it"
                     .to_owned(),
@@ -86,6 +83,10 @@ impl ExportError {
             Self::OtherWeight { .. } => Some(
                 "the prefix was trained on another base, or its base was trained with it: give the base that it was trained on".to_owned(),
             ),
+            Self::NotThere(error) => Some(error.hint_and("a run exports its adapter to OUTPUT_DIR/adapter")),
+            Self::NoAdapter { path, .. } if path.join("adapter").join(PEFT_CONFIG).exists() => {
+                Some(format!("is `{}` meant?", path.join("adapter").display()))
+            }
             Self::NoAdapter { .. } => Some(
                 "give the folder that a run exported, OUTPUT_DIR/adapter; a fully tuned model is a base: --model_name_or_path".to_owned(),
             ),
@@ -323,17 +324,12 @@ impl PeftFile {
 
 /// Why the folder `dir`, in which no adapter was found, holds none.
 pub(super) fn no_adapter(dir: &Path) -> ExportError {
-    let path = dir.to_owned();
-    if dir.is_file() {
-        return ExportError::NotAFolder { path };
+    if let Err(error) = paths::expect_folder(dir) {
+        return error.into();
     }
-    let reason = if dir.exists() {
-        "neither adapter_config.json (PEFT, the adapters library), nor adapter_setup.json (a fusion), nor weights with \
-         transformer.prefix_encoder.* (THUDM) are there"
-    } else {
-        "there is no such folder"
-    };
-    ExportError::NoAdapter { path, reason: reason.to_owned() }
+    let reason = "neither adapter_config.json (PEFT, the adapters library), nor adapter_setup.json (a fusion), nor weights with \
+                  transformer.prefix_encoder.* (THUDM) are there";
+    ExportError::NoAdapter { path: dir.to_owned(), reason: reason.to_owned() }
 }
 
 pub(super) fn key_error(path: &Path, config: &Value, key: &'static str, expected: String) -> ExportError {
@@ -377,7 +373,10 @@ fn wrong_shape(name: &str, expected: &str, found: &str, path: Option<&Path>) -> 
 }
 
 pub(super) fn read_json(path: &Path) -> Result<Value, ExportError> {
-    let text = std::fs::read(path).map_err(|source| ExportError::Io { path: path.to_owned(), source })?;
+    let text = std::fs::read(path).map_err(|source| match path.parent().map(paths::expect_folder) {
+        Some(Err(error)) => error.into(),
+        _ => ExportError::Io { path: path.to_owned(), source },
+    })?;
     crate::json::value(&text).map_err(|source| ExportError::Json { path: path.to_owned(), source })
 }
 

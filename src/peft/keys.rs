@@ -73,7 +73,7 @@ pub struct MethodKeys {
     #[arg(long, value_name = "NAME")]
     pub adapter_name: Option<String>,
     /// Folders of two or more trained pfeiffer adapters that adapter_fusion joins, separated by commas
-    #[arg(long, value_name = "DIRS")]
+    #[arg(long, value_name = "DIRS", value_hint = clap::ValueHint::DirPath)]
     pub fusion_adapters: Option<String>,
     /// Keep the value matrices of adapter_fusion near the identity with this weight, as the adapters library does with 0.01 [default: 0]
     #[arg(long, value_name = "WEIGHT")]

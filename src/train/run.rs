@@ -119,7 +119,22 @@ pub(super) fn claim(plan: &Plan, group: &dyn ProcessGroup, disk: &dyn Disk) -> R
         (Resume::No, false) => Claim::Start,
         _ => Claim::Resume,
     };
-    together(group, || if group.rank() == 0 { Ok(checkpoint::claim(disk, &plan.run.output_dir, claim)?) } else { Ok(()) })
+    together(group, || {
+        if group.rank() > 0 {
+            return Ok(());
+        }
+        let output_dir = &plan.run.output_dir;
+        let find = || match &plan.run.resume {
+            Resume::Path(path) => checkpoint::to_resume(disk, output_dir, path).map(drop),
+            _ => Ok(()),
+        };
+        // A checkpoint that is not there is reported before anything is made or loaded; the claim may give one its name back.
+        if disk.list(output_dir).is_err() {
+            find()?;
+        }
+        checkpoint::claim(disk, output_dir, claim)?;
+        Ok(find()?)
+    })
 }
 
 /// Everything that is there before the first step.

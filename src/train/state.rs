@@ -9,7 +9,7 @@ use super::finite;
 use super::optimizer::Optimizer;
 use super::resume_report::{PassedOver, Resumed};
 use super::together::together;
-use crate::checkpoint::{self, CheckpointError, Disk, Header, Identity};
+use crate::checkpoint::{self, CheckpointError, Disk, Header, Identity, Named};
 use crate::config::plan::Resume;
 use crate::dist::ProcessGroup;
 use crate::params::Layout;
@@ -52,7 +52,7 @@ pub fn resume(
 ) -> Result<Option<Resumed>, TrainError> {
     let (candidates, may_fall_back) = match resume {
         Resume::No => return Ok(None),
-        Resume::Path(path) => (vec![path.clone()], false),
+        Resume::Path(path) => named(disk, group, output_dir, path)?,
         Resume::Latest => (newest_first(disk, group, output_dir)?, true),
     };
     let layout = method.params().layout().clone();
@@ -91,13 +91,34 @@ pub fn resume(
 
 /// The checkpoints that the first rank sees.
 fn newest_first(disk: &dyn Disk, group: &dyn ProcessGroup, output_dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
-    let names = together(group, || {
-        let all = if group.rank() == 0 { checkpoint::newest_first(disk, output_dir)? } else { Vec::new() };
-        Ok(all.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect::<Vec<_>>().join("\n"))
+    of_first_rank(group, || Ok(checkpoint::newest_first(disk, output_dir)?))
+}
+
+/// The checkpoints that `path` names, as the first rank sees them, and whether it names all of a folder: then a damaged one is passed over.
+fn named(disk: &dyn Disk, group: &dyn ProcessGroup, output_dir: &Path, path: &Path) -> Result<(Vec<PathBuf>, bool), TrainError> {
+    let mut is_folder = false;
+    let paths = of_first_rank(group, || {
+        Ok(match checkpoint::to_resume(disk, output_dir, path)? {
+            Named::Checkpoint(path) => vec![path],
+            Named::OutputDir(all) => {
+                is_folder = true;
+                all
+            }
+        })
     })?;
-    let all = group.all_gather_bytes(names.as_bytes())?;
-    let names = all.first().map_or(String::new(), |names| String::from_utf8_lossy(names).into_owned());
-    Ok(names.lines().map(|name| output_dir.join(name)).collect())
+    let flags = group.all_gather_bytes(&[u8::from(is_folder)])?;
+    Ok((paths, flags.iter().any(|flag| flag.contains(&1))))
+}
+
+/// Paths that the first rank finds, on every rank.
+fn of_first_rank(group: &dyn ProcessGroup, find: impl FnOnce() -> Result<Vec<PathBuf>, TrainError>) -> Result<Vec<PathBuf>, TrainError> {
+    let texts = together(group, || {
+        let paths = if group.rank() == 0 { find()? } else { Vec::new() };
+        Ok(paths.iter().filter_map(|path| path.to_str()).collect::<Vec<_>>().join("\n"))
+    })?;
+    let all = group.all_gather_bytes(texts.as_bytes())?;
+    let texts = all.first().map_or(String::new(), |texts| String::from_utf8_lossy(texts).into_owned());
+    Ok(texts.lines().map(PathBuf::from).collect())
 }
 
 /// Whether an older checkpoint may do where this one does not.

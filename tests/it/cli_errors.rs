@@ -256,10 +256,14 @@ fn missing_paths_say_how_to_give_them() {
 #[test]
 fn files_that_cannot_be_read_say_why() {
     insta::assert_snapshot!(glmddp_with("c.toml", "", &["plan", "d.toml"]).stderr, @r"
-    error: cannot read configuration file d.toml: No such file or directory (os error 2)
+    error: cannot read configuration file: no such file: d.toml
+
+    hint: is `c.toml` meant?
     ");
     insta::assert_snapshot!(glmddp_with("c.toml", "", &["plan", "."]).stderr, @r"
-    error: cannot read configuration file .: it is a directory
+    error: cannot read configuration file: expected a file, found a folder: .
+
+    hint: there are `./c.toml`
     ");
     insta::assert_snapshot!(glmddp_with("c.toml", "a = 1\nb = \n", &["plan", "c.toml"]).stderr, @r"
     error: configuration file is not valid TOML: string values must be quoted, expected literal string

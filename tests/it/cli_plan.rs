@@ -90,7 +90,11 @@ fn methods_that_are_built_in_hold_for_files_without_their_own() {
     let chosen = built_in.select("all").unwrap().into_iter();
     assert_eq!(chosen.map(|(label, loaded)| (label, loaded.resolve(1).unwrap().method)).collect::<Vec<_>>(), own);
     // demo.toml is of one method: its keys are passed over aloud.
-    assert!(built_in.warnings.iter().any(|w| w.contains("`pre_seq_len` does nothing here")), "{:?}", built_in.warnings);
+    assert!(
+        built_in.warnings.iter().any(|w| w.contains("`pre_seq_len`: each method of a comparison has its own")),
+        "{:?}",
+        built_in.warnings
+    );
     let error = config::load(Some(&root.join("configs/compare.toml")), &RunConfig::default()).unwrap_err();
     assert_eq!(error.to_string(), "unknown section `[methods]`");
 }

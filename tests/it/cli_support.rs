@@ -11,11 +11,17 @@ pub struct Ran {
 
 /// Runs `glmddp ARGS` outside of any launcher, in `dir`.
 pub fn glmddp_in(dir: &std::path::Path, args: &[&str]) -> Ran {
+    glmddp_under(dir, &[], args)
+}
+
+/// The same, with these environment variables.
+pub fn glmddp_under(dir: &std::path::Path, variables: &[(&str, &str)], args: &[&str]) -> Ran {
     let mut command = Command::new(env!("CARGO_BIN_EXE_glmddp"));
-    command.args(args).current_dir(dir);
-    for name in ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "RUST_BACKTRACE"] {
+    command.args(args).current_dir(dir).env_remove("RUST_BACKTRACE");
+    for name in glmddp::dist::launcher::variables() {
         command.env_remove(name);
     }
+    command.envs(variables.iter().copied());
     let Output { status, stdout, stderr } = command.output().expect("the program starts");
     let text = |bytes| String::from_utf8(bytes).expect("output is UTF-8");
     Ran { code: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) }

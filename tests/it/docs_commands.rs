@@ -50,9 +50,9 @@ fn program_words(words: &[String]) -> Option<&[String]> {
 }
 
 /// Why the program does not take these words. What a page leaves out is not looked for.
-fn refusal(words: &[String]) -> Option<String> {
+pub fn refusal(words: &[String]) -> Option<String> {
     let args: Vec<OsString> = words.iter().map(OsString::from).collect();
-    let args = match argv::normalise(args, Cli::command()) {
+    let args = match argv::normalise(args, Cli::command(), &|_| Some("x".to_owned())) {
         Ok(argv) => argv.args,
         Err(error) => return Some(error.to_string()),
     };

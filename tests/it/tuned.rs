@@ -109,5 +109,5 @@ fn held_out_loss_has_the_same_bits_on_one_and_on_three_ranks() {
     let out = command.output().expect("the launcher starts");
     let errors = String::from_utf8_lossy(&out.stderr);
     assert!(!out.status.success());
-    assert_eq!(errors.matches("error: out/adapter").count(), 1, "said once: {errors}");
+    assert_eq!(errors.matches("error: no such folder: out/adapter").count(), 1, "said once: {errors}");
 }

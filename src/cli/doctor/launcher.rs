@@ -5,12 +5,13 @@ use std::process::Command;
 
 use super::super::environment;
 use super::Finding;
+use crate::dist::launcher::{self, ALONE, Claim};
 
 const FOR_RANKS: &str = "training on more than one device";
 const INSTALL: &str = "apt-get install openmpi-bin libopenmpi-dev";
 
 pub fn findings() -> Vec<Finding> {
-    vec![library(), launcher(), launched()]
+    vec![library(), mpirun(), launched()]
 }
 
 /// The MPI library that is mapped into this process.
@@ -31,7 +32,7 @@ fn is_mpi(path: &str) -> bool {
     path.rsplit('/').next().is_some_and(|file| file.starts_with("libmpi.so") || file.starts_with("libmpich.so"))
 }
 
-fn launcher() -> Finding {
+fn mpirun() -> Finding {
     let output = Command::new("mpirun").arg("--version").output().ok().filter(|o| o.status.success());
     let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
     match text.as_ref().and_then(|t| t.lines().find(|l| !l.trim().is_empty())) {
@@ -41,9 +42,18 @@ fn launcher() -> Finding {
 }
 
 fn launched() -> Finding {
-    match (environment::launched_rank(), environment::launched_size()) {
-        (Some(rank), Some(size)) => Finding::good("started by", format!("mpirun: rank {rank} of {size}")),
-        _ => Finding::good("started by", "a shell: one rank (mpirun -n 2 glmddp ... starts two)"),
+    let of = |claim: &Claim| match (claim.rank, claim.num_processes) {
+        (Some(rank), Some(size)) => format!("{}: rank {rank} of {size}", claim.launcher),
+        _ => format!("{}: {}", claim.launcher, claim.processes()),
+    };
+    let env = &environment::variable;
+    match (launcher::speaking_mpi(env), launcher::speaking_no_mpi(env)) {
+        (Some(claim), _) => Finding::good("started by", of(&claim)),
+        (None, Some(claim)) => {
+            let remedy = format!("start glmddp with mpirun; {ALONE}=1 if no other process belongs to this one");
+            Finding::poor("started by", format!("{}, whose processes MPI does not connect", of(&claim)), FOR_RANKS, remedy)
+        }
+        (None, None) => Finding::good("started by", "a shell: one rank (mpirun -n 2 glmddp ... starts two)"),
     }
 }
 
