@@ -7,8 +7,9 @@ use clap::Args;
 use super::{base_warnings, report};
 use crate::config::values::{MemoryLimit, named};
 use crate::dist::{self, ProcessGroup};
+use crate::model::RopeTable;
 use crate::model::shape::ModelShape;
-use crate::model::{ModelConfig, RopeTable};
+use crate::peft::bare;
 use crate::train::together::together;
 use crate::train::tuned::Tuned;
 use crate::train::{TrainError, room};
@@ -45,7 +46,7 @@ impl TunedArgs {
         let threads = dist::plan_threads(group, self.threads)?;
         dist::install_thread_pool(threads.count)?;
         let dir = &self.model_name_or_path;
-        let shape = together(group, || Ok(ModelShape::from(&ModelConfig::load(dir)?)))?;
+        let shape = together(group, || Ok(ModelShape::from(&bare::config(dir)?)))?;
         room::expect_room_for_weights(&format!("the model in {}", dir.display()), &shape, self.memory_limit, group)?;
         let tuned = Tuned::load(dir, self.adapter.as_deref(), self.rope_table.unwrap_or(RopeTable::Exact), group)?;
         if let (Some(adapter), Some(method)) = (&self.adapter, &tuned.method)

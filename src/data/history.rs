@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use crate::json;
+
 /// Deeper lists are no history.
 const MAX_DEPTH: usize = 8;
 
@@ -28,7 +30,7 @@ pub fn rounds_of_text(text: &str) -> Result<Rounds, String> {
     if text.is_empty() {
         return Ok(Rounds::new());
     }
-    match serde_json::from_str(text) {
+    match json::value(text.as_bytes()) {
         Ok(value) => pairs(&value),
         Err(error) => match python_literal(text) {
             Some(value) => pairs(&value),

@@ -18,7 +18,6 @@ use crate::data::tokenize::Limits;
 use crate::data::{self, Dataset};
 use crate::dist::ProcessGroup;
 use crate::model::shape::ModelShape;
-use crate::model::weights::WeightSource;
 use crate::model::{ChatGlm2, ModelConfig, WeightDtype};
 use crate::peft::bare;
 use crate::tokenizer::GlmTokenizer;
@@ -37,7 +36,6 @@ pub struct Base {
 /// What is loaded before the weights: rows, and what reads them.
 pub struct RunData {
     config: ModelConfig,
-    source: WeightSource,
     tokenizer: GlmTokenizer,
     pub train: Dataset,
     pub validation: Option<Dataset>,
@@ -50,15 +48,14 @@ impl RunData {
     /// When a file is missing or damaged, the model is not a bare base, or rows cannot be read.
     pub fn load(plan: &Plan, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
         let dir = &plan.model.model_name_or_path;
-        let (tokenizer, config, source) = together(group, || {
-            let (config, source) = bare::open(dir)?;
+        let (tokenizer, config) = together(group, || {
+            let config = bare::config(dir)?;
             let tokenizer = GlmTokenizer::from_file(&dir.join("tokenizer.model"))?;
             tokenizer.check_fits(config.padded_vocab_size)?;
-            source.check(&config.parameter_shapes())?;
-            Ok((tokenizer, config, source))
+            Ok((tokenizer, config))
         })?;
         let (train, validation) = load_data(plan, &tokenizer, group)?;
-        Ok(Self { config, source, tokenizer, train, validation })
+        Ok(Self { config, tokenizer, train, validation })
     }
 
     /// Lines that the user of `plan` should see before anything takes long.
@@ -81,8 +78,10 @@ impl RunData {
     /// # Errors
     /// When a file is missing or damaged, or the ranks have different weights.
     pub fn into_base(self, plan: &Plan, group: &dyn ProcessGroup) -> Result<Base, TrainError> {
-        let Self { config, source, tokenizer, train, validation } = self;
+        let Self { config, tokenizer, train, validation } = self;
         let (model, fingerprint) = together(group, || {
+            let (_, source) = bare::open(&plan.model.model_name_or_path)?;
+            source.check(&config.parameter_shapes())?;
             // One rank of each machine reads every byte: the others have the same files.
             let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
             let model = ChatGlm2::load(config.clone(), &source, plan.model.rope_table, &Device::Cpu)?;

@@ -18,7 +18,7 @@ fn said(dir: &Path, args: &str) -> String {
     ran.stderr.lines().filter(|line| !line.starts_with("step ")).map(|line| format!("{line}\n")).collect()
 }
 
-const RUN: &str = "train --model_name_or_path base --train_file data/train.jsonl --threads 1 --max_steps 1 --quiet";
+const RUN: &str = "train --model_name_or_path base --train_file data/train.jsonl --threads 1 --max_steps 1 --global_batch_size 4 --quiet";
 const MERGE: &str = "export --merge --model_name_or_path base --adapter lora/adapter --output_dir merged";
 const WEIGHTS: [&str; 3] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"];
 

@@ -14,7 +14,7 @@ use crate::tensor_files::{Tensors, change, change_json, copy, files, read, rewri
 struct Setup(tempfile::TempDir);
 
 const PATHS: &str = "--model_name_or_path model --train_file data/train.jsonl --validation_file data/dev.jsonl";
-const SIZES: &str = "--max_source_length 32 --max_target_length 16 --per_device_train_batch_size 2 --global_batch_size 4 --threads 1";
+const SIZES: &str = "--max_source_length 64 --max_target_length 64 --per_device_train_batch_size 2 --global_batch_size 4 --threads 1";
 const EVALUATE: &str = "evaluate --model_name_or_path model --validation_file data/dev.jsonl --threads 1";
 const GENERATE: &str = "generate --model_name_or_path model --file data/dev.jsonl --rows 2 --max_new_tokens 2 --threads 1";
 const MERGE: &str = "export --merge --model_name_or_path model --threads 1 --output_dir merged";
