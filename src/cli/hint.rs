@@ -5,7 +5,7 @@ use clap::CommandFactory;
 use super::{Cli, argv};
 
 /// `hint` for who typed `args` (the program's name first): behind each option in backticks that this command lacks stands the command that
-/// has it.
+/// has it, unless the hint has named that before.
 pub fn of_this_command(hint: &str, args: &[String]) -> String {
     let mut command = Cli::command();
     command.build();
@@ -16,9 +16,10 @@ pub fn of_this_command(hint: &str, args: &[String]) -> String {
         let Some(option) = option_of(&parts[at]).filter(|option| !has(this, option)) else { continue };
         let owner = [command.find_subcommand("train"), command.get_subcommands().find(|other| has(other, option))];
         let Some(owner) = owner.into_iter().flatten().find(|other| has(other, option)) else { continue };
-        let of = format!(" of `glmddp {}`", owner.get_name());
-        if let Some(behind) = parts.get_mut(at + 1) {
-            behind.insert_str(0, &of);
+        let owner = format!("glmddp {}", owner.get_name());
+        let is_named = parts[..at].iter().any(|part| *part == owner);
+        if let (false, Some(behind)) = (is_named, parts.get_mut(at + 1)) {
+            behind.insert_str(0, &format!(" of `{owner}`"));
         }
     }
     parts.join("`")
@@ -56,5 +57,7 @@ mod tests {
         );
         assert_eq!(told("glmddp train", "run `git lfs pull`; no `--such_option`"), "run `git lfs pull`; no `--such_option`");
         assert_eq!(told("glmddp", hint), hint);
+        let named = "`glmddp tokenize` with `--row LINE` shows a row";
+        assert_eq!(told("glmddp train", named), named);
     }
 }

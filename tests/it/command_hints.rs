@@ -70,6 +70,6 @@ fn hint_of_a_command_that_lacks_the_option_names_the_one_that_has_it() {
     insta::assert_snapshot!(ran.stderr, @r"
     error: out/checkpoint-2 is not a complete checkpoint: it has no manifest.json
 
-    hint: use an earlier checkpoint; `--resume_from_checkpoint latest` of `glmddp train` finds the newest whole one
+    hint: use an earlier checkpoint; `glmddp train` with `--resume_from_checkpoint latest` finds the newest whole one
     ");
 }

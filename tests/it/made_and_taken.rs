@@ -127,9 +127,8 @@ fn made_rows_are_never_a_file_without_rows() {
     assert!(!folder.path("few/dev.jsonl").exists());
     folder.ok(&format!("train --model_name_or_path model --train_file few/train.jsonl --output_dir out {ONE_STEP}"));
     insta::assert_snapshot!(folder.refused("demo-data --output_dir none --rows 0"), @r"
-    error: invalid value '0' for '--rows <ROWS>': number would be zero for non-zero type
-
-    For more information, try '--help'.
+    error: `rows` is `0`, expected 1 or more
+      --> command line, `--rows`
     ");
     assert!(!folder.path("none").exists());
 }

@@ -136,7 +136,6 @@ fn keys_that_cannot_be_off_are_refused() {
     }
     texts.push(with_json(", \"mask_history\": false").stderr);
     texts.push(with_json(", \"lerning_rate\": []").stderr);
-    texts.push(with_json(", \"output_dir\": \"\"").stderr.clone());
     insta::assert_snapshot!("never_off", texts.join("\n"));
 }
 

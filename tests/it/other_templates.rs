@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::cli_support::{Ran, glmddp_in};
 
-const PLAN: &str = "plan --model_name_or_path model --train_file data/train.jsonl --output_dir out";
+const PLAN: &str = "plan --model_name_or_path model --train_file data/train.jsonl --max_steps 1 --global_batch_size 8 --output_dir out";
 const EVALUATE: &str = "evaluate --model_name_or_path model --validation_file data/dev.jsonl --threads 1";
 
 fn glmddp(dir: &Path, args: &str) -> Ran {
@@ -42,7 +42,8 @@ fn call_base(dir: &Path, name: &str) {
 fn base_of_another_template_is_named_once_by_every_command_that_makes_prompts() {
     let dir = setup();
     let dir = dir.path();
-    let run = "--model_name_or_path model --train_file data/train.jsonl --finetuning_type lora --threads 1 --max_steps 1";
+    let run =
+        "--model_name_or_path model --train_file data/train.jsonl --finetuning_type lora --threads 1 --max_steps 1 --global_batch_size 8";
     said(dir, &format!("train {run} --output_dir first --quiet"));
     std::fs::remove_file(dir.join("first/adapter/glmddp.json")).unwrap();
     assert_eq!(said(dir, EVALUATE), "");
@@ -146,7 +147,7 @@ fn adapter_that_names_another_base_is_taken_with_a_warning() {
     let dir = dir.path();
     said(
         dir,
-        "train --model_name_or_path model --train_file data/train.jsonl --output_dir out --finetuning_type lora --threads 1 --max_steps 1 --quiet",
+        "train --model_name_or_path model --train_file data/train.jsonl --output_dir out --finetuning_type lora --threads 1 --max_steps 1 --global_batch_size 8 --quiet",
     );
     let with_adapter = format!("{EVALUATE} --adapter out/adapter");
     let names = |adapter: Value, base: &str| {
@@ -179,7 +180,7 @@ fn adapter_that_names_another_base_is_taken_with_a_warning() {
 fn adapters_of_a_fusion_are_held_against_the_runs_base() {
     let dir = setup();
     let dir = dir.path();
-    let run = "train --model_name_or_path model --train_file data/train.jsonl --threads 1 --max_steps 1 --quiet";
+    let run = "train --model_name_or_path model --train_file data/train.jsonl --threads 1 --max_steps 1 --global_batch_size 8 --quiet";
     for name in ["a", "b"] {
         said(dir, &format!("{run} --output_dir {name} --finetuning_type adapter --adapter_config pfeiffer --adapter_name {name}"));
     }
