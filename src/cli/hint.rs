@@ -17,7 +17,7 @@ pub fn of_this_command(hint: &str, args: &[String]) -> String {
         let owner = [command.find_subcommand("train"), command.get_subcommands().find(|other| has(other, option))];
         let Some(owner) = owner.into_iter().flatten().find(|other| has(other, option)) else { continue };
         let owner = format!("glmddp {}", owner.get_name());
-        let is_named = parts[..at].iter().any(|part| *part == owner);
+        let is_named = parts[..at].contains(&owner);
         if let (false, Some(behind)) = (is_named, parts.get_mut(at + 1)) {
             behind.insert_str(0, &format!(" of `{owner}`"));
         }
