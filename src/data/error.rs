@@ -74,8 +74,8 @@ impl DataError {
                 let name = path.file_name()?.to_string_lossy().into_owned();
                 let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
                 let files = files_of(dir);
-                let near = nearest(&name, &files)?;
-                Some(format!("is `{near}` meant?"))
+                let near = path.with_file_name(nearest(&name, &files)?);
+                Some(format!("is `{}` meant?", near.display()))
             }
             Self::IsDirectory { path } => {
                 let rows = |name: &String| [".json", ".jsonl", ".csv"].iter().any(|end| name.ends_with(end));
