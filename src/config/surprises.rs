@@ -1,6 +1,6 @@
 //! What follows from a plan's numbers and is hardly meant: lines that a run and `glmddp plan` show before the first step.
 //!
-//! Each line has the figures and what to do. Nothing here stops a run; what cannot give anything is an error of [`super::resolve`].
+//! Each line has the figures and what to do. Nothing here stops a run; what cannot give anything is an error of `super::resolve`.
 
 use super::arithmetic::{plan_length, total_steps};
 use super::plan::{Duration, Plan, Warmup};

@@ -83,16 +83,18 @@ impl ModelConfig {
     /// # Errors
     /// When the folder or the file is missing, the file is not JSON, lacks a needed key, or describes a model that this program does not compute.
     pub fn load(dir: &Path) -> Result<Self, ModelError> {
-        let path = dir.join("config.json");
-        let text = std::fs::read(&path).map_err(|source| match paths::expect_folder(dir) {
-            Err(error) => error.into(),
-            Ok(()) => ModelError::Io { path: path.clone(), source },
-        })?;
-        let json: Value = json::value(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
-        let Value::Object(keys) = json else {
-            return Err(ModelError::Inconsistent { path, reason: "expected a JSON object at the top".to_owned() });
-        };
-        Keys { path, keys }.model(dir)
+        Keys::read(dir)?.model(dir)
+    }
+
+    /// As [`Self::load`], beside a prefix in THUDM's format. Its trainer writes how it had quantized the base (`quantization_bit`), which is no
+    /// matter of the prefix.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_beside_prefix(dir: &Path) -> Result<Self, ModelError> {
+        let mut keys = Keys::read(dir)?;
+        keys.keys.remove("quantization_bit");
+        keys.model(dir)
     }
 
     /// Query heads that share one key and value head.
@@ -119,6 +121,18 @@ struct Keys {
 }
 
 impl Keys {
+    fn read(dir: &Path) -> Result<Self, ModelError> {
+        let path = dir.join("config.json");
+        let text = std::fs::read(&path).map_err(|source| match paths::expect_folder(dir) {
+            Err(error) => error.into(),
+            Ok(()) => ModelError::Io { path: path.clone(), source },
+        })?;
+        match json::value(&text).map_err(|source| ModelError::Json { path: path.clone(), source })? {
+            Value::Object(keys) => Ok(Self { path, keys }),
+            _ => Err(ModelError::Inconsistent { path, reason: "expected a JSON object at the top".to_owned() }),
+        }
+    }
+
     fn model(&self, dir: &Path) -> Result<ModelConfig, ModelError> {
         self.check_architecture()?;
         let num_attention_heads = self.size("num_attention_heads")?;

@@ -1,6 +1,6 @@
 //! The small files of a model's folder that go along when a model is made from it, so that Python's `from_pretrained` loads the result.
 //!
-//! They are [`NAMED`] and all `*.py` in the folder itself. A file stays behind, with a reason, if it is too large, is no regular file, or
+//! They are `NAMED` and all `*.py` in the folder itself. A file stays behind, with a reason, if it is too large, is no regular file, or
 //! is a link that leads out of the folder (or out of the hub's cache, whose folders are made of links).
 
 use std::collections::{BTreeMap, BTreeSet};

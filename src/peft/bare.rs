@@ -1,6 +1,6 @@
 //! A base has to be a bare one: what tuning or quantising leaves in a model's folder is refused by name, never passed over.
 //!
-//! A tensor is the base's if config.json says so, or a buffer of the hub's files. Everything else is refused; the table of [`KINDS`] only
+//! A tensor is the base's if config.json says so, or a buffer of the hub's files. Everything else is refused; the table of `KINDS` only
 //! decides what the message says of it.
 
 use std::collections::BTreeSet;

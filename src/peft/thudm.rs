@@ -217,7 +217,7 @@ impl ThudmFolder {
     }
 
     fn config(&self) -> Result<ModelConfig, ExportError> {
-        Ok(ModelConfig::load(&self.dir)?)
+        Ok(ModelConfig::load_beside_prefix(&self.dir)?)
     }
 
     fn spelt(&self, own: &str) -> String {

@@ -143,6 +143,15 @@ fn thudms_prefix_in_half_precision_is_read() {
     }
 }
 
+/// THUDM's train.sh quantizes the base to 4 bits, and the trainer saves that with the prefix.
+#[test]
+fn thudms_prefix_trained_on_a_quantized_base_is_read() {
+    let setup = Setup::new("--finetuning_type ptuning_v2 --pre_seq_len 4");
+    let dir = setup.folder("quantized", &[("pytorch_model.bin", setup.tensors())]);
+    change_json(&dir.join("config.json"), |config| config["quantization_bit"] = 4.into());
+    setup.assert_is_the_prefix("quantized");
+}
+
 #[test]
 fn thudms_prefix_that_does_not_fit_is_refused_by_what_differs() {
     let setup = Setup::new("--finetuning_type ptuning_v2 --pre_seq_len 4 --prefix_projection");
