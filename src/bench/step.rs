@@ -66,7 +66,7 @@ pub fn run(setup: &BenchSetup, tensors: &dyn Collectives, warmup: usize, steps: 
             timer.time(crate::telemetry::Phase::Data, || slots.clone().map(|slot| (slot, bench.micro_batch(step, slot))).collect());
         let settings = bench.settings;
         let (model, method, optimizer) = (&bench.model, &mut *bench.method, &mut bench.optimizer);
-        let mut trainer = Trainer { model, method, optimizer, sum: &sum, group, settings, wish: &Wish::default };
+        let mut trainer = Trainer { model, method, optimizer, sum: &sum, settings, wish: &Wish::default };
         losses.push(trainer.step(&batches, 2e-2, &timer)?.loss);
         let took = started.elapsed().as_secs_f64();
         let took = slowest(group, took)?;

@@ -8,7 +8,6 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 
 use super::bench_checkpoint::{self, CheckpointArgs};
-use super::text::thousands;
 use super::{environment, report};
 use crate::bench::flops::{self, Flops};
 use crate::bench::setup::{BenchSetup, describe};
@@ -17,6 +16,7 @@ use crate::dist;
 use crate::model::Recompute;
 use crate::peft::keys::{MethodKeys, named};
 use crate::peft::{FinetuningType, METHOD_NAMES, MethodPlan};
+use crate::telemetry::thousands;
 
 /// Measure a training step on a random model and real or demo rows, or checkpoints
 #[derive(Clone, Debug, Args)]

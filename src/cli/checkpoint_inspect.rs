@@ -9,8 +9,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::report;
-use super::text::{bytes, columns, thousands};
+use super::text::columns;
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Disk, Identity, Named, RealDisk};
+use crate::telemetry::{bytes, thousands};
 
 /// Show what is in a checkpoint, or all checkpoints of a run
 #[derive(Clone, Debug, Args)]

@@ -8,9 +8,10 @@ use clap::Args;
 use serde::Serialize;
 
 use super::report;
-use super::text::{bytes, columns};
+use super::text::columns;
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Named, RealDisk};
 use crate::telemetry::Console;
+use crate::telemetry::bytes;
 
 /// Hold every byte of checkpoints against their manifests; exit code 1 where anything is damaged
 #[derive(Clone, Debug, Args)]

@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::json;
 
-use super::text::thousands;
 use super::tuned_args::TunedArgs;
 use super::{base_warnings, ranks, report};
 use crate::config::values::named;
@@ -16,6 +15,7 @@ use crate::data::prompt::Truncation;
 use crate::data::record::{Columns, OnBadRow, PROMPT_COLUMN, RESPONSE_COLUMN};
 use crate::data::tokenize::Limits;
 use crate::dist::ProcessGroup;
+use crate::telemetry::thousands;
 use crate::train::adapters::{Ranks, Tokenizer};
 use crate::train::evaluate::evaluate;
 use crate::train::together::together;

@@ -6,10 +6,10 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 
 use super::report;
-use super::text::{bytes as bytes_text, thousands};
 use crate::data::demo::{self, DemoKind};
 use crate::model::init::{self, InitOptions};
 use crate::paths;
+use crate::telemetry::{bytes as bytes_text, thousands};
 use crate::tokenizer::{GlmTokenizer, TokenizerError, train_filled, train_small};
 
 /// Make a ChatGLM2 with random weights: config.json, safetensors, tokenizer.model

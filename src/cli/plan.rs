@@ -5,7 +5,7 @@ use std::path::Path;
 use clap::Args;
 
 use super::run_args::RunArgs;
-use super::text::{bytes, columns, si, thousands};
+use super::text::columns;
 use super::{base_warnings, environment, report};
 use crate::config::Plan;
 use crate::config::arithmetic::{Arithmetic, Length, plan_arithmetic, plan_length};
@@ -17,6 +17,7 @@ use crate::data::column_use::ColumnUse;
 use crate::data::rows::Rows;
 use crate::model::shape::ModelShape;
 use crate::peft::{MethodError, bare};
+use crate::telemetry::{bytes, si, thousands};
 
 /// Show what a run would do: rows a step, steps, tokens, FLOPs, memory
 #[derive(Clone, Debug, Args)]

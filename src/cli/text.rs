@@ -1,6 +1,4 @@
-//! Numbers for people, and text in columns.
-
-pub use crate::telemetry::{bytes, si, thousands};
+//! Text in columns.
 
 /// Labels and texts in two columns; the lines of a text stand below each other.
 pub fn columns(rows: &[(String, String)]) -> String {

@@ -290,29 +290,16 @@ pub fn plan_length(plan: &Plan, num_rows: Option<u64>) -> Length {
 mod tests {
     use super::*;
 
-    const CHATGLM2_6B: ModelShape = ModelShape {
-        layers: 28,
-        hidden: 4096,
-        ffn: 13696,
-        heads: 32,
-        groups: 2,
-        kv: 128,
-        vocab: 65024,
-        qkv_bias: true,
-        linear_bias: false,
-        final_norm: true,
-    };
-
     #[test]
     fn shape_of_chatglm2_6b_has_the_published_number_of_parameters() {
-        assert_eq!(CHATGLM2_6B.parameters(), 6_243_584_000);
-        assert_eq!(CHATGLM2_6B.trunk_weights() + CHATGLM2_6B.head_weights(), 5_976_883_200);
+        assert_eq!(ModelShape::CHATGLM2_6B.parameters(), 6_243_584_000);
+        assert_eq!(ModelShape::CHATGLM2_6B.trunk_weights() + ModelShape::CHATGLM2_6B.head_weights(), 5_976_883_200);
     }
 
     #[test]
     fn saved_floats_of_chatglm2_6b_are_88_kb_in_two_bytes() {
-        assert_eq!(2 * CHATGLM2_6B.saved_floats(Recompute::None), 88_576);
-        assert_eq!(CHATGLM2_6B.saved_floats(Recompute::Block), 4096);
+        assert_eq!(2 * ModelShape::CHATGLM2_6B.saved_floats(Recompute::None), 88_576);
+        assert_eq!(ModelShape::CHATGLM2_6B.saved_floats(Recompute::Block), 4096);
     }
 
     #[test]

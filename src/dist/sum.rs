@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use super::accumulate::{SlotAccumulator, Slots};
 use super::overlap::{CommThread, OverlappedSum};
 use super::reduce::{Source, reduce, reduce_scatter, sources};
-use super::{Collectives, DistError, Reduction, Shards, SlotTree};
+use super::{Collectives, DistError, ProcessGroup, Reduction, Shards, SlotTree};
 
 /// What each rank gets of a sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,11 @@ impl<'g> GradientSum<'g> {
         Self { tensors, reduction, tree: SlotTree::new(num_slots), part, thread: None, num_stages: 0, device: device.clone() }
     }
 
+    /// The ranks that take part.
+    pub fn group(&self) -> &'g dyn ProcessGroup {
+        self.tensors.group()
+    }
+
     /// With a thread that moves the parts `stages` of a rank's last gradient as they become final, where several ranks get shards. The stages
     /// are the same on all ranks, and together all of the gradient. Collective.
     ///
@@ -56,7 +61,7 @@ impl<'g> GradientSum<'g> {
     /// The sum of a step of which this rank computes `slots`. Where parts move on the way it is collective.
     ///
     /// # Errors
-    /// On all ranks alike when the ranks agree on what moves, and their slots do not cover the step.
+    /// Where parts move on the way: on all ranks alike when their slots do not cover the step.
     pub fn begin(&self, slots: Range<usize>) -> Result<StepSum<'_>, DistError> {
         let num_elements = match self.part {
             Part::Whole(num_elements) => num_elements,

@@ -77,7 +77,7 @@ mod tests {
             ("/home/chatglm2/models/chatglm3_6b_32k/", Some(Family::ChatGlm3)),
             ("C:\\models\\codegeex2-6b", Some(Family::CodeGeeX2)),
             ("my-chatglm3-merged", Some(Family::ChatGlm3)),
-            ("/root/.cache/huggingface/hub/models--THUDM--chatglm2-6b-32k/snapshots/455746d4706479a1", Some(Family::ChatGlm2)),
+            ("/home/ann/.cache/huggingface/hub/models--THUDM--chatglm2-6b-32k/snapshots/455746d4706479a1", Some(Family::ChatGlm2)),
             ("/models/chatglm2-6b-32k/checkpoint-100", Some(Family::ChatGlm2)),
             ("/models/chatglm2-6b-32k/chatglm3-6b-32k", Some(Family::ChatGlm3)),
             ("/chatglm2-6b-32k/chatglm3-6b-32k/merged", None),

@@ -43,6 +43,20 @@ impl From<&ModelConfig> for ModelShape {
 }
 
 impl ModelShape {
+    /// ChatGLM2-6B's, from its published config.json.
+    pub const CHATGLM2_6B: Self = Self {
+        layers: 28,
+        hidden: 4096,
+        ffn: 13696,
+        heads: 32,
+        groups: 2,
+        kv: 128,
+        vocab: 65024,
+        qkv_bias: true,
+        linear_bias: false,
+        final_norm: true,
+    };
+
     /// Width of the joined query, key and value projection.
     pub fn qkv_width(&self) -> u64 {
         (self.heads + 2 * self.groups) * self.kv

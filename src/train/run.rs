@@ -286,7 +286,7 @@ impl<'a> Job<'a> {
             let lr = schedule.lr(step);
             dump.write(step, &batch.slots, &self.train)?;
             let (model, method, optimizer, sum) = (&self.model, &mut *self.method, &mut self.optimizer, &self.sum);
-            let mut trainer = Trainer { model, method, optimizer, sum, group, settings, wish: &|| listener.wish() };
+            let mut trainer = Trainer { model, method, optimizer, sum, settings, wish: &|| listener.wish() };
             let outcome = trainer.step(&batch.slots, lr, &timer).map_err(|e| self.name_rows(e, step, batch.start, &mut sampler))?;
             self.progress = Progress { step: step + 1, consumed_rows: batch.start + division.rows_per_step() };
             let tokens = self.tokens(batch.start..self.progress.consumed_rows, &mut sampler);

@@ -10,7 +10,7 @@ use super::optimizer::Optimizer;
 use super::requests::{Request, Wish};
 use crate::config::plan::LossMean;
 use crate::data::MicroBatch;
-use crate::dist::{self, Collectives, GradientSum, Part, ProcessGroup, Reduction, SlotScalars, StepSum};
+use crate::dist::{self, Collectives, GradientSum, Part, Reduction, SlotScalars, StepSum};
 use crate::kernels::elementwise::scale_;
 use crate::model::{ChatGlm2, Recompute};
 use crate::optim;
@@ -42,7 +42,7 @@ pub struct StepOutcome {
 /// `optimizer` takes, and what is final of it moves on the way where ranks share the optimizer's state. A collective.
 ///
 /// # Errors
-/// When the thread cannot be started that moves it.
+/// When the thread that moves it cannot be started.
 pub fn gradient_sum<'g>(
     tensors: &'g dyn Collectives,
     reduction: Reduction,
@@ -63,7 +63,6 @@ pub struct Trainer<'a, 'g> {
     pub method: &'a mut dyn PeftMethod,
     pub optimizer: &'a mut Optimizer<'g>,
     pub sum: &'a GradientSum<'a>,
-    pub group: &'a dyn ProcessGroup,
     pub settings: StepSettings,
     /// What this rank is asked for; called once a step, when its gradients are there.
     pub wish: &'a dyn Fn() -> Wish,
@@ -86,7 +85,7 @@ impl Trainer<'_, '_> {
         let mut sum = timer.time(Phase::Comm, || self.sum.begin(range(slots)))?;
         let scalars = timer.time(Phase::ForwardBackward, || self.sum_slots(slots, &mut sum))?;
         let note = (self.wish)().to_byte();
-        let (all, notes) = timer.time(Phase::Comm, || dist::gather_slots_and_notes(self.group, &scalars, note))?;
+        let (all, notes) = timer.time(Phase::Comm, || dist::gather_slots_and_notes(self.sum.group(), &scalars, note))?;
         let Losses { loss, denominator, num_targets } = self.losses(&all)?;
 
         let site_grad = timer.time(Phase::Comm, || sum.finish())?;

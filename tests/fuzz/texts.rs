@@ -236,18 +236,7 @@ fn cached_rows_from_anyone_are_read_or_made_anew() {
 
 /// The published model's, and the least.
 const SHAPES: [ModelShape; 2] = [
-    ModelShape {
-        layers: 28,
-        hidden: 4096,
-        ffn: 13696,
-        heads: 32,
-        groups: 2,
-        kv: 128,
-        vocab: 65024,
-        qkv_bias: true,
-        linear_bias: false,
-        final_norm: true,
-    },
+    ModelShape::CHATGLM2_6B,
     ModelShape { layers: 1, hidden: 1, ffn: 1, heads: 1, groups: 1, kv: 4, vocab: 1, qkv_bias: false, linear_bias: true, final_norm: true },
 ];
 

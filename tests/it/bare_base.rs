@@ -7,38 +7,14 @@ use candle_core::{DType, Device, Tensor};
 use glmddp::formats::{TensorFile, safetensors, torch_pickle};
 use serde_json::{Value, json};
 
-use crate::cli_support::{Ran, glmddp_in};
+use crate::cli_support::{ok, project, refused, run};
+use crate::tensor_files::change_json;
 
 const INDEX: &str = "model.safetensors.index.json";
 const QKV: &str = "transformer.encoder.layers.0.self_attention.query_key_value";
 
-fn glmddp(dir: &Path, args: &str) -> Ran {
-    glmddp_in(dir, &args.split_whitespace().collect::<Vec<_>>())
-}
-
-fn ok(dir: &Path, args: &str) -> String {
-    let ran = glmddp(dir, args);
-    assert_eq!(ran.code, 0, "{args}: {}", ran.stderr);
-    ran.stdout
-}
-
-/// What the program says on stderr, having refused.
-fn refused(dir: &Path, args: &str) -> String {
-    let ran = glmddp(dir, args);
-    assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{args}: {}", ran.stderr);
-    ran.stderr
-}
-
 const EVALUATE: &str = "evaluate --model_name_or_path model --validation_file data/dev.jsonl --threads 1";
 const TRAIN: &str = "--train_file data/train.jsonl --max_steps 1 --threads 1 --quiet";
-
-/// A folder with a tiny model in `model`, and rows in `data`.
-fn setup() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    ok(dir.path(), "init-model --preset tiny --output_dir model");
-    ok(dir.path(), "demo-data --output_dir data --rows 8 --dev_rows 4");
-    dir
-}
 
 fn zeros(shape: &[usize]) -> Tensor {
     Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap()
@@ -57,15 +33,12 @@ fn tensors(model: &Path) -> BTreeMap<String, Tensor> {
 }
 
 fn change_config(model: &Path, change: impl Fn(&mut Value)) {
-    let path = model.join("config.json");
-    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    change(&mut config);
-    std::fs::write(path, config.to_string()).unwrap();
+    change_json(&model.join("config.json"), change);
 }
 
 /// The same model in one file, with more tensors; what `glmddp evaluate` says of it.
 fn with_tensors(more: &[(&str, &[usize])]) -> String {
-    let dir = setup();
+    let dir = project(8, 4);
     let model = dir.path().join("model");
     let mut all = tensors(&model);
     all.extend(more.iter().map(|(name, shape)| ((*name).to_owned(), zeros(shape))));
@@ -76,9 +49,9 @@ fn with_tensors(more: &[(&str, &[usize])]) -> String {
 
 #[test]
 fn base_with_the_buffer_of_the_hubs_files_is_read_in_every_layout() {
-    let dir = setup();
+    let dir = project(8, 4);
     let model = dir.path().join("model");
-    let expected = ok(dir.path(), EVALUATE);
+    let expected = ok(dir.path(), EVALUATE).stdout;
     change_config(&model, |c| {
         c["pre_seq_len"] = Value::Null;
         c["prefix_projection"] = json!(false);
@@ -87,16 +60,16 @@ fn base_with_the_buffer_of_the_hubs_files_is_read_in_every_layout() {
     all.insert("transformer.rotary_pos_emb.inv_freq".to_owned(), zeros(&[4]));
     // Beside the shards, as ChatGLM3-6B's folder has both layouts.
     std::fs::write(model.join("pytorch_model.bin"), torch_pickle::to_bytes(&all).unwrap()).unwrap();
-    assert_eq!(ok(dir.path(), EVALUATE), expected);
+    assert_eq!(ok(dir.path(), EVALUATE).stdout, expected);
     std::fs::remove_file(model.join(INDEX)).unwrap();
-    assert_eq!(ok(dir.path(), EVALUATE), expected);
+    assert_eq!(ok(dir.path(), EVALUATE).stdout, expected);
     std::fs::write(model.join("model.safetensors"), safetensors::to_bytes(&all).unwrap()).unwrap();
-    assert_eq!(ok(dir.path(), EVALUATE), expected);
+    assert_eq!(ok(dir.path(), EVALUATE).stdout, expected);
 }
 
 #[test]
 fn tuned_prefix_in_a_base_is_refused_by_every_command() {
-    let dir = setup();
+    let dir = project(8, 4);
     let (dir, model) = (dir.path(), dir.path().join("model"));
     ok(dir, &format!("train --model_name_or_path model --output_dir out --finetuning_type full {TRAIN}"));
     ok(dir, &format!("train --model_name_or_path model --output_dir lora --finetuning_type lora {TRAIN}"));
@@ -205,14 +178,14 @@ fn many_tensors_and_kinds_are_counted_in_one_message() {
 fn tuned_tensors_outside_of_the_files_that_are_read_are_refused() {
     let mut texts = String::new();
     // Weights of another layout beside them: a trainer's file copied into the base's folder.
-    let dir = setup();
+    let dir = project(8, 4);
     let prefix = BTreeMap::from([("transformer.prefix_encoder.embedding.weight".to_owned(), zeros(&[4, 128]))]);
     let file = dir.path().join("model/pytorch_model.bin");
     std::fs::write(&file, torch_pickle::to_bytes(&prefix).unwrap()).unwrap();
     texts += &refused(dir.path(), EVALUATE);
     // What cannot be read there is said, and does not matter.
     std::fs::write(&file, "version https://git-lfs.github.com/spec/v1\n").unwrap();
-    let ran = glmddp(dir.path(), EVALUATE);
+    let ran = run(dir.path(), EVALUATE);
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     std::fs::remove_file(&file).unwrap();
     // An adapter's own files.
@@ -242,7 +215,7 @@ fn tuned_tensors_outside_of_the_files_that_are_read_are_refused() {
 
 #[test]
 fn folder_of_an_adapter_given_as_a_base_is_named_as_one() {
-    let dir = setup();
+    let dir = project(8, 4);
     let dir = dir.path();
     let mut texts = String::new();
     for method in ["ptuning_v2 --pre_seq_len 4", "lora"] {
@@ -264,7 +237,7 @@ fn folder_of_an_adapter_given_as_a_base_is_named_as_one() {
 
 #[test]
 fn pre_seq_len_without_a_prefix_is_refused_with_or_without_weights() {
-    let dir = setup();
+    let dir = project(8, 4);
     let (dir, model) = (dir.path(), dir.path().join("model"));
     change_config(&model, |c| c["pre_seq_len"] = json!(128));
     let text = refused(dir, EVALUATE);

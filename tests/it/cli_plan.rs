@@ -11,19 +11,6 @@ use glmddp::model::shape::ModelShape;
 
 use crate::cli_support::{glmddp_in, glmddp_with};
 
-const CHATGLM2_6B: ModelShape = ModelShape {
-    layers: 28,
-    hidden: 4096,
-    ffn: 13696,
-    heads: 32,
-    groups: 2,
-    kv: 128,
-    vocab: 65024,
-    qkv_bias: true,
-    linear_bias: false,
-    final_norm: true,
-};
-
 /// ChatGLM2-6B's config.json, as far as it is read.
 const CONFIG_JSON: &str = r#"{"model_type": "chatglm", "architectures": ["ChatGLMModel"], "num_layers": 28, "hidden_size": 4096, "ffn_hidden_size": 13696,
     "num_attention_heads": 32, "multi_query_attention": true, "multi_query_group_num": 2, "kv_channels": 128, "padded_vocab_size": 65024,
@@ -130,7 +117,7 @@ fn published_recipe_has_the_values_of_train_sh() {
     assert_eq!((plan.optim.learning_rate, plan.run.duration, plan.run.seed), (2e-2, Duration::Steps(3000), 42));
     assert_eq!(plan.optim.warmup, Warmup::Steps(0));
     assert_eq!(plan.model.recompute, Recompute::None);
-    let costs = plan_arithmetic(&CHATGLM2_6B, &plan).unwrap();
+    let costs = plan_arithmetic(&ModelShape::CHATGLM2_6B, &plan).unwrap();
     assert_eq!(costs.trainable_parameters, 1_835_008);
     assert_eq!(costs.max_row_tokens, 192);
     let bytes = costs.rank_bytes;
@@ -146,7 +133,7 @@ fn plan_with_a_sharded_optimizer_counts_a_ranks_shard() {
         let mut plan = resolve(&Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(file), world_size);
         assert!(!plan.optim.shard_optimizer, "the default where no weight of the base is trained");
         plan.optim.shard_optimizer = true;
-        let bytes = plan_arithmetic(&CHATGLM2_6B, &plan).unwrap().rank_bytes;
+        let bytes = plan_arithmetic(&ModelShape::CHATGLM2_6B, &plan).unwrap().rank_bytes;
         [bytes.trained_parameters, bytes.gradient, bytes.moments]
     };
     assert_eq!(held("ptuning_v2_adgen.toml", 1), [4 * 1_835_008, 4 * 1_835_008, 8 * 1_835_008]);
@@ -165,7 +152,8 @@ fn plan_in_bfloat16_counts_a_ranks_masters() {
         config.data.train_file = Some("t".into());
         config.run.output_dir = Some("o".into());
         config.method.finetuning_type = Some(FinetuningType::Full);
-        let bytes = plan_arithmetic(&CHATGLM2_6B, &config.resolve(world_size, &Sources::default()).unwrap()).unwrap().rank_bytes;
+        let bytes =
+            plan_arithmetic(&ModelShape::CHATGLM2_6B, &config.resolve(world_size, &Sources::default()).unwrap()).unwrap().rank_bytes;
         assert_eq!(bytes.moments, 8 * if world_size == 1 { 6_243_584_000 } else { 95_270 * 16_384 });
         assert!(bytes.total() > bytes.weights + bytes.trained_parameters + bytes.moments + bytes.masters);
         bytes.masters
@@ -188,7 +176,7 @@ fn plan_of_a_method_that_trains_the_base_shards_its_optimizer_unless_told_otherw
 #[test]
 fn projection_recipe_has_the_published_number_of_parameters() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/ptuning_v2_projection.toml");
-    assert_eq!(plan_arithmetic(&CHATGLM2_6B, &resolve(&file, 1)).unwrap().trainable_parameters, 119_293_952);
+    assert_eq!(plan_arithmetic(&ModelShape::CHATGLM2_6B, &resolve(&file, 1)).unwrap().trainable_parameters, 119_293_952);
 }
 
 #[test]

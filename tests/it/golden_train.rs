@@ -77,7 +77,7 @@ fn train(tensors: &dyn Collectives, model: &ChatGlm2, recipe: &Recipe) -> Run {
         let mine = group.rank() * share..(group.rank() + 1) * share;
         let slots: Vec<_> = mine.map(|slot| (slot, (recipe.slot)(step, slot))).collect();
         let (method, optimizer, sum) = (&mut *method, &mut optimizer, &sum);
-        let mut trainer = Trainer { model, method, optimizer, sum, group, settings, wish: &Wish::default };
+        let mut trainer = Trainer { model, method, optimizer, sum, settings, wish: &Wish::default };
         let outcome = trainer.step(&slots, schedule.lr(step as u64), &PhaseTimer::default()).unwrap();
         run.losses.push(outcome.loss);
         run.grad_norms.push(outcome.grad_norm);

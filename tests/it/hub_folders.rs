@@ -5,17 +5,11 @@ use std::path::Path;
 use glmddp::formats::{Dtype, TensorFile};
 use serde_json::{Value, json};
 
-use crate::cli_support::{Ran, glmddp_in};
-
-fn glmddp(dir: &Path, args: &str) -> Ran {
-    glmddp_in(dir, &args.split_whitespace().collect::<Vec<_>>())
-}
+use crate::cli_support::ok;
 
 /// What the program says on stderr, having done its work, without the lines of steps.
 fn said(dir: &Path, args: &str) -> String {
-    let ran = glmddp(dir, args);
-    assert_eq!(ran.code, 0, "{args}: {}", ran.stderr);
-    ran.stderr.lines().filter(|line| !line.starts_with("step ")).map(|line| format!("{line}\n")).collect()
+    ok(dir, args).stderr.lines().filter(|line| !line.starts_with("step ")).map(|line| format!("{line}\n")).collect()
 }
 
 const RUN: &str = "train --model_name_or_path base --train_file data/train.jsonl --threads 1 --max_steps 1 --global_batch_size 4 --quiet";

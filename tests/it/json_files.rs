@@ -2,22 +2,12 @@
 
 use std::path::Path;
 
-use crate::cli_support::{Ran, glmddp_in};
+use crate::cli_support::{Ran, ok, project, run};
 
 const EVALUATE: &str = "evaluate --model_name_or_path model --validation_file data/dev.jsonl --adapter out/adapter --threads 1 --json";
 /// A configuration file, and files of a model and of an adapter.
 const FILES: [&str; 5] =
     ["run.json", "model/config.json", "model/model.safetensors.index.json", "out/adapter/adapter_config.json", "out/adapter/glmddp.json"];
-
-fn glmddp(dir: &Path, args: &str) -> Ran {
-    glmddp_in(dir, &args.split_whitespace().collect::<Vec<_>>())
-}
-
-fn ok(dir: &Path, args: &str) -> String {
-    let ran = glmddp(dir, args);
-    assert_eq!(ran.code, 0, "{args}: {}", ran.stderr);
-    ran.stdout
-}
 
 /// The command that reads a file of [`FILES`].
 fn reader(file: &str) -> &'static str {
@@ -26,9 +16,7 @@ fn reader(file: &str) -> &'static str {
 
 /// A folder with a tiny model, rows, an adapter of one step and the configuration of a run.
 fn setup() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    ok(dir.path(), "init-model --preset tiny --output_dir model");
-    ok(dir.path(), "demo-data --output_dir data --rows 8 --dev_rows 4");
+    let dir = project(8, 4);
     let run = r#"{
   "model": {"model_name_or_path": "model"},
   "train_file": "data/train.jsonl",
@@ -47,7 +35,7 @@ fn with(dir: &Path, file: &str, text: &[u8]) -> Ran {
     let path = dir.join(file);
     let before = std::fs::read(&path).unwrap();
     std::fs::write(&path, text).unwrap();
-    let ran = glmddp(dir, reader(file));
+    let ran = run(dir, reader(file));
     std::fs::write(&path, before).unwrap();
     ran
 }
@@ -57,7 +45,7 @@ fn json_files_with_a_byte_order_mark_are_read_as_without() {
     let dir = setup();
     let dir = dir.path();
     for file in FILES {
-        let expected = ok(dir, reader(file));
+        let expected = ok(dir, reader(file)).stdout;
         let text = [b"\xef\xbb\xbf".as_slice(), &std::fs::read(dir.join(file)).unwrap()].concat();
         let ran = with(dir, file, &text);
         assert_eq!((ran.code, ran.stdout), (0, expected), "{file}: {}", ran.stderr);
@@ -120,7 +108,7 @@ fn toml_file_with_a_key_twice_names_it_as_json_does() {
     for text in ["seed = 1\nseed = 2\n", "[run]\nseed = 1\n\n[run]\nmax_steps = 2\n", "[optim]\n\"learning_rate\" = 1\nlearning_rate = 1\n"]
     {
         std::fs::write(dir.path().join("run.toml"), text).unwrap();
-        let ran = glmddp(dir.path(), "plan run.toml");
+        let ran = run(dir.path(), "plan run.toml");
         assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{}", ran.stderr);
         texts += &ran.stderr;
     }
@@ -144,7 +132,7 @@ fn rows_and_tensors_with_a_name_twice_are_refused() {
         ("twice.json", "[{\"content\": \"a\", \"summary\": \"b\"},\n {\"content\": \"a\", \"content\": \"a\", \"summary\": \"b\"}]"),
     ] {
         std::fs::write(dir.join(name), rows).unwrap();
-        let ran = glmddp(dir, &format!("evaluate --model_name_or_path model --validation_file {name} --threads 1"));
+        let ran = run(dir, &format!("evaluate --model_name_or_path model --validation_file {name} --threads 1"));
         assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{}", ran.stderr);
         texts += &ran.stderr;
     }
@@ -153,7 +141,7 @@ fn rows_and_tensors_with_a_name_twice_are_refused() {
     file.extend_from_slice(header);
     file.extend_from_slice(&[0; 8]);
     std::fs::write(dir.join("model/model.safetensors"), file).unwrap();
-    texts += &glmddp(dir, "evaluate --model_name_or_path model --validation_file data/dev.jsonl --threads 1").stderr;
+    texts += &run(dir, "evaluate --model_name_or_path model --validation_file data/dev.jsonl --threads 1").stderr;
     insta::assert_snapshot!(texts, @r"
     error: expected JSON, found bad JSON at byte 42: key `content` is given twice
       --> twice.jsonl, line 2

@@ -4,19 +4,14 @@ use std::path::Path;
 
 use glmddp::dist::launcher::ALONE;
 
-use crate::cli_support::{Ran, glmddp_in, glmddp_under};
+use crate::cli_support::{Ran, glmddp_under, ok};
 use crate::not_run::{Missing, not_run};
 
 /// A folder with a tiny model in `tiny` and rows in `demo`.
 fn setup() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    for args in [
-        &["init-model", "--preset", "tiny", "--output_dir", "tiny"][..],
-        &["demo-data", "--output_dir", "demo", "--rows", "16", "--dev_rows", "4"],
-    ] {
-        let ran = glmddp_in(dir.path(), args);
-        assert_eq!(ran.code, 0, "{}", ran.stderr);
-    }
+    ok(dir.path(), "init-model --preset tiny --output_dir tiny");
+    ok(dir.path(), "demo-data --output_dir demo --rows 16 --dev_rows 4");
     dir
 }
 

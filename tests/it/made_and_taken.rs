@@ -11,7 +11,7 @@ use glmddp::model::init::{self, InitOptions, Preset};
 use glmddp::tokenizer::GlmTokenizer;
 use serde_json::Value;
 
-use crate::cli_support::glmddp_in;
+use crate::cli_support::{ok, project, refused};
 
 /// A folder in which the program is run.
 struct Folder(tempfile::TempDir);
@@ -19,10 +19,7 @@ struct Folder(tempfile::TempDir);
 impl Folder {
     /// With a tiny model and rows.
     fn with_model() -> Self {
-        let folder = Self::empty();
-        folder.ok("init-model --preset tiny --output_dir model");
-        folder.ok("demo-data --output_dir data --rows 6 --dev_rows 3");
-        folder
+        Self(project(6, 3))
     }
 
     fn empty() -> Self {
@@ -34,15 +31,11 @@ impl Folder {
     }
 
     fn ok(&self, args: &str) -> String {
-        let ran = glmddp_in(self.0.path(), &args.split_whitespace().collect::<Vec<_>>());
-        assert_eq!(ran.code, 0, "{args}: {}", ran.stderr);
-        ran.stdout
+        ok(self.0.path(), args).stdout
     }
 
     fn refused(&self, args: &str) -> String {
-        let ran = glmddp_in(self.0.path(), &args.split_whitespace().collect::<Vec<_>>());
-        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{args}: {}", ran.stderr);
-        ran.stderr
+        refused(self.0.path(), args)
     }
 
     /// The held-out loss of a model, with an adapter or alone.

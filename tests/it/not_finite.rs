@@ -7,7 +7,7 @@ use candle_core::DType;
 use glmddp::checkpoint::{self, Flat, Part, RealDisk};
 use glmddp::params::Layout;
 
-use crate::cli_support::{Ran, glmddp_in};
+use crate::cli_support::{ok, project, run};
 use crate::tensor_files::{Tensors, change, change_json, copy, files, read, rewrite_model, set_element, with_element};
 
 /// A folder with a tiny model in `model`, and rows in `data`.
@@ -21,29 +21,20 @@ const MERGE: &str = "export --merge --model_name_or_path model --threads 1 --out
 
 impl Setup {
     fn new() -> Self {
-        let setup = Self(tempfile::tempdir().unwrap());
-        setup.ok("init-model --preset tiny --output_dir model");
-        setup.ok("demo-data --output_dir data --rows 20 --dev_rows 6");
-        setup
+        Self(project(20, 6))
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    fn run(&self, args: &str) -> Ran {
-        glmddp_in(self.0.path(), &args.split_whitespace().collect::<Vec<_>>())
-    }
-
     fn ok(&self, args: &str) -> String {
-        let ran = self.run(args);
-        assert_eq!(ran.code, 0, "{args}: {}", ran.stderr);
-        ran.stdout
+        ok(self.0.path(), args).stdout
     }
 
     /// What is said to a command that prints nothing.
     fn refused(&self, args: &str, code: i32) -> String {
-        let ran = self.run(args);
+        let ran = run(self.0.path(), args);
         assert_eq!((ran.code, ran.stdout.as_str()), (code, ""), "{args}: {}", ran.stderr);
         ran.stderr
     }

@@ -4,34 +4,15 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::cli_support::{Ran, glmddp_in};
+use crate::cli_support::{ok, project, refused};
+use crate::tensor_files::change_json;
 
 const PLAN: &str = "plan --model_name_or_path model --train_file data/train.jsonl --max_steps 1 --global_batch_size 8 --output_dir out";
 const EVALUATE: &str = "evaluate --model_name_or_path model --validation_file data/dev.jsonl --threads 1";
 
-fn glmddp(dir: &Path, args: &str) -> Ran {
-    glmddp_in(dir, &args.split_whitespace().collect::<Vec<_>>())
-}
-
 /// What the program says on stderr, having done its work.
 fn said(dir: &Path, args: &str) -> String {
-    let ran = glmddp(dir, args);
-    assert_eq!(ran.code, 0, "{args}: {}", ran.stderr);
-    ran.stderr
-}
-
-/// A folder with a tiny model in `model`, and rows in `data`.
-fn setup() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    said(dir.path(), "init-model --preset tiny --output_dir model");
-    said(dir.path(), "demo-data --output_dir data --rows 8 --dev_rows 4");
-    dir
-}
-
-fn change_json(path: &Path, change: impl Fn(&mut Value)) {
-    let mut json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    change(&mut json);
-    std::fs::write(path, json.to_string()).unwrap();
+    ok(dir, args).stderr
 }
 
 fn call_base(dir: &Path, name: &str) {
@@ -40,7 +21,7 @@ fn call_base(dir: &Path, name: &str) {
 
 #[test]
 fn base_of_another_template_is_named_once_by_every_command_that_makes_prompts() {
-    let dir = setup();
+    let dir = project(8, 4);
     let dir = dir.path();
     let run =
         "--model_name_or_path model --train_file data/train.jsonl --finetuning_type lora --threads 1 --max_steps 1 --global_batch_size 8";
@@ -70,7 +51,7 @@ fn base_of_another_template_is_named_once_by_every_command_that_makes_prompts() 
 
 #[test]
 fn template_is_known_by_any_file_of_the_folder() {
-    let dir = setup();
+    let dir = project(8, 4);
     let (dir, model) = (dir.path(), dir.path().join("model"));
     let mut texts = String::new();
     let mut with = |name: &str, text: &str| {
@@ -126,14 +107,12 @@ fn template_is_known_by_any_file_of_the_folder() {
 
 #[test]
 fn file_of_the_tokenizer_that_is_not_json_is_refused_by_name() {
-    let dir = setup();
+    let dir = project(8, 4);
     let path = dir.path().join("model/tokenizer_config.json");
     let mut texts = String::new();
     for text in ["{\"a\": 1, \"a\": 2}", "{"] {
         std::fs::write(&path, text).unwrap();
-        let ran = glmddp(dir.path(), EVALUATE);
-        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{}", ran.stderr);
-        texts += &ran.stderr;
+        texts += &refused(dir.path(), EVALUATE);
     }
     insta::assert_snapshot!(texts, @r"
     error: model/tokenizer_config.json is not valid JSON: key `a` is given twice at line 1 column 12
@@ -143,7 +122,7 @@ fn file_of_the_tokenizer_that_is_not_json_is_refused_by_name() {
 
 #[test]
 fn adapter_that_names_another_base_is_taken_with_a_warning() {
-    let dir = setup();
+    let dir = project(8, 4);
     let dir = dir.path();
     said(
         dir,
@@ -178,7 +157,7 @@ fn adapter_that_names_another_base_is_taken_with_a_warning() {
 
 #[test]
 fn adapters_of_a_fusion_are_held_against_the_runs_base() {
-    let dir = setup();
+    let dir = project(8, 4);
     let dir = dir.path();
     let run = "train --model_name_or_path model --train_file data/train.jsonl --threads 1 --max_steps 1 --global_batch_size 8 --quiet";
     for name in ["a", "b"] {
@@ -186,9 +165,7 @@ fn adapters_of_a_fusion_are_held_against_the_runs_base() {
     }
     said(dir, "init-model --preset tiny --output_dir other --seed 9");
     let fuse = format!("{run} --output_dir fused --finetuning_type adapter_fusion --fusion_adapters a/adapter,b/adapter");
-    let ran = glmddp(dir, &fuse.replace(" model ", " other "));
-    assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{}", ran.stderr);
-    let text = ran.stderr.clone();
+    let text = refused(dir, &fuse.replace(" model ", " other "));
     let hashes = text.split(|c: char| !c.is_ascii_hexdigit()).filter(|word| word.len() == 64);
     insta::assert_snapshot!(hashes.fold(text.clone(), |text, hash| text.replace(hash, "HASH")), @r"
     error: a/adapter/glmddp.json: the adapter was trained on base model HASH, and this is base model HASH

@@ -232,7 +232,7 @@ fn train(
     let mut numbers = Vec::new();
     for _ in 0..2 {
         let (model, method, optimizer, sum) = (&model, &mut method, &mut optimizer, &sum);
-        let mut trainer = Trainer { model, method, optimizer, sum, group, settings, wish: &Wish::default };
+        let mut trainer = Trainer { model, method, optimizer, sum, settings, wish: &Wish::default };
         let outcome = trainer.step(&mine, 1e-3, &PhaseTimer::default())?;
         numbers.extend([outcome.loss.to_bits(), outcome.grad_norm.to_bits()]);
     }

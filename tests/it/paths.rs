@@ -6,18 +6,13 @@ use clap::CommandFactory;
 use glmddp::cli::{Cli, argv};
 use glmddp::config::is_path;
 
-use crate::cli_support::{Ran, glmddp_in, glmddp_under};
+use crate::cli_support::{Ran, glmddp_in, glmddp_under, ok};
 
 /// A folder with a tiny model in `tiny`, rows in `demo`, and an empty home in `home`.
 fn setup() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    for args in [
-        &["init-model", "--preset", "tiny", "--output_dir", "tiny"][..],
-        &["demo-data", "--output_dir", "demo", "--rows", "16", "--dev_rows", "4"],
-    ] {
-        let ran = glmddp_in(dir.path(), args);
-        assert_eq!(ran.code, 0, "{}", ran.stderr);
-    }
+    ok(dir.path(), "init-model --preset tiny --output_dir tiny");
+    ok(dir.path(), "demo-data --output_dir demo --rows 16 --dev_rows 4");
     std::fs::create_dir(dir.path().join("home")).unwrap();
     dir
 }

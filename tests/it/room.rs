@@ -8,7 +8,7 @@ use glmddp::config::{self, RunConfig};
 use glmddp::model::ModelConfig;
 use glmddp::model::shape::ModelShape;
 
-use crate::cli_support::{Ran, glmddp_in};
+use crate::cli_support::{Ran, ok, refused};
 
 struct Folder(tempfile::TempDir);
 
@@ -24,21 +24,14 @@ impl Folder {
         self.0.path()
     }
 
-    fn run(&self, args: &str) -> Ran {
-        glmddp_in(self.path(), &args.split_whitespace().collect::<Vec<_>>())
-    }
-
     fn ok(&self, args: &str) -> Ran {
-        let ran = self.run(args);
-        assert_eq!(ran.code, 0, "{args}: {}", ran.stderr);
-        ran
+        ok(self.path(), args)
     }
 
     /// The error of what is refused.
     fn refused(&self, args: &str) -> String {
-        let ran = self.run(args);
-        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{args}: {}", ran.stderr);
-        ran.stderr[ran.stderr.find("error: ").unwrap()..].to_owned()
+        let said = refused(self.path(), args);
+        said[said.find("error: ").unwrap()..].to_owned()
     }
 }
 

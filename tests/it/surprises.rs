@@ -1,6 +1,6 @@
 //! Arithmetic that surprises is said before the run: by `train`, `plan` and `compare`, each line once.
 
-use crate::cli_support::{Ran, glmddp_in};
+use crate::cli_support::{Ran, ok, run};
 
 struct Folder(tempfile::TempDir);
 
@@ -13,13 +13,11 @@ impl Folder {
     }
 
     fn run(&self, args: &str) -> Ran {
-        glmddp_in(self.0.path(), &args.split_whitespace().collect::<Vec<_>>())
+        run(self.0.path(), args)
     }
 
     fn ok(&self, args: &str) -> Ran {
-        let ran = self.run(args);
-        assert_eq!(ran.code, 0, "{args}: {}", ran.stderr);
-        ran
+        ok(self.0.path(), args)
     }
 
     /// What `train` and `plan` warn of, which is the same.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 
-use crate::cli_support::glmddp_in;
+use crate::cli_support::{ok, project, refused};
 use crate::support::{shared, state_sums};
 use crate::tensor_files::{Tensors, change, change_json, copy, files, read, write};
 
@@ -22,9 +22,7 @@ struct Setup {
 
 impl Setup {
     fn new(method: &'static str) -> Self {
-        let setup = Self { dir: tempfile::tempdir().unwrap(), method };
-        setup.ok("init-model --preset tiny --output_dir model");
-        setup.ok("demo-data --output_dir data --rows 20 --dev_rows 6");
+        let setup = Self { dir: project(20, 6), method };
         setup.ok(&format!("train --quiet {PATHS} {SIZES} --max_steps 2 --output_dir out {method}"));
         std::fs::create_dir(setup.path("thudm")).unwrap();
         for name in ["config.json", "pytorch_model.bin"] {
@@ -38,15 +36,11 @@ impl Setup {
     }
 
     fn ok(&self, args: &str) -> String {
-        let ran = glmddp_in(self.dir.path(), &args.split_whitespace().collect::<Vec<_>>());
-        assert_eq!(ran.code, 0, "{args}: {}", ran.stderr);
-        ran.stdout
+        ok(self.dir.path(), args).stdout
     }
 
     fn refused(&self, args: &str) -> String {
-        let ran = glmddp_in(self.dir.path(), &args.split_whitespace().collect::<Vec<_>>());
-        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{args}: {}", ran.stderr);
-        ran.stderr
+        refused(self.dir.path(), args)
     }
 
     fn tensors(&self) -> Tensors {

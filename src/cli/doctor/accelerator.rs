@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::super::text::bytes;
 use super::Finding;
 use crate::kernels::cuda::{self, Build, CudaError, Driver, Library};
+use crate::telemetry::bytes;
 
 const FOLDERS: [&str; 8] = [
     "/usr/lib/x86_64-linux-gnu",

@@ -4,9 +4,9 @@ use std::fs;
 
 use rustix::fs::statvfs;
 
-use super::super::text::bytes;
 use super::Finding;
 use crate::telemetry::Memory;
+use crate::telemetry::bytes;
 
 const SMALL_SHARED_MEMORY: u64 = 64 << 20;
 const SMALL_DISK: u64 = 1 << 30;
