@@ -31,8 +31,8 @@ pub struct ImportArgs {
 
 pub fn run(args: &ImportArgs) -> anyhow::Result<()> {
     let plan = args.run.load()?.resolve(1)?;
-    base_warnings::of_template(&plan.model.model_name_or_path)?;
-    base_warnings::of_names(&plan.model.model_name_or_path, [args.adapter.as_path()])?;
+    base_warnings::of_template(&plan.model.model_name_or_path, &Solo)?;
+    base_warnings::of_names(&plan.model.model_name_or_path, [args.adapter.as_path()], &Solo)?;
     let checkpoint = adopt::import(&args.adapter, &plan, &Solo, &RealDisk)?;
     let text = if args.json {
         format!("{}\n", json!({ "checkpoint": checkpoint, "adapter": args.adapter }))

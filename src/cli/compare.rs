@@ -70,9 +70,9 @@ fn run_on_rank(args: &CompareArgs, tensors: &dyn Collectives, signals: &Signals,
     let console = ranks::console(group, &args.messages)?;
     let contenders = contenders(args, group.world_size())?;
     let Some(Contender { plan, .. }) = contenders.first() else { return Ok(()) };
-    base_warnings::of_template(&plan.model.model_name_or_path)?;
+    base_warnings::of_template(&plan.model.model_name_or_path, group)?;
     let adapters = contenders.iter().flat_map(|contender| contender.plan.method.settings().adapters());
-    base_warnings::of_names(&plan.model.model_name_or_path, adapters.map(PathBuf::as_path))?;
+    base_warnings::of_names(&plan.model.model_name_or_path, adapters.map(PathBuf::as_path), group)?;
     ranks::take_threads(group, plan)?;
     let options = Options {
         output_dir: &plan.run.output_dir,

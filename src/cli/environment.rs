@@ -12,6 +12,11 @@ pub fn launched_rank() -> Option<usize> {
     launcher::speaking_mpi(&variable)?.rank
 }
 
+/// Whether this is the only process, or the first of those.
+pub fn is_first_rank() -> bool {
+    launched_rank().is_none_or(|rank| rank == 0)
+}
+
 /// Number of processes that a launcher of MPI processes started.
 pub fn launched_size() -> Option<usize> {
     launcher::speaking_mpi(&variable)?.num_processes

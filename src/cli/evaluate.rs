@@ -69,7 +69,7 @@ pub fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn on_rank(args: &EvaluateArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> {
-    base_warnings::of_template(&args.tuned.model_name_or_path)?;
+    base_warnings::of_template(&args.tuned.model_name_or_path, group)?;
     let tuned = args.tuned.load(group)?;
     let request = LoadRequest {
         file: args.validation_file.clone(),

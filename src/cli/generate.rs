@@ -66,7 +66,7 @@ pub struct GenerateArgs {
 pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     // Faults of the rows are found before the model is loaded.
     let examples = examples(args)?;
-    base_warnings::of_template(&args.tuned.model_name_or_path)?;
+    base_warnings::of_template(&args.tuned.model_name_or_path, &Solo)?;
     let tuned = args.tuned.load(&Solo)?;
     for example in &examples {
         let row = || match (&args.file, &example.origin) {

@@ -15,6 +15,7 @@ use crate::config::values::name_of;
 use crate::data::DataError;
 use crate::data::column_use::ColumnUse;
 use crate::data::rows::Rows;
+use crate::dist::Solo;
 use crate::model::shape::ModelShape;
 use crate::peft::{MethodError, bare};
 use crate::telemetry::{bytes, si, thousands};
@@ -34,10 +35,10 @@ pub struct PlanArgs {
 
 pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
     let plan = args.run.load()?.resolve(args.ranks.or_else(environment::launched_size).unwrap_or(1))?;
-    if environment::launched_rank().is_some_and(|rank| rank > 0) {
+    if !environment::is_first_rank() {
         return Ok(());
     }
-    base_warnings::of_template(&plan.model.model_name_or_path)?;
+    base_warnings::of_template(&plan.model.model_name_or_path, &Solo)?;
     let shape = model_shape(&plan.model.model_name_or_path)?;
     let arithmetic = shape.as_ref().map(|shape| plan_arithmetic(shape, &plan)).transpose()?;
     let num_rows = num_train_rows(&plan.data)?;
@@ -55,7 +56,7 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
 
 /// The model's sizes; none if its folder is not there yet.
 fn model_shape(dir: &Path) -> Result<Option<ModelShape>, MethodError> {
-    if dir.exists() { bare::config(dir).map(|config| Some(ModelShape::from(&config))) } else { Ok(None) }
+    if dir.exists() { bare::open_if_there(dir).map(|(config, _)| Some(ModelShape::from(&config))) } else { Ok(None) }
 }
 
 /// Rows that the training takes, good or bad; none if the file is not there yet.

@@ -118,7 +118,7 @@ pub fn render(error: &anyhow::Error) -> String {
 
 /// Prints `error` on stderr, unless this is one of several ranks that all have it and not the first, and gives its exit code.
 pub fn exit(error: &anyhow::Error) -> ExitCode {
-    let speaks = environment::launched_rank().is_none_or(|rank| rank == 0);
+    let speaks = environment::is_first_rank();
     if let Some(usage) = error.downcast_ref::<clap::Error>() {
         if speaks {
             let _ = usage.print();
@@ -133,7 +133,7 @@ pub fn exit(error: &anyhow::Error) -> ExitCode {
 
 /// Prints `lines` on the first rank's stderr.
 pub fn warn(lines: &[String]) {
-    if environment::launched_rank().is_none_or(|rank| rank == 0) {
+    if environment::is_first_rank() {
         let text: String = lines.iter().map(|line| format!("warning: {line}\n")).collect();
         let _ = std::io::stderr().write_all(text.as_bytes());
     }

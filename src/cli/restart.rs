@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::environment;
 use crate::dist::launcher::{ALONE, Claim, Spread};
+use crate::shell;
 
 /// Set by the scripts in `launch/`: the command that started all ranks, quoted for a shell.
 const COMMAND: &str = "GLMDDP_COMMAND";
@@ -29,8 +30,10 @@ pub fn connected(claim: &Claim) -> String {
     let is_theirs = |word: &String| word.starts_with("--local_rank=") || word.starts_with("--local-rank=");
     let own = quoted(environment::arguments().into_iter().filter(|word| !is_theirs(word)).collect());
     let n = claim.num_processes.unwrap_or(2);
+    const SRUN: &str = "start it with `srun --mpi=pmix` (or `--mpi=pmi2`), or with mpirun inside the allocation";
     let start = match (claim.launcher, claim.spread) {
-        ("srun", _) => "start it with `srun --mpi=pmix` (or `--mpi=pmi2`), or with mpirun inside the allocation".to_owned(),
+        ("srun", _) if claim.speaks_mpi => return SRUN.to_owned(),
+        ("srun", _) => SRUN.to_owned(),
         _ if claim.speaks_mpi => {
             return "use the mpirun of the MPI library that glmddp is linked with; `ldd $(command -v glmddp)` shows it".to_owned();
         }
@@ -83,9 +86,8 @@ fn with_latest(words: Vec<String>, goes_on: GoesOn) -> Vec<String> {
     kept
 }
 
-/// A word that a shell cannot hold (with a NUL in it) cannot come from one.
 fn quoted(words: Vec<String>) -> String {
-    words.iter().map(|word| shlex::try_quote(word).unwrap_or_default()).collect::<Vec<_>>().join(" ")
+    words.iter().map(|word| shell::quoted(word)).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

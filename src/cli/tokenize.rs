@@ -6,6 +6,7 @@ use super::run_args::RunArgs;
 use super::{base_warnings, report};
 use crate::data::tokenize::render;
 use crate::data::{Alone, load};
+use crate::dist::Solo;
 use crate::tokenizer::GlmTokenizer;
 use crate::train::adapters::Tokenizer;
 use crate::train::base::load_request;
@@ -25,7 +26,7 @@ pub struct TokenizeArgs {
 
 pub fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
     let plan = args.run.load()?.resolve(1)?;
-    base_warnings::of_template(&plan.model.model_name_or_path)?;
+    base_warnings::of_template(&plan.model.model_name_or_path, &Solo)?;
     let tokenizer = GlmTokenizer::from_file(&plan.model.model_name_or_path.join("tokenizer.model"))?;
     let (data, _) = load::load(&load_request(&plan, &plan.data.train_file, plan.data.max_train_samples), &Tokenizer(&tokenizer), &Alone)?;
     report::warn(&data.column_use.report(&plan.data.columns(), data.file()));

@@ -39,8 +39,8 @@ fn train(args: &TrainArgs, tensors: &dyn Collectives, signals: &Signals, started
     let console = ranks::console(group, &args.messages)?;
     let loaded = args.run.load()?;
     let plan = loaded.resolve(group.world_size())?;
-    base_warnings::of_template(&plan.model.model_name_or_path)?;
-    base_warnings::of_names(&plan.model.model_name_or_path, plan.method.settings().adapters().iter().map(PathBuf::as_path))?;
+    base_warnings::of_template(&plan.model.model_name_or_path, group)?;
+    base_warnings::of_names(&plan.model.model_name_or_path, plan.method.settings().adapters().iter().map(PathBuf::as_path), group)?;
     ranks::take_threads(group, &plan)?;
     let limits = signals::limits(signals, &plan, started, group)?;
     let summary = run::run(&plan, tensors, &RealDisk, &console, &limits)?;

@@ -8,11 +8,8 @@ use super::{base_warnings, report};
 use crate::config::values::{MemoryLimit, named};
 use crate::dist::{self, ProcessGroup};
 use crate::model::RopeTable;
-use crate::model::shape::ModelShape;
-use crate::peft::bare;
-use crate::train::together::together;
+use crate::train::TrainError;
 use crate::train::tuned::Tuned;
-use crate::train::{TrainError, room};
 
 #[derive(Clone, Debug, Args)]
 #[command(rename_all = "snake_case", next_help_heading = "Model")]
@@ -42,13 +39,12 @@ impl TunedArgs {
     /// # Errors
     /// As [`Tuned::load`], or when there are no such threads or the model cannot fit into memory.
     pub fn load(&self, group: &dyn ProcessGroup) -> Result<Tuned, TrainError> {
-        base_warnings::of_names(&self.model_name_or_path, self.adapter.as_deref())?;
+        base_warnings::of_names(&self.model_name_or_path, self.adapter.as_deref(), group)?;
         let threads = dist::plan_threads(group, self.threads)?;
         dist::install_thread_pool(threads.count)?;
         let dir = &self.model_name_or_path;
-        let shape = together(group, || Ok(ModelShape::from(&bare::config(dir)?)))?;
-        room::expect_room_for_weights(&format!("the model in {}", dir.display()), &shape, self.memory_limit, group)?;
-        let tuned = Tuned::load(dir, self.adapter.as_deref(), self.rope_table.unwrap_or(RopeTable::Exact), group)?;
+        let rope_table = self.rope_table.unwrap_or(RopeTable::Exact);
+        let tuned = Tuned::load(dir, self.adapter.as_deref(), rope_table, self.memory_limit, group)?;
         if let (Some(adapter), Some(method)) = (&self.adapter, &tuned.method)
             && let Some(reason) = method.without_effect()?
         {

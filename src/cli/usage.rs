@@ -7,7 +7,7 @@ use clap::error::{ContextKind, ContextValue};
 
 use crate::config::{ConfigError, Place, Source};
 
-/// `error`, or for a value that is no number of the kind that its option takes what a configuration file's message would say.
+/// `error`; for a malformed number, the message that a configuration file would give.
 pub fn in_plain_words(error: clap::Error) -> anyhow::Error {
     match of_number(&error) {
         Some(error) => error.into(),

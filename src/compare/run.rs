@@ -30,6 +30,15 @@ pub struct Contender {
     pub plan: Plan,
 }
 
+impl Contender {
+    /// The same for `steps` steps.
+    fn with_steps(&self, steps: u64) -> Self {
+        let mut contender = self.clone();
+        contender.plan.run.duration = Duration::Steps(steps);
+        contender
+    }
+}
+
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
     pub output_dir: &'a Path,
@@ -88,8 +97,11 @@ pub fn run(
     let group = tensors.group();
     let data = RunData::load(plan, group)?;
     let steps = steps_and_tokens(&data.train, plan, &options);
-    run::warn(group, &surprises(&data, contenders, &options, steps.0));
-    for Contender { label, plan } in contenders {
+    // A budget in tokens makes all runs of so many steps.
+    let of_budget = |contender: &Contender| if options.max_tokens.is_some() { contender.with_steps(steps.0) } else { contender.clone() };
+    let planned: Vec<Contender> = contenders.iter().map(of_budget).collect();
+    run::warn(group, &surprises(&data, &planned));
+    for Contender { label, plan } in &planned {
         data.expect_room(&format!("the run of {label}"), plan, group)?;
     }
     let base = data.into_base(plan, group)?;
@@ -191,9 +203,8 @@ impl Scene<'_> {
 
     /// The contender's plan in its own folder, from its newest checkpoint where it has one.
     fn plan_of(&self, contender: &Contender) -> Result<Plan, CompareError> {
-        let mut plan = contender.plan.clone();
+        let Contender { mut plan, .. } = contender.with_steps(self.steps);
         plan.run.output_dir = self.options.output_dir.join(&contender.label);
-        plan.run.duration = Duration::Steps(self.steps);
         // A stopped run needs its newest checkpoint; a finished one is in the report.
         plan.run.save_total_limit = plan.run.save_total_limit.or(Some(NonZeroUsize::MIN));
         let mine = together(self.group, || {
@@ -257,14 +268,10 @@ fn as_json(value: &impl serde::Serialize, path: &Path) -> Result<Vec<u8>, TrainE
 }
 
 /// What the contenders' users should see before the first run; a line of some of them alone begins with their labels.
-fn surprises(data: &RunData, contenders: &[Contender], options: &Options, steps: u64) -> Vec<String> {
+fn surprises(data: &RunData, contenders: &[Contender]) -> Vec<String> {
     let mut said: Vec<(String, Vec<&str>)> = Vec::new();
     for Contender { label, plan } in contenders {
-        let mut plan = plan.clone();
-        if options.max_tokens.is_some() {
-            plan.run.duration = Duration::Steps(steps);
-        }
-        for line in data.surprises(&plan) {
+        for line in data.surprises(plan) {
             match said.iter_mut().find(|(other, _)| *other == line) {
                 Some((_, labels)) => labels.push(label),
                 None => said.push((line, vec![label])),

@@ -246,8 +246,12 @@ pub fn least_rank_bytes(shape: &ModelShape, plan: &Plan, lengths: &RowLengths) -
     let held = Held { saved_floats: tokens * saved, logits_rows: rows, gradient_buffers: 1, gradient: 0 };
     let mut bytes = rank_bytes(shape, plan, &costs, &held);
     if steps < 2 {
-        // The first step frees its activations before it touches the moments.
-        bytes.moments = bytes.moments.saturating_sub(bytes.saved_activations + bytes.logits);
+        // The first step frees its activations before it touches the moments: the larger of the two counts.
+        if bytes.moments > bytes.saved_activations + bytes.logits {
+            (bytes.saved_activations, bytes.logits) = (0, 0);
+        } else {
+            bytes.moments = 0;
+        }
     }
     Ok(bytes)
 }

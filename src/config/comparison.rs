@@ -11,7 +11,7 @@ use toml::Value;
 use super::error::nearest;
 use super::file::{self, FileValues, MethodTable};
 use super::foreign::{self, Idle};
-use super::{ConfigError, KeyTable, Loaded, Place, RunConfig, Source, Sources, expand_paths, flatten, overlay, unflatten};
+use super::{ConfigError, KeyTable, Loaded, Place, RunConfig, Source, Sources, displaced, expand_paths, flatten, overlay, unflatten};
 
 const BUILT_IN: &str = include_str!("../../configs/compare.toml");
 const BUILT_IN_PATH: &str = "configs/compare.toml (built in)";
@@ -82,7 +82,9 @@ pub fn load_comparison(file: Option<&Path>, command_line: &RunConfig) -> Result<
         }
         idle.extend(own.idle.iter().cloned());
     }
-    Ok(Comparison { values, sources, methods, warnings: foreign::warnings(&idle) })
+    let shared = unflatten(values.clone())?;
+    let warnings = foreign::warnings(&idle).into_iter().chain(displaced(&shared, &sources)).collect();
+    Ok(Comparison { values, sources, methods, warnings })
 }
 
 impl Comparison {

@@ -86,8 +86,8 @@ pub enum ConfigError {
     #[error("`{key}` is given for all methods of a comparison, but each has its own")]
     PerMethod { key: String, place: Place },
     #[error(
-        "`{}` is {weight_decay}: a step at the learning rate {learning_rate} takes {:.1} times each parameter away, so that nothing learnt stays",
-        place.key, learning_rate * weight_decay
+        "`{}` is {weight_decay}: a step at the learning rate {learning_rate} subtracts {} times each parameter, so that nothing learnt stays",
+        place.key, one_decimal(learning_rate * weight_decay)
     )]
     TooMuchDecay { learning_rate: f64, weight_decay: f64, place: Place },
     #[error("`{}` is {rows}, which {world_size} ranks x micro-batch {micro} = {} does not divide", place.key, world_size * micro)]
@@ -151,7 +151,7 @@ impl ConfigError {
                 format!("set `{key}` in `[methods.LABEL]` of the configuration file, as configs/compare.toml does")
             }
             Self::TooMuchDecay { learning_rate, .. } => {
-                format!("use `--weight_decay {}` or less; 0.01 is usual", round_down(0.1 / learning_rate))
+                format!("use `--weight_decay {}` or less, or a lower `--learning_rate`", round_down(0.1 / learning_rate))
             }
             Self::NotDivisible { rows, world_size, micro, .. } => match divisible_neighbours(*rows, world_size * micro) {
                 (0, above) => format!("use {above}"),
@@ -176,6 +176,12 @@ impl ConfigError {
 
 fn or_not_set(text: &str) -> String {
     if text.is_empty() { "not set".to_owned() } else { format!("`{text}`, which is no time") }
+}
+
+/// `1.2`, and `100000` where the decimal is 0.
+fn one_decimal(x: f64) -> String {
+    let text = format!("{x:.1}");
+    text.strip_suffix(".0").map_or(text.clone(), str::to_owned)
 }
 
 /// `x` to one figure, not above it.

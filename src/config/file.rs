@@ -73,7 +73,7 @@ pub(super) fn read_comparison(path: &Path) -> Result<(FileValues, Vec<MethodTabl
         return Err(failed(json::UTF16.to_owned()));
     }
     let text = String::from_utf8(bytes)
-        .map_err(|e| failed(format!("expected UTF-8 text, found another at byte {}", e.utf8_error().valid_up_to() + 1)))?;
+        .map_err(|e| failed(format!("it is not UTF-8 text at byte {}; save it as UTF-8", e.utf8_error().valid_up_to() + 1)))?;
     let is_json = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("json"));
     if is_json { Ok((check(path, "", json_entries(path, &text)?)?, Vec::new())) } else { parse_toml(path, &text) }
 }

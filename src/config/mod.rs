@@ -121,7 +121,7 @@ pub fn load(file: Option<&Path>, command_line: &RunConfig) -> Result<Loaded, Con
     Ok(Loaded { config, sources, warnings })
 }
 
-/// Keys that do nothing since another goes first.
+/// Keys that do nothing since another takes precedence.
 fn displaced(config: &RunConfig, sources: &Sources) -> Vec<String> {
     let (run, optim) = (&config.run, &config.optim);
     let pairs = [
@@ -129,7 +129,7 @@ fn displaced(config: &RunConfig, sources: &Sources) -> Vec<String> {
         ("optim.warmup_ratio", "warmup_steps", optim.warmup_ratio.is_some() && optim.warmup_steps.is_some_and(|n| n > 0)),
     ];
     let displaced = pairs.into_iter().filter(|(.., is_displaced)| *is_displaced);
-    displaced.map(|(path, first, _)| format!("`{path}` does nothing here: `{first}` goes first ({})", sources.place(path))).collect()
+    displaced.map(|(path, first, _)| format!("`{path}` does nothing here: `{first}` takes precedence ({})", sources.place(path))).collect()
 }
 
 /// As [`Loaded::expand_paths`]; `table` stands before the names of keys in messages.

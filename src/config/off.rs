@@ -28,7 +28,7 @@ impl Asks {
     }
 }
 
-fn is_off(text: &str) -> bool {
+pub(super) fn is_off(text: &str) -> bool {
     ["no", "none", "off", "false", "null"].iter().any(|word| word.eq_ignore_ascii_case(text.trim()))
 }
 
@@ -56,6 +56,9 @@ const OFF_IS_DEFAULT: &[&str] = &[
 /// Keys that can be off, and are on by default: off is 0.
 const OFF_IS_ZERO: &[&str] = &["save_steps", "audit_steps", "stall_timeout", "max_grad_norm", "prefix_dropout", "lora_dropout"];
 
+/// Keys that can be off, and for which "off" is a value: `none`.
+const OFF_IS_NONE: &[&str] = &["memory_limit"];
+
 /// Keys for which an empty list asks for something: the method judges it.
 const EMPTY_IS_A_VALUE: &[&str] = &["ia3_feedforward"];
 
@@ -78,6 +81,9 @@ pub(super) fn meant(key: &Key, value: Value) -> Result<Option<Value>, String> {
     // serde's message of a word that is no text names Rust's kinds of values.
     if !(key.is_bool || key.words.is_empty() || value.is_str()) {
         return Err(format!("{} `{value}`, expected one of `{}`", value.type_str(), key.words.join("`, `")));
+    }
+    if asks == Asks::Off && OFF_IS_NONE.contains(&name) {
+        return Ok(Some(Value::String("none".to_owned())));
     }
     let value = if asks == Asks::Off && OFF_IS_ZERO.contains(&name) { zero(key) } else { value };
     check_type(key.section, name, &value).map(|()| Some(value))

@@ -131,7 +131,7 @@ pub struct OptimConfig {
     /// Steps in which the learning rate rises from 0 [default: 0]
     #[arg(long, value_name = "STEPS")]
     pub warmup_steps: Option<u64>,
-    /// The same as a share of all steps; `warmup_steps` above 0 goes first
+    /// The same as a share of all steps; `warmup_steps` above 0 takes precedence
     #[arg(long, value_name = "SHARE")]
     pub warmup_ratio: Option<f64>,
     /// How the losses of tokens become the loss of a step [default: token]
@@ -158,7 +158,7 @@ pub struct ScheduleConfig {
     /// Optimizer steps [default: 3000, unless `num_train_epochs` is given]
     #[arg(long, value_name = "STEPS", allow_negative_numbers = true)]
     pub max_steps: Option<i64>,
-    /// Passes over the training rows; `max_steps` goes first
+    /// Passes over the training rows; `max_steps` takes precedence
     #[arg(long, value_name = "EPOCHS")]
     pub num_train_epochs: Option<f64>,
     /// Seed of shuffling, dropout and the method's first values [default: 42]

@@ -93,7 +93,7 @@ fn warmup(plan: &Plan, total: u64) -> Option<String> {
     let schedule = Schedule { kind: o.lr_scheduler_type, base_lr: o.learning_rate, warmup_steps, total_steps: total };
     let highest = schedule.lr(total.saturating_sub(1));
     let end = if highest > 0.0 {
-        format!("it ends at {highest:e}, below its peak of {:e}", o.learning_rate)
+        format!("it ends at {}, below its peak of {:e}", three_figures(highest), o.learning_rate)
     } else {
         "it is 0 in every step, and nothing is trained".to_owned()
     };
@@ -106,15 +106,22 @@ fn warmup(plan: &Plan, total: u64) -> Option<String> {
     Some(format!("the learning rate rises over {rise}, and the run has {total}: {end}; use `{less}`, or more steps"))
 }
 
+/// `1.33e-2`, and `1e-6` where the other figures are 0.
+fn three_figures(x: f64) -> String {
+    let text = format!("{x:.2e}");
+    let Some((figures, exponent)) = text.split_once('e') else { return text };
+    format!("{}e{exponent}", figures.trim_end_matches('0').trim_end_matches('.'))
+}
+
 /// What is to happen every N steps of a run that is shorter. Defaults are passed over: nobody asked for them.
 fn never_due(plan: &Plan, total: u64) -> Vec<String> {
     let run = &plan.run;
     let asked = |value: Option<std::num::NonZeroUsize>, default: usize| value.map(|n| n.get()).filter(|&n| n != default);
     let all = [
         ("save_steps", asked(run.save_steps, SAVE_STEPS), "the one checkpoint is that of the last step"),
-        ("eval_steps", asked(run.eval_steps, 0), "the held-out loss is computed at the end alone"),
+        ("eval_steps", asked(run.eval_steps, 0), "the held-out loss is computed only at the end"),
         ("save_keep_every", asked(run.save_keep_every, 0), "it keeps no checkpoint"),
-        ("logging_steps", asked(Some(run.logging_steps), LOGGING_STEPS), "the first and the last step alone are shown"),
+        ("logging_steps", asked(Some(run.logging_steps), LOGGING_STEPS), "only the first and the last step are shown"),
     ];
     let late = all.into_iter().filter_map(|(key, every, end)| Some((key, every.filter(|&n| n as u64 > total)?, end)));
     late.map(|(key, every, end)| format!("`{key}` is {every}, and the run has {}: {end}; use at most {total}", counted(total))).collect()

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::off::is_off;
 use super::plan::Resume;
 pub use crate::peft::FinetuningType;
 pub use crate::peft::keys::named;
@@ -39,7 +40,7 @@ impl FromStr for ResumeFrom {
     fn from_str(text: &str) -> Result<Self, Infallible> {
         Ok(Self(match text {
             "latest" => Resume::Latest,
-            "" | "none" | "None" | "null" => Resume::No,
+            text if text.trim().is_empty() || is_off(text) => Resume::No,
             text => match truth(text) {
                 Some(true) => Resume::Latest,
                 Some(false) => Resume::No,
@@ -155,7 +156,7 @@ impl FromStr for MemoryLimit {
 
     /// `20GiB`, `20G` (as Slurm and docker mean it) or `1.5 GiB`, `20GB` (powers of 1000), `21474836480B`, `none`.
     fn from_str(text: &str) -> Result<Self, String> {
-        if text == "none" {
+        if text.eq_ignore_ascii_case("none") {
             return Ok(Self::None);
         }
         let expected = || "expected a size with its unit, such as 20GiB, or none".to_owned();
@@ -247,7 +248,7 @@ mod tests {
             assert_eq!(limit.to_string().parse(), Ok(limit), "{text}");
         }
         assert_eq!("none".parse(), Ok(MemoryLimit::None));
-        for text in ["", "20", "GiB", "0GiB", "-1GiB", "20 gigs", "20gib", "1e3GiB", "..GiB", "99999999TiB", "None"] {
+        for text in ["", "20", "GiB", "0GiB", "-1GiB", "20 gigs", "20gib", "1e3GiB", "..GiB", "99999999TiB"] {
             assert!(text.parse::<MemoryLimit>().unwrap_err().contains("such as 20GiB"), "{text}");
         }
     }

@@ -160,9 +160,9 @@ impl ColumnUse {
             unused.iter().filter(|(name, count)| is(count) && shell::is_plain(name)).map(|(name, _)| *name).collect()
         };
         if columns.input.is_none() {
+            // The name must say it: another text may well be the answer.
             let texts = names(|count| count.texts == count.rows);
-            let usual = texts.iter().find(|name| INPUT_NAMES.contains(name)).or_else(|| texts.first());
-            if let Some(name) = usual {
+            if let Some(name) = texts.iter().find(|name| INPUT_NAMES.contains(name)) {
                 text += &format!("; `{}` appends it to the question", shell::option("input_column", name));
             }
         }

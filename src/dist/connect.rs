@@ -1,6 +1,6 @@
 //! Joins the group of ranks that a launcher started.
 
-use super::launcher::{self, ALONE, Claim, Environment, Spread};
+use super::launcher::{self, Claim, Environment, Spread};
 use super::{Collectives, DistError, Solo};
 
 /// Joins the group of ranks that a launcher started (mpirun, srun), or is alone without one.
@@ -10,7 +10,7 @@ use super::{Collectives, DistError, Solo};
 /// # Errors
 /// When several processes were started and they cannot find each other: each would train alone and overwrite the others.
 pub fn connect(env: Environment) -> Result<Box<dyn Collectives>, DistError> {
-    let unconnected = if is_alone(env)? { None } else { launcher::speaking_no_mpi(env) };
+    let unconnected = if launcher::is_alone(env)? { None } else { launcher::speaking_no_mpi(env) };
     let Some(claim) = launcher::speaking_mpi(env) else {
         return match unconnected {
             None => Ok(Box::new(Solo)),
@@ -24,16 +24,6 @@ pub fn connect(env: Environment) -> Result<Box<dyn Collectives>, DistError> {
     match other {
         Some(other) if is_nested(&other) => Err(lone(other)),
         other => join(claim, other),
-    }
-}
-
-/// Whether the user says that no other process belongs to this one.
-fn is_alone(env: Environment) -> Result<bool, DistError> {
-    let value = env(ALONE).unwrap_or_default();
-    match value.trim().to_ascii_lowercase().as_str() {
-        "1" | "true" | "yes" | "on" => Ok(true),
-        "" | "0" | "false" | "no" | "off" => Ok(false),
-        _ => Err(DistError::Alone { value }),
     }
 }
 
@@ -69,6 +59,7 @@ fn join(claim: Claim, other: Option<Claim>) -> Result<Box<dyn Collectives>, Dist
 
 #[cfg(test)]
 mod tests {
+    use super::super::launcher::ALONE;
     use super::super::launcher::tests::with;
     use super::*;
 

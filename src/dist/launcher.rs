@@ -1,9 +1,11 @@
 //! Who started this process as part of a job, by the environment variables that launchers set.
 
+use super::DistError;
+
 /// Reads one environment variable; the command line passes it in.
 pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// Set to 1, a process that no MPI library connects counts as alone, whatever a launcher has set.
+/// Set to 1, a process counts as alone, whatever a launcher has set that MPI does not connect.
 pub const ALONE: &str = "GLMDDP_ALONE";
 /// Tasks of a Slurm step. An interactive or batch step has one, and is no job of ours.
 const SLURM_TASKS: &str = "SLURM_STEP_NUM_TASKS";
@@ -102,6 +104,19 @@ pub fn speaking_mpi(env: Environment) -> Option<Claim> {
 pub fn speaking_no_mpi(env: Environment) -> Option<Claim> {
     let fits = |l: &Launcher| has_marks(l, env) && number(l.size, env).is_some_and(|n| n > 1);
     SPEAK_NO_MPI.iter().find(|l| fits(l)).map(|l| claim(l, env))
+}
+
+/// Whether the user says that no other process belongs to this one ([`ALONE`]).
+///
+/// # Errors
+/// When the variable says neither yes nor no.
+pub fn is_alone(env: Environment) -> Result<bool, DistError> {
+    let value = env(ALONE).unwrap_or_default();
+    match value.trim().to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "" | "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err(DistError::Alone { value }),
+    }
 }
 
 /// Every variable that is looked at.

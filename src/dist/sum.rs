@@ -19,7 +19,7 @@ pub enum Part {
     Shard(Shards),
 }
 
-/// What the sums of all steps have alike.
+/// Settings shared by the sums of all steps.
 pub struct GradientSum<'g> {
     tensors: &'g dyn Collectives,
     reduction: Reduction,
@@ -131,7 +131,7 @@ impl StepSum<'_> {
         }
     }
 
-    /// Hands this rank's sums to the thread, if there is one and it does not have them.
+    /// Gives this rank's sums to the thread, if there is one and it does not have them.
     fn move_on(&mut self, last: Option<(usize, &Tensor)>) -> Result<(), DistError> {
         if let (Some(thread), Some(sums)) = (&self.of.thread, self.sums.take_if(|_| self.of.thread.is_some())) {
             self.on_the_way = Some(thread.begin(sums, std::mem::take(&mut self.sources), last)?);

@@ -25,7 +25,7 @@ use super::shape::ModelShape;
 use crate::{json, paths};
 
 /// Base of the rotary angles in all of the family.
-const ROTARY_BASE: f64 = 10_000.0;
+pub const ROTARY_BASE: f64 = 10_000.0;
 /// Rows of GLM-4's embedding. Its config.json calls itself `chatglm` too.
 const GLM4_VOCABULARY: usize = 151_552;
 /// `seq_length` of ChatGLM3-6B. Its 32k model has 32768, and a `rope_ratio`.
@@ -86,14 +86,15 @@ impl ModelConfig {
         Keys::read(dir)?.model(dir)
     }
 
-    /// As [`Self::load`], beside a prefix in THUDM's format. Its trainer writes how it had quantized the base (`quantization_bit`), which is no
-    /// matter of the prefix.
+    /// As [`Self::load`], beside a prefix in THUDM's format: as far as a prefix has to fit its base. How its trainer had quantized the base
+    /// (`quantization_bit`) does not count, and in which way `rope_ratio` acts the base says.
     ///
     /// # Errors
     /// As [`Self::load`].
     pub fn load_beside_prefix(dir: &Path) -> Result<Self, ModelError> {
         let mut keys = Keys::read(dir)?;
         keys.keys.remove("quantization_bit");
+        keys.keys.insert("_name_or_path".to_owned(), Value::from(Family::ChatGlm2.title()));
         keys.model(dir)
     }
 
@@ -255,7 +256,7 @@ impl Keys {
                 Some(why) => Err(ModelError::Undecided {
                     path: self.path.clone(),
                     readings: format!(
-                        "{why}, but there is no `rope_ratio`: ChatGLM2-6B-32k has 16 and ChatGLM3-6B-32k 50; 1 would be a model without"
+                        "{why}, but there is no `rope_ratio`: ChatGLM2-6B-32k has 16 and ChatGLM3-6B-32k 50; 1 changes nothing"
                     ),
                     hint: "add the key `rope_ratio` to config.json: the model's own, from its page on the hub, or 1 if it was trained without one"
                         .to_owned(),

@@ -22,7 +22,7 @@ pub enum ModelError {
     OtherModel { path: PathBuf, key: &'static str, expected: String, found: String },
     #[error("{}: {reason}", path.display())]
     Inconsistent { path: PathBuf, reason: String },
-    /// A value on which models of the family differ, and of which the file does not say whose it is.
+    /// A value on which models of the family differ, in a file that does not name its model.
     #[error("{}: {readings}", path.display())]
     Undecided { path: PathBuf, readings: String, hint: String },
     #[error("{} holds no weights: expected one of {}; found {found}", path.display(), expected.join(", "))]
@@ -64,7 +64,7 @@ impl ModelError {
             Self::MissingShards { names, .. } => format!("download {} into the folder", names.join(" ")),
             Self::MissingTensor { .. } => "the weights are of another model, or a shard is of another version: download index and shards anew".to_owned(),
             Self::WrongShape { .. } => "config.json and weights are of different models: take both from the same place".to_owned(),
-            Self::WrongDtype { .. } => "quantised weights cannot be trained on: take the f16 model from the hub".to_owned(),
+            Self::WrongDtype { .. } => "quantized weights cannot be trained on: take the f16 model from the hub".to_owned(),
             Self::FolderTaken { .. } => "name another folder, or remove this one".to_owned(),
             Self::Format(error) => return error.hint(),
             Self::Io { .. }

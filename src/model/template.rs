@@ -1,4 +1,4 @@
-//! The template of dialogues that a base was made with, as far as its files say. Rows become text by ChatGLM2's alone.
+//! The dialogue template that a base was trained with, as far as its files say. Rows become text by ChatGLM2's alone.
 
 use std::fmt;
 use std::path::Path;
@@ -36,8 +36,8 @@ impl fmt::Display for OtherTemplate {
         let title = self.family.map_or("its own".to_owned(), |family| format!("{}'s", family.title()));
         write!(
             f,
-            "this base was made with another template of dialogues, {title}{whose} ({}); rows get ChatGLM2's here ([Round 1], 问：, 答：), as \
-             `glmddp tokenize` shows",
+            "this base was trained with another dialogue template, {title}{whose} ({}); this program formats rows with ChatGLM2's template \
+             ([Round 1], 问：, 答：), as `glmddp tokenize` shows",
             self.seen
         )
     }

@@ -16,7 +16,7 @@ use crate::json;
 const CANDIDATES: [&str; 4] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
 
 /// Buffers that the hub's files have beside the parameters. They are computed, not read.
-const BUFFERS: [&str; 1] = ["transformer.rotary_pos_emb.inv_freq"];
+pub const BUFFERS: [&str; 1] = ["transformer.rotary_pos_emb.inv_freq"];
 
 /// The precision of a model's weights while it is trained. On a CPU they lie in memory as f32 either way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, Deserialize)]
@@ -36,7 +36,6 @@ pub struct WeightSource {
     places: BTreeMap<String, usize>,
     /// What to name when a tensor is nowhere: the single file or the index.
     root: PathBuf,
-    dir: PathBuf,
 }
 
 /// Tensors of one file that are not the model's.
@@ -78,7 +77,7 @@ impl WeightSource {
         if root.extension().is_none_or(|e| e != "json") {
             let file = TensorFile::open(&root)?;
             let places = file.names().map(|name| (name.to_owned(), 0)).collect();
-            return Ok(Self { files: vec![file], places, root, dir: dir.to_owned() });
+            return Ok(Self { files: vec![file], places, root });
         }
         let index = read_index(&root)?;
         let shards: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
@@ -89,7 +88,7 @@ impl WeightSource {
         let files = shards.iter().map(|name| Ok(TensorFile::open(&dir.join(name))?)).collect::<Result<Vec<_>, ModelError>>()?;
         let numbers: BTreeMap<&str, usize> = shards.iter().enumerate().map(|(i, name)| (*name, i)).collect();
         let places = index.weight_map.iter().map(|(name, shard)| (name.clone(), numbers[shard.as_str()])).collect();
-        Ok(Self { files, places, root, dir: dir.to_owned() })
+        Ok(Self { files, places, root })
     }
 
     /// Tensors in the folder's weights that are neither among `shapes` nor buffers of the published model, by file: in the files that
@@ -106,7 +105,7 @@ impl WeightSource {
         };
         self.files.iter().for_each(|file| look(file.path(), &mut file.names()));
         look(&self.root, &mut self.places.iter().filter(|(name, file)| !self.files[**file].contains(name)).map(|(name, _)| name.as_str()));
-        for root in CANDIDATES.iter().map(|name| self.dir.join(name)).filter(|root| root.exists() && *root != self.root) {
+        for root in CANDIDATES.iter().map(|name| self.root.with_file_name(name)).filter(|root| root.exists() && *root != self.root) {
             let unread = |error: &dyn std::fmt::Display| {
                 tracing::warn!("{error}; nothing is lost, for the weights are those of {}", self.root.display())
             };
@@ -114,7 +113,7 @@ impl WeightSource {
                 Some(extension) if extension == "json" => match read_index(&root) {
                     Ok(index) => {
                         look(&root, &mut index.weight_map.keys().map(String::as_str));
-                        let shards: BTreeSet<PathBuf> = index.weight_map.values().map(|name| self.dir.join(name)).collect();
+                        let shards: BTreeSet<PathBuf> = index.weight_map.values().map(|name| root.with_file_name(name)).collect();
                         shards.into_iter().filter(|shard| shard.exists()).collect()
                     }
                     Err(error) => {

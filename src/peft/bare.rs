@@ -1,4 +1,4 @@
-//! A base has to be a bare one: what tuning or quantising leaves in a model's folder is refused by name, never passed over.
+//! A base has to be a bare one: what tuning or quantizing leaves in a model's folder is refused by name, never passed over.
 //!
 //! A tensor is the base's if config.json says so, or a buffer of the hub's files. Everything else is refused; the table of `KINDS` only
 //! decides what the message says of it.
@@ -19,10 +19,25 @@ const LISTED: usize = 3;
 /// # Errors
 /// When a file is missing or damaged, or the folder holds more than a base: tensors, an adapter, or `pre_seq_len`.
 pub fn open(dir: &Path) -> Result<(ModelConfig, WeightSource), MethodError> {
+    match open_if_there(dir)? {
+        (config, Some(source)) => Ok((config, source)),
+        // To say what is missing.
+        (config, None) => Ok((config, WeightSource::open(dir)?)),
+    }
+}
+
+/// As [`open`]; no weights where there are none, or not all shards.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_if_there(dir: &Path) -> Result<(ModelConfig, Option<WeightSource>), MethodError> {
     let config = alone(dir)?;
-    let source = WeightSource::open(dir)?;
-    let shapes = config.parameter_shapes();
-    let others = source.others(&shapes);
+    let source = match WeightSource::open(dir) {
+        Ok(source) => Some(source),
+        Err(ModelError::NoWeights { .. } | ModelError::MissingShards { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let others = source.as_ref().map_or(Vec::new(), |source| source.others(&config.parameter_shapes()));
     if let Some(Others { path, .. }) = others.first() {
         let path = if others.len() > 1 { dir } else { path };
         let names: BTreeSet<&str> = others.iter().flat_map(|file| &file.names).map(String::as_str).collect();
@@ -30,22 +45,6 @@ pub fn open(dir: &Path) -> Result<(ModelConfig, WeightSource), MethodError> {
     }
     no_prefix(dir, &config)?;
     Ok((config, source))
-}
-
-/// The configuration of the model in `dir`, whose weights may still be missing.
-///
-/// # Errors
-/// As [`open`].
-pub fn config(dir: &Path) -> Result<ModelConfig, MethodError> {
-    match open(dir) {
-        Ok((config, _)) => Ok(config),
-        Err(MethodError::Model(ModelError::NoWeights { .. } | ModelError::MissingShards { .. })) => {
-            let config = alone(dir)?;
-            no_prefix(dir, &config)?;
-            Ok(config)
-        }
-        Err(error) => Err(error),
-    }
 }
 
 /// The configuration in `dir`, which holds no adapter beside it: Python's `from_pretrained` would put that on the model.
@@ -111,8 +110,8 @@ const KINDS: [Kind; 5] = [
                 ["weight_scale", "weight_format", "scales", "qweight", "qzeros", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax"];
             any_part(name, |part| LAST.contains(&part) || part.starts_with("quant_state"))
         },
-        what: "scales of quantised weights",
-        hint: "quantised weights cannot be trained on: take the f16 model from the hub",
+        what: "scales of quantized weights",
+        hint: "quantized weights cannot be trained on: take the f16 model from the hub",
     },
 ];
 const PEFT_HINT: &str = "give the bare base as --model_name_or_path, and to generate and evaluate the folder that PEFT saved \

@@ -99,7 +99,7 @@ pub fn other_name(dir: &Path, base: &Path) -> Result<Option<String>, ExportError
          base's alone with `glmddp evaluate`",
         path.display(),
         base.display(),
-        if own.is_empty() { known[0].as_str() } else { own }
+        if family::is_of_family(own) { own } else { known[0].as_str() }
     )))
 }
 

@@ -19,8 +19,8 @@ use super::ptuning_v2::PtuningV2;
 use super::{Base, understood};
 use crate::formats::{FormatError, TensorFile, torch_pickle};
 use crate::kernels::host::F32View;
-use crate::model::config::ModelConfig;
-use crate::model::weights::WeightSource;
+use crate::model::config::{ModelConfig, ROTARY_BASE};
+use crate::model::weights::{BUFFERS, WeightSource};
 
 const CONFIG: &str = "config.json";
 /// What is written; read is any of the names that a model's weights may have.
@@ -31,8 +31,6 @@ const SPELLINGS: [&str; 3] = ["transformer.prefix_encoder.", "prefix_encoder.", 
 const EMBEDDING: &str = "embedding.weight";
 /// `[E, W]`, `[E]`, `[W, E]`, `[W]`.
 const PROJECTION: [&str; 4] = ["trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias"];
-/// A buffer of the published model, which is computed here.
-const COMPUTED: &str = "transformer.rotary_pos_emb.inv_freq";
 
 /// Keys of `ChatGLMConfig` and those that transformers adds: what config.json may hold. [`ModelConfig::load`] checks their values.
 #[rustfmt::skip]
@@ -45,7 +43,7 @@ const CONFIG_KEYS: &[&str] = &[
     "max_new_tokens", "model_type", "multi_query_attention", "multi_query_group_num", "num_attention_heads", "num_beams",
     "num_hidden_layers", "num_layers", "original_rope", "output_attentions", "output_hidden_states", "pad_token_id",
     "padded_vocab_size", "post_layer_norm", "pre_seq_len", "prefix_projection", "problem_type", "quantization_bit",
-    "repetition_penalty", "return_dict", "rmsnorm", "rope_ratio", "seq_length", "temperature", "tie_word_embeddings",
+    "repetition_penalty", "return_dict", "rmsnorm", "rope_ratio", "rotary_percent", "seq_length", "temperature", "tie_word_embeddings",
     "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
 ];
 
@@ -110,6 +108,10 @@ pub fn read_thudm(dir: &Path) -> Result<ThudmPrefix, ExportError> {
 /// A folder with a prefix in THUDM's format.
 pub(super) struct ThudmFolder {
     dir: PathBuf,
+    /// config.json: its path, its text and what it says.
+    path: PathBuf,
+    json: Value,
+    config: ModelConfig,
     source: WeightSource,
     /// What stands before the encoder's own names.
     spelling: &'static str,
@@ -119,18 +121,27 @@ impl ThudmFolder {
     /// The folder, opened; `None` if it has no weights, or none that hold a prefix.
     ///
     /// # Errors
-    /// When weights are not whole, or two files of weights each hold a prefix.
+    /// When weights are not whole, two files of weights each hold a prefix, or config.json is missing or damaged.
     pub(super) fn open(dir: &Path) -> Result<Option<Self>, ExportError> {
         let spelling = |source: &WeightSource| {
             let own = |name: &str| name == EMBEDDING || PROJECTION.contains(&name);
             SPELLINGS.into_iter().find(|spelling| source.names().any(|name| name.strip_prefix(spelling).is_some_and(own)))
         };
         let sources = WeightSource::open_all(dir)?.into_iter();
-        let mut found = sources.filter_map(|source| Some(Self { dir: dir.to_owned(), spelling: spelling(&source)?, source }));
-        match (found.next(), found.next()) {
-            (Some(one), Some(other)) => Err(ExportError::TwoPrefixes { paths: Box::new([one, other].map(|f| f.source.root().to_owned())) }),
-            (found, _) => Ok(found),
+        let mut found = sources.filter_map(|source| Some((spelling(&source)?, source)));
+        let (spelling, source) = match (found.next(), found.next()) {
+            (None, _) => return Ok(None),
+            (Some(one), None) => one,
+            (Some(one), Some(other)) => {
+                return Err(ExportError::TwoPrefixes { paths: Box::new([one, other].map(|(_, source)| source.root().to_owned())) });
+            }
+        };
+        let path = dir.join(CONFIG);
+        if !path.exists() {
+            return Err(ExportError::NoPrefixConfig { path, weights: source.root().to_owned() });
         }
+        let (json, config) = (export::read_json(&path)?, ModelConfig::load_beside_prefix(dir)?);
+        Ok(Some(Self { dir: dir.to_owned(), path, json, config, source, spelling }))
     }
 
     /// Tests that the prefix was trained on this base: config.json has its sizes, and weights beside the prefix are the base's.
@@ -138,21 +149,20 @@ impl ThudmFolder {
     /// # Errors
     /// The first difference: which key or tensor.
     pub(super) fn expect_base(&self, base: Base) -> Result<(), ExportError> {
-        let (path, json) = self.config_json()?;
-        let found = self.config()?;
+        let Self { path, json, config: found, .. } = self;
         // Beside an export of this program it is the base's own config.json, whatever that says.
-        if let (Value::Object(keys), None) = (&json, export::read_about(&self.dir)?) {
-            understood::check_known(&path, keys, "", CONFIG_KEYS)?;
+        if let (Value::Object(keys), None) = (json, export::read_about(&self.dir)?) {
+            understood::check_known(path, keys, "", CONFIG_KEYS)?;
         }
-        match first_difference(&found, &base.model.config) {
-            Some((key, expected)) => Err(export::key_error(&path, &json, key, format!("{expected}, as the base has it"))),
+        match first_difference(found, &base.model.config) {
+            Some((key, expected)) => Err(export::key_error(path, json, key, format!("{expected}, as the base has it"))),
             None => self.expect_base_weights(base),
         }
     }
 
     fn expect_base_weights(&self, base: Base) -> Result<(), ExportError> {
         let places = by_name(base.model.config.num_layers);
-        for name in self.source.names().filter(|name| self.own(name).is_none() && *name != COMPUTED) {
+        for name in self.source.names().filter(|name| self.own(name).is_none() && !BUFFERS.contains(name)) {
             let file = self.file(name)?;
             let path = || file.path().to_owned();
             let Some(weight) = places.get(name).and_then(|place| base.model.weight(*place)) else {
@@ -179,11 +189,10 @@ impl ThudmFolder {
     /// # Errors
     /// When config.json has no `pre_seq_len`, a tensor is missing or superfluous, or sizes disagree.
     pub(super) fn prefix(&self) -> Result<ThudmPrefix, ExportError> {
-        let (path, json) = self.config_json()?;
-        let config = self.config()?;
+        let Self { path, json, config, .. } = self;
         let expected = || "the number of virtual tokens".to_owned();
-        let Some(virtual_tokens) = config.pre_seq_len else { return Err(export::key_error(&path, &json, "pre_seq_len", expected())) };
-        let shape = PrefixShape::of(&config, virtual_tokens);
+        let Some(virtual_tokens) = config.pre_seq_len else { return Err(export::key_error(path, json, "pre_seq_len", expected())) };
+        let shape = PrefixShape::of(config, virtual_tokens);
         let width = if config.prefix_projection {
             let bias = self.spelt(PROJECTION[1]);
             Some(self.file(&bias)?.get(&bias)?.num_elements())
@@ -195,7 +204,7 @@ impl ThudmFolder {
             let path_of_tensor = self.file(name)?.path().to_owned();
             if self.own(name).is_some_and(|own| PROJECTION.contains(&own)) {
                 let expected = format!("true: {} holds `{name}`", path_of_tensor.display());
-                return Err(export::key_error(&path, &json, "prefix_projection", expected));
+                return Err(export::key_error(path, json, "prefix_projection", expected));
             }
             return Err(ExportError::OtherTensor { path: path_of_tensor, name: name.to_owned() });
         }
@@ -205,19 +214,6 @@ impl ThudmFolder {
         });
         let tensors = tensors.collect::<Result<_, ExportError>>()?;
         Ok(ThudmPrefix { shape, projection: config.prefix_projection, tensors, about: export::read_about(&self.dir)? })
-    }
-
-    fn config_json(&self) -> Result<(PathBuf, Value), ExportError> {
-        let path = self.dir.join(CONFIG);
-        if !path.exists() {
-            return Err(ExportError::NoPrefixConfig { path, weights: self.source.root().to_owned() });
-        }
-        let json = export::read_json(&path)?;
-        Ok((path, json))
-    }
-
-    fn config(&self) -> Result<ModelConfig, ExportError> {
-        Ok(ModelConfig::load_beside_prefix(&self.dir)?)
     }
 
     fn spelt(&self, own: &str) -> String {
@@ -270,7 +266,7 @@ fn first_difference(found: &ModelConfig, base: &ModelConfig) -> Option<(&'static
     let sizes = sizes(found).into_iter().zip(sizes(base)).find(|(f, b)| f != b).map(|(_, (key, value))| (key, value.to_string()));
     let flags = flags(found).into_iter().zip(flags(base)).find(|(f, b)| f != b).map(|(_, (key, value))| (key, value.to_string()));
     let epsilon = (found.layernorm_epsilon != base.layernorm_epsilon).then(|| ("layernorm_epsilon", base.layernorm_epsilon.to_string()));
-    let ratio = (rope_ratio(found) != rope_ratio(base)).then(|| ("rope_ratio", (rope_ratio(base) / 10_000.0).to_string()));
+    let ratio = (rope_ratio(found) != rope_ratio(base)).then(|| ("rope_ratio", (rope_ratio(base) / ROTARY_BASE).to_string()));
     sizes.or(flags).or(epsilon).or(ratio)
 }
 

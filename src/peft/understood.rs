@@ -114,7 +114,7 @@ pub(super) const PROMPT: Rules = &[
     ("tokenizer_name_or_path", Any),
 ];
 
-/// Whether a value says "none": null, false, "", [] or {}, which PEFT takes alike.
+/// Whether a value says "none": null, false, "", [] or {}, which PEFT treats the same.
 pub(super) fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,

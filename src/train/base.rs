@@ -18,6 +18,7 @@ use crate::data::tokenize::Limits;
 use crate::data::{self, Dataset};
 use crate::dist::ProcessGroup;
 use crate::model::shape::ModelShape;
+use crate::model::weights::WeightSource;
 use crate::model::{ChatGlm2, ModelConfig, WeightDtype};
 use crate::peft::bare;
 use crate::tokenizer::GlmTokenizer;
@@ -36,6 +37,8 @@ pub struct Base {
 /// What is loaded before the weights: rows, and what reads them.
 pub struct RunData {
     config: ModelConfig,
+    /// The weights, opened; none where some are missing.
+    source: Option<WeightSource>,
     tokenizer: GlmTokenizer,
     pub train: Dataset,
     pub validation: Option<Dataset>,
@@ -48,14 +51,14 @@ impl RunData {
     /// When a file is missing or damaged, the model is not a bare base, or rows cannot be read.
     pub fn load(plan: &Plan, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
         let dir = &plan.model.model_name_or_path;
-        let (tokenizer, config) = together(group, || {
-            let config = bare::config(dir)?;
+        let (tokenizer, config, source) = together(group, || {
+            let (config, source) = bare::open_if_there(dir)?;
             let tokenizer = GlmTokenizer::from_file(&dir.join("tokenizer.model"))?;
             tokenizer.check_fits(config.padded_vocab_size)?;
-            Ok((tokenizer, config))
+            Ok((tokenizer, config, source))
         })?;
         let (train, validation) = load_data(plan, &tokenizer, group)?;
-        Ok(Self { config, tokenizer, train, validation })
+        Ok(Self { config, source, tokenizer, train, validation })
     }
 
     /// Lines that the user of `plan` should see before anything takes long.
@@ -78,9 +81,10 @@ impl RunData {
     /// # Errors
     /// When a file is missing or damaged, or the ranks have different weights.
     pub fn into_base(self, plan: &Plan, group: &dyn ProcessGroup) -> Result<Base, TrainError> {
-        let Self { config, tokenizer, train, validation } = self;
+        let Self { config, source, tokenizer, train, validation } = self;
         let (model, fingerprint) = together(group, || {
-            let (_, source) = bare::open(&plan.model.model_name_or_path)?;
+            // To say what is missing.
+            let source = source.map_or_else(|| WeightSource::open(&plan.model.model_name_or_path), Ok)?;
             source.check(&config.parameter_shapes())?;
             // One rank of each machine reads every byte: the others have the same files.
             let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
@@ -97,13 +101,14 @@ impl RunData {
 }
 
 impl Base {
-    /// Loads what `plan.model` and `plan.data` name. Every rank calls it.
+    /// Loads what `plan.model` and `plan.data` name, for work without steps. Every rank calls it.
     ///
     /// # Errors
-    /// As [`RunData::load`], [`RunData::expect_room`] and [`RunData::into_base`].
+    /// As [`RunData::load`] and [`RunData::into_base`], or when the weights cannot fit into memory.
     pub fn load(plan: &Plan, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
         let data = RunData::load(plan, group)?;
-        data.expect_room("the run", plan, group)?;
+        let what = format!("the model in {}", plan.model.model_name_or_path.display());
+        room::expect_room_for_weights(&what, &ModelShape::from(&data.config), plan.run.memory_limit, group)?;
         data.into_base(plan, group)
     }
 }
@@ -123,7 +128,10 @@ fn load_data(plan: &Plan, tokenizer: &GlmTokenizer, group: &dyn ProcessGroup) ->
     let load = |file: &Path, max_samples| -> Result<Dataset, TrainError> {
         let (data, cache) =
             together(group, || Ok(data::load::load(&load_request(plan, file, max_samples), &Tokenizer(tokenizer), &Ranks(group))?))?;
-        report(&data, &plan.data.columns(), &cache);
+        if group.rank() == 0 {
+            report(&data, &plan.data.columns());
+        }
+        report_cache(&cache);
         Ok(data)
     };
     let train = load(&plan.data.train_file, plan.data.max_train_samples)?;
@@ -144,7 +152,8 @@ pub fn load_request(plan: &Plan, file: &Path, max_samples: Option<usize>) -> Loa
     }
 }
 
-fn report(data: &Dataset, columns: &Columns, cache: &CacheUse) {
+/// What all ranks have found.
+fn report(data: &Dataset, columns: &Columns) {
     let lengths = data.length_stats().map_or(String::new(), |l| format!(", {} to {} tokens, mean {:.0}", l.min, l.max, l.mean));
     tracing::info!("{}: {} rows{lengths}", data.file().display(), data.num_samples());
     for bad in &data.bad_rows.first {
@@ -164,6 +173,10 @@ fn report(data: &Dataset, columns: &Columns, cache: &CacheUse) {
     for line in data.column_use.report(columns, data.file()) {
         tracing::warn!("{line}");
     }
+}
+
+/// What became of this rank's cache.
+fn report_cache(cache: &CacheUse) {
     match cache {
         CacheUse::Rebuilt { path, reason } => tracing::warn!("{} was made anew: {reason}", path.display()),
         CacheUse::NotKept { path, reason } => tracing::warn!("tokenized rows could not be kept in {}: {reason}", path.display()),

@@ -83,7 +83,9 @@ pub fn resume(
         Err(match passed_over.first() {
             None => TrainError::NothingToResume { path: output_dir.to_owned() },
             Some(newest) => {
-                CheckpointError::NoneGood { path: output_dir.to_owned(), num: passed_over.len(), newest: newest.reason.clone() }.into()
+                // Those of another run lie in its folder.
+                let folder = newest.path.parent().unwrap_or(output_dir);
+                CheckpointError::NoneGood { path: folder.to_owned(), num: passed_over.len(), newest: newest.reason.clone() }.into()
             }
         })
     })

@@ -80,7 +80,7 @@ impl Trainer<'_, '_> {
     /// Computes this rank's slots, sums over all, and updates the parameters.
     ///
     /// # Errors
-    /// On all ranks alike, before the update, when a loss or a gradient is not finite or no token is in the loss.
+    /// The same on every rank, before the update, when a loss or a gradient is not finite or no token is in the loss.
     pub fn step(&mut self, slots: &[(usize, MicroBatch)], lr: f64, timer: &PhaseTimer) -> Result<StepOutcome, TrainError> {
         let mut sum = timer.time(Phase::Comm, || self.sum.begin(range(slots)))?;
         let scalars = timer.time(Phase::ForwardBackward, || self.sum_slots(slots, &mut sum))?;

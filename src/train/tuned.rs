@@ -4,13 +4,16 @@ use std::path::Path;
 
 use candle_core::Device;
 
-use super::TrainError;
 use super::base::same_base;
 use super::probe;
 use super::save::PROBE;
 use super::together::together;
+use super::{TrainError, room};
+use crate::config::values::MemoryLimit;
 use crate::dist::ProcessGroup;
 use crate::model::hooks::{Hooks, NoHooks};
+use crate::model::shape::ModelShape;
+use crate::model::weights::WeightSource;
 use crate::model::{ChatGlm2, RopeTable};
 use crate::peft::export::{ABOUT_FILE, ExportError};
 use crate::peft::{self, Base, Mode, PeftMethod, RowContext, bare};
@@ -27,10 +30,19 @@ impl Tuned {
     /// Loads the model in `dir` and the adapter that a run exported. Every rank calls it with the same arguments.
     ///
     /// # Errors
-    /// The same on every rank: a folder is not what it should be, the adapter belongs to another base, or the ranks have different bases.
-    pub fn load(dir: &Path, adapter: Option<&Path>, rope_table: RopeTable, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
+    /// The same on every rank: the model cannot fit into memory, a folder is not what it should be, the adapter belongs to another base, or the ranks have different bases.
+    pub fn load(
+        dir: &Path,
+        adapter: Option<&Path>,
+        rope_table: RopeTable,
+        memory_limit: Option<MemoryLimit>,
+        group: &dyn ProcessGroup,
+    ) -> Result<Self, TrainError> {
+        let (config, source) = together(group, || Ok(bare::open_if_there(dir)?))?;
+        room::expect_room_for_weights(&format!("the model in {}", dir.display()), &ModelShape::from(&config), memory_limit, group)?;
         let (tokenizer, model, fingerprint) = together(group, || {
-            let (config, source) = bare::open(dir)?;
+            // To say what is missing.
+            let source = source.map_or_else(|| WeightSource::open(dir), Ok)?;
             let tokenizer = GlmTokenizer::from_file(&dir.join("tokenizer.model"))?;
             tokenizer.check_fits(config.padded_vocab_size)?;
             // Reads every byte of the weights: only where something is held against it, and on one rank of each machine.

@@ -1,4 +1,4 @@
-//! Model folders that hold more than a base: what tuning or quantising left in them is named, in every command that loads a base.
+//! Model folders that hold more than a base: what tuning or quantizing left in them is named, in every command that loads a base.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -101,7 +101,7 @@ fn tuned_prefix_in_a_base_is_refused_by_every_command() {
 }
 
 #[test]
-fn tensors_of_tuned_or_quantised_bases_are_named_by_kind() {
+fn tensors_of_tuned_or_quantized_bases_are_named_by_kind() {
     let mut texts = String::new();
     let lora = format!("{QKV}.lora_A.default.weight");
     let peft = format!("base_model.model.{QKV}.base_layer.weight");
@@ -138,9 +138,9 @@ fn tensors_of_tuned_or_quantised_bases_are_named_by_kind() {
 
     hint: give the bare base as --model_name_or_path, and to generate and evaluate the folder that `save_adapter` wrote as --adapter
 
-    error: model/model.safetensors is not a bare base: it holds scales of quantised weights (`transformer.encoder.layers.0.self_attention.query_key_value.weight_scale`)
+    error: model/model.safetensors is not a bare base: it holds scales of quantized weights (`transformer.encoder.layers.0.self_attention.query_key_value.weight_scale`)
 
-    hint: quantised weights cannot be trained on: take the f16 model from the hub
+    hint: quantized weights cannot be trained on: take the f16 model from the hub
 
     error: model/model.safetensors is not a bare base: it holds `lm_head.weight`, which the model of config.json does not have
 

@@ -134,6 +134,24 @@ fn word_for_alone_that_is_neither_1_nor_0_is_refused() {
     ");
 }
 
+/// What MPI could connect is not alone because somebody says so: the hint has what helps.
+#[test]
+fn hint_about_srun_does_not_offer_what_is_already_done() {
+    if !cfg!(feature = "mpi") {
+        return not_run(Missing::Mpi, "this build has no feature `mpi`, and its messages are others");
+    }
+    let ran = glmddp_under(Path::new("."), &[("SLURM_STEP_NUM_TASKS", "2"), ("PMI_RANK", "0"), (ALONE, "1")], &TRAIN);
+    assert!(ran.code == 2 && ran.stderr.contains("hint: start it with `srun --mpi=pmix`"), "{}", ran.stderr);
+    assert!(!ran.stderr.contains(ALONE), "{}", ran.stderr);
+}
+
+#[test]
+fn doctor_believes_that_a_process_is_alone() {
+    let ran = glmddp_under(Path::new("."), &[("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), (ALONE, "1")], &["doctor", "--json"]);
+    let found: Vec<serde_json::Value> = serde_json::from_str(&ran.stdout).unwrap();
+    assert!(found.iter().any(|finding| finding["what"] == "started by" && finding["status"] == "good"));
+}
+
 #[test]
 fn doctor_names_a_launcher_that_mpi_does_not_connect() {
     let ran = glmddp_under(Path::new("."), LAUNCHERS[0].1, &["doctor", "--json"]);

@@ -91,11 +91,11 @@ fn rope_ratio_of_which_two_models_differ_is_asked_for() {
 #[test]
 fn rope_ratio_that_a_32k_model_has_lost_is_asked_for() {
     insta::assert_snapshot!(refusal(&json!({"_name_or_path": "THUDM/chatglm2-6b-32k"})), @r#"
-    MODEL/config.json: `_name_or_path` "THUDM/chatglm2-6b-32k" is a 32k model, but there is no `rope_ratio`: ChatGLM2-6B-32k has 16 and ChatGLM3-6B-32k 50; 1 would be a model without
+    MODEL/config.json: `_name_or_path` "THUDM/chatglm2-6b-32k" is a 32k model, but there is no `rope_ratio`: ChatGLM2-6B-32k has 16 and ChatGLM3-6B-32k 50; 1 changes nothing
     hint: add the key `rope_ratio` to config.json: the model's own, from its page on the hub, or 1 if it was trained without one
     "#);
     insta::assert_snapshot!(refusal(&json!({"_name_or_path": "/models/chatglm3-6b", "seq_length": 32768})), @r#"
-    MODEL/config.json: `_name_or_path` is "/models/chatglm3-6b" and `seq_length` 32768, where ChatGLM3-6B has 8192, but there is no `rope_ratio`: ChatGLM2-6B-32k has 16 and ChatGLM3-6B-32k 50; 1 would be a model without
+    MODEL/config.json: `_name_or_path` is "/models/chatglm3-6b" and `seq_length` 32768, where ChatGLM3-6B has 8192, but there is no `rope_ratio`: ChatGLM2-6B-32k has 16 and ChatGLM3-6B-32k 50; 1 changes nothing
     hint: add the key `rope_ratio` to config.json: the model's own, from its page on the hub, or 1 if it was trained without one
     "#);
     assert!(refusal(&json!({"_name_or_path": "/models/my_ChatGLM3_6B_32K/"})).contains("is a 32k model"));

@@ -1,4 +1,4 @@
-//! Bases that were made with another template than ChatGLM2's, and adapters that name another base: a warning, once a run.
+//! Bases that were trained with another template than ChatGLM2's, and adapters that name another base: a warning, once a run.
 
 use std::path::Path;
 
@@ -30,7 +30,7 @@ fn base_of_another_template_is_named_once_by_every_command_that_makes_prompts() 
     assert_eq!(said(dir, EVALUATE), "");
     call_base(dir, "THUDM/chatglm3-6b");
     let warning = said(dir, PLAN);
-    insta::assert_snapshot!(warning, @r#"warning: this base was made with another template of dialogues, ChatGLM3's, with <|user|> and <|assistant|> (`_name_or_path` is "THUDM/chatglm3-6b" in model/config.json); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows"#);
+    insta::assert_snapshot!(warning, @r#"warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (`_name_or_path` is "THUDM/chatglm3-6b" in model/config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows"#);
     for command in [
         EVALUATE.to_owned(),
         "generate --model_name_or_path model --prompt a --threads 1".to_owned(),
@@ -91,17 +91,17 @@ fn template_is_known_by_any_file_of_the_folder() {
         assert_eq!(said(dir, PLAN), "", "{name}");
     }
     insta::assert_snapshot!(texts, @r#"
-    warning: this base was made with another template of dialogues, ChatGLM3's, with <|user|> and <|assistant|> (`name_or_path` is "/models/chatglm3-6b-32k" in model/tokenizer_config.json); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, GLM-4's, with <|user|> and <|assistant|> (`tokenizer_class` is "ChatGLM4Tokenizer" in model/tokenizer_config.json); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, ChatGLM3's, with <|user|> and <|assistant|> (`chat_template` in model/tokenizer_config.json); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, its own (`chat_template` in model/tokenizer_config.json); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/tokenizer_config.json); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/special_tokens_map.json); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/added_tokens.json); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, ChatGLM3's, with <|user|> and <|assistant|> (the file model/chat_template.jinja); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/tokenization_chatglm.py); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, CodeGeeX2's, code behind a line such as `# language: Python` (`_name_or_path` is "THUDM/codegeex2-6b" in model/config.json); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
-    warning: this base was made with another template of dialogues, ChatGLM3's, with <|user|> and <|assistant|> (the folder's name, chatglm3-6b); rows get ChatGLM2's here ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (`name_or_path` is "/models/chatglm3-6b-32k" in model/tokenizer_config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, GLM-4's, with <|user|> and <|assistant|> (`tokenizer_class` is "ChatGLM4Tokenizer" in model/tokenizer_config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (`chat_template` in model/tokenizer_config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, its own (`chat_template` in model/tokenizer_config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/tokenizer_config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/special_tokens_map.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/added_tokens.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the file model/chat_template.jinja); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/tokenization_chatglm.py); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, CodeGeeX2's, code behind a line such as `# language: Python` (`_name_or_path` is "THUDM/codegeex2-6b" in model/config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the folder's name, chatglm3-6b); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
     "#);
 }
 

@@ -128,7 +128,7 @@ fn commands_that_load_a_model_refuse_one_that_cannot_fit() {
         "checkpoint import out/adapter {} --finetuning_type lora --output_dir new --memory_limit 1MiB",
         RUN.replace(" --quiet", "")
     ));
-    assert!(text.starts_with("error: the run needs at least "), "{text}");
+    assert!(text.starts_with("error: the model in model needs at least "), "{text}");
 }
 
 /// A configuration of 4096 layers, whose weights are not there: it is refused before they are looked for.

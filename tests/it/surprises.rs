@@ -82,9 +82,9 @@ fn steps_that_never_come_are_said() {
         "--save_steps 5 --eval_steps 500 --validation_file data/dev.jsonl --logging_steps 50 --save_total_limit 1 --save_keep_every 9";
     insta::assert_snapshot!(folder.warnings(&format!("--global_batch_size 2 --max_steps 2 {all}")), @r"
     warning: `save_steps` is 5, and the run has 2 steps: the one checkpoint is that of the last step; use at most 2
-    warning: `eval_steps` is 500, and the run has 2 steps: the held-out loss is computed at the end alone; use at most 2
+    warning: `eval_steps` is 500, and the run has 2 steps: the held-out loss is computed only at the end; use at most 2
     warning: `save_keep_every` is 9, and the run has 2 steps: it keeps no checkpoint; use at most 2
-    warning: `logging_steps` is 50, and the run has 2 steps: the first and the last step alone are shown; use at most 2
+    warning: `logging_steps` is 50, and the run has 2 steps: only the first and the last step are shown; use at most 2
     ");
     assert_eq!(folder.warnings("--global_batch_size 2 --max_steps 2 --save_steps 2"), "");
     assert_eq!(folder.warnings("--global_batch_size 2 --max_steps 2"), "", "defaults were not asked for");
@@ -104,8 +104,8 @@ fn key_that_another_displaces_is_said() {
     let folder = Folder::new();
     let both = "--global_batch_size 2 --max_steps 20 --num_train_epochs 3 --warmup_steps 1 --warmup_ratio 0.5";
     insta::assert_snapshot!(folder.warnings(both), @r"
-    warning: `run.num_train_epochs` does nothing here: `max_steps` goes first (command line, `--num_train_epochs`)
-    warning: `optim.warmup_ratio` does nothing here: `warmup_steps` goes first (command line, `--warmup_ratio`)
+    warning: `run.num_train_epochs` does nothing here: `max_steps` takes precedence (command line, `--num_train_epochs`)
+    warning: `optim.warmup_ratio` does nothing here: `warmup_steps` takes precedence (command line, `--warmup_ratio`)
     ");
 }
 
@@ -116,14 +116,18 @@ fn weight_decay_that_leaves_nothing_is_refused() {
     let ran = folder.run(&format!("{run} --learning_rate 0.02 --weight_decay 60"));
     assert_eq!((ran.code, ran.stdout.as_str()), (2, ""));
     insta::assert_snapshot!(ran.stderr, @r"
-    error: `optim.weight_decay` is 60: a step at the learning rate 0.02 takes 1.2 times each parameter away, so that nothing learnt stays
+    error: `optim.weight_decay` is 60: a step at the learning rate 0.02 subtracts 1.2 times each parameter, so that nothing learnt stays
       --> command line, `--weight_decay`
 
-    hint: use `--weight_decay 5` or less; 0.01 is usual
+    hint: use `--weight_decay 5` or less, or a lower `--learning_rate`
     ");
     for (rate, decay) in [("0.02", "5"), ("1e-4", "1000"), ("3e-2", "3")] {
         let ran = folder.run(&format!("{run} --learning_rate {rate} --weight_decay 1e6"));
-        assert!(ran.stderr.ends_with(&format!("hint: use `--weight_decay {decay}` or less; 0.01 is usual\n")), "{}", ran.stderr);
+        assert!(
+            ran.stderr.ends_with(&format!("hint: use `--weight_decay {decay}` or less, or a lower `--learning_rate`\n")),
+            "{}",
+            ran.stderr
+        );
         folder.ok(&format!("{} --learning_rate {rate} --weight_decay {decay}", run.replace("train ", "plan ")));
     }
 }

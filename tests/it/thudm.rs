@@ -137,6 +137,28 @@ fn thudms_prefix_in_half_precision_is_read() {
     }
 }
 
+/// A trainer writes the folder that the base was loaded from, and CodeGeeX2 has a key that nobody reads.
+#[test]
+fn thudms_prefix_of_a_32k_base_in_a_folder_of_any_name_is_read() {
+    let setup = Setup::new("--finetuning_type ptuning_v2 --pre_seq_len 4");
+    let long = |config: &mut serde_json::Value| {
+        config["rope_ratio"] = 16.into();
+        config["rotary_percent"] = 0.5.into();
+    };
+    change_json(&setup.path("model/config.json"), |config| {
+        long(config);
+        config["_name_or_path"] = "THUDM/chatglm2-6b-32k".into();
+    });
+    let dir = setup.folder("long", &[("pytorch_model.bin", setup.tensors())]);
+    change_json(&dir.join("config.json"), |config| {
+        long(config);
+        config["_name_or_path"] = "/data/base".into();
+    });
+    assert!(setup.ok(&format!("{EVALUATE} long")).starts_with("held-out loss "));
+    change_json(&dir.join("config.json"), |config| config["rope_ratio"] = 8.into());
+    assert!(setup.refused(&format!("{EVALUATE} long")).contains("key `rope_ratio` is 8, expected 16, as the base has it"));
+}
+
 /// THUDM's train.sh quantizes the base to 4 bits, and the trainer saves that with the prefix.
 #[test]
 fn thudms_prefix_trained_on_a_quantized_base_is_read() {

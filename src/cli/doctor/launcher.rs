@@ -47,7 +47,8 @@ fn launched() -> Finding {
         _ => format!("{}: {}", claim.launcher, claim.processes()),
     };
     let env = &environment::variable;
-    match (launcher::speaking_mpi(env), launcher::speaking_no_mpi(env)) {
+    let unconnected = launcher::speaking_no_mpi(env).filter(|_| !matches!(launcher::is_alone(env), Ok(true)));
+    match (launcher::speaking_mpi(env), unconnected) {
         (Some(claim), _) => Finding::good("started by", of(&claim)),
         (None, Some(claim)) => {
             let remedy = format!("start glmddp with mpirun; {ALONE}=1 if no other process belongs to this one");
