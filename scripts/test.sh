@@ -42,7 +42,7 @@ clean_cache() {
         [ ! -f "$own/root" ] || [ -d "$(cat "$own/root")" ] || rm -rf "$own"
     done
     [ ! -d "$cache/build" ] || find "$cache/build" -path '*/deps/*' -mtime +7 \
-        \( -name 'glmddp-*' -o -name 'libglmddp-*' -o -name 'it-*' -o -name 'kernels-*' -o -name 'fuzz-*' -o -name 'standin-*' \) -delete
+        \( -name 'glmddp-*' -o -name 'libglmddp-*' -o -name 'it-*' -o -name 'fuzz-*' -o -name 'standin-*' \) -delete
 }
 clean_cache
 
@@ -91,7 +91,8 @@ while read -r count reason; do not_run+=("$count tests, or parts of them: $reaso
 step cargo test --release --locked --doc
 
 # The same profile as the bundle's, so that what it depends on is compiled once.
-step scripts/lean_cuda.sh test --profile bundle --lib --test standin cuda
+step scripts/lean_cuda.sh test --profile bundle --lib cuda
+step scripts/lean_cuda.sh test --profile bundle --test standin
 rehearse() {
     say "scripts/gpu_rehearsal.sh $*"
     local status=0

@@ -52,7 +52,7 @@ impl Shape {
         parameters: 1 << 26,
     };
 
-    /// Small enough for the host's shim.
+    /// Small enough for tests/standin.
     pub const SMALL: Self = Self {
         tokens: 96,
         row: 48,

@@ -1,5 +1,5 @@
 // What kernels are written with: types, loads, reductions, tensor-core fragments. Compiled by nvcc for a GPU, and by the host's compiler with
-// the shim of tests/kernels, which checks every access. Kernels use nothing of CUDA beyond this file.
+// the shim of tests/standin, which checks every access. Kernels use nothing of CUDA beyond this file.
 //
 // Rules: accumulation in f32 (or double where said), no float atomics, sums in an order that depends on sizes alone; every load and store of
 // more than one element through load/store, which want alignment; shared memory through shared_memory() alone; no library function.

@@ -1,6 +1,8 @@
 // A stand-in for cuBLASLt (libcublasLt.so.13): products of column-major matrices, summed in f32 in the order of k and rounded once, with a bias and
 // what is added, in the types and alignments that NVIDIA's documentation allows. Codes and enums are those of its headers (CUDA 13.0).
 //
+// A product is queued on its stream and is in order with what else is queued there; its workspace is written, so that two streams cannot share one.
+//
 // Where the caller lets a split sum be reduced in the result's type, the sum is split in two and both halves are rounded, as cuBLASLt then may.
 // An algorithm serves the product for which it was chosen and no other.
 #include <stdint.h>
@@ -8,13 +10,17 @@
 #include <string.h>
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
-#include "half.h"
+#include "driver/counts.h"
+#include "driver/memory.h"
+#include "driver/streams.h"
+#include "shim/half.h"
 
 namespace {
 
-enum { SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
+enum { OK = 0, INVALID = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
 enum Type { R_32F = 0, R_16F = 2, R_16BF = 14 };
 enum { COMPUTE_32F = 68, OP_N = 0, OP_T = 1, EPILOGUE_DEFAULT = 1, EPILOGUE_BIAS = 4 };
 // cublasLtMatmulDescAttributes_t
@@ -55,7 +61,7 @@ struct Heuristic {
 };
 static_assert(sizeof(Problem) <= sizeof(Algorithm));
 
-int refuse(int code, const char* why) {
+int deny(int code, const char* why) {
     fprintf(stderr, "stand-in cuBLASLt: %s\n", why);
     return code;
 }
@@ -86,22 +92,22 @@ int describe(const Description& d, const Layout& a, const Layout& b, const Layou
     bool ta = d.transposes_a == OP_T, tb = d.transposes_b == OP_T;
     uint64_t m = ta ? a.columns : a.rows, k = ta ? a.rows : a.columns, n = tb ? b.rows : b.columns;
     if ((tb ? b.columns : b.rows) != k || to.rows != m || to.columns != n || c.rows != m || c.columns != n)
-        return refuse(INVALID_VALUE, "the layouts do not fit together");
+        return deny(INVALID, "the layouts do not fit together");
     for (const Layout* layout : {&a, &b, &c, &to})
-        if (layout->leading < int64_t(layout->rows)) return refuse(INVALID_VALUE, "a leading dimension below the number of rows");
-    if (d.compute != COMPUTE_32F || d.scale != R_32F) return refuse(NOT_SUPPORTED, "another compute type than 32F, or another scale type");
+        if (layout->leading < int64_t(layout->rows)) return deny(INVALID, "a leading dimension below the number of rows");
+    if (d.compute != COMPUTE_32F || d.scale != R_32F) return deny(NOT_SUPPORTED, "another compute type than 32F, or another scale type");
     if (a.type != b.type || c.type != to.type || (to.type != a.type && to.type != R_32F))
-        return refuse(NOT_SUPPORTED, "types that are in no row of cublasLtMatmul's table");
+        return deny(NOT_SUPPORTED, "types that are in no row of cublasLtMatmul's table");
     if (d.epilogue == EPILOGUE_BIAS) {
-        if (!d.bias) return refuse(INVALID_VALUE, "a bias without an address");
-        if (d.bias_type != -1 && d.bias_type != int(to.type)) return refuse(NOT_SUPPORTED, "a bias of another type than the result's");
+        if (!d.bias) return deny(INVALID, "a bias without an address");
+        if (d.bias_type != -1 && d.bias_type != int(to.type)) return deny(NOT_SUPPORTED, "a bias of another type than the result's");
     } else if (d.epilogue != EPILOGUE_DEFAULT) {
-        return refuse(NOT_SUPPORTED, "another epilogue than a bias");
+        return deny(NOT_SUPPORTED, "another epilogue than a bias");
     }
     p.transposes_a = d.transposes_a, p.transposes_b = d.transposes_b, p.epilogue = d.epilogue;
     p.types[0] = a.type, p.types[1] = b.type, p.types[2] = c.type, p.types[3] = to.type;
     p.m = uint32_t(m), p.n = uint32_t(n), p.k = uint32_t(k);
-    return SUCCESS;
+    return OK;
 }
 
 // op(x) as f32, [rows, columns] row-major.
@@ -113,35 +119,96 @@ std::vector<float> unpacked(const void* x, const Layout& layout, bool transposes
     return values;
 }
 
+// Reads or writes the columns of a matrix: what is wrong with that, or nothing.
+std::string touch(const void* x, const Layout& layout, bool is_write) {
+    const size_t width = layout.type == R_32F ? 4 : 2;
+    std::string problem;
+    for (uint64_t j = 0; j < layout.columns && problem.empty(); j++)
+        problem = memory::touch(Address(x) + j * size_t(layout.leading) * width, layout.rows * width, is_write);
+    return problem;
+}
+
+// A product that was described, and its operands' addresses.
+struct Product {
+    Problem problem;
+    Description description;
+    Layout a_layout, b_layout, c_layout, to_layout;
+    const void *a, *b, *c;
+    void *to, *workspace;
+    size_t workspace_bytes;
+    float alpha, beta;
+
+    std::string run() const {
+        std::string wrong = touch(a, a_layout, false);
+        if (wrong.empty()) wrong = touch(b, b_layout, false);
+        if (wrong.empty() && beta != 0.0f) wrong = touch(c, c_layout, false);
+        if (wrong.empty() && description.epilogue == EPILOGUE_BIAS)
+            wrong = memory::touch(Address(description.bias), problem.m * (problem.types[3] == R_32F ? 4 : 2), false);
+        if (wrong.empty()) wrong = touch(to, to_layout, true);
+        // Two that share it share its start.
+        if (wrong.empty()) wrong = memory::touch(Address(workspace), std::min<size_t>(workspace_bytes, 4096), true);
+        if (wrong.empty()) multiply();
+        return wrong;
+    }
+
+    void multiply() const {
+        const size_t m = problem.m, n = problem.n, k = problem.k, half = (k + 1) / 2;
+        // Column j of the result is a row of the transposed one: its values lie side by side, and so do those of a's column.
+        const std::vector<float> left = unpacked(a, a_layout, description.transposes_a == OP_N, k, m);   // [k, m]: op(a) transposed
+        const std::vector<float> right = unpacked(b, b_layout, description.transposes_b == OP_N, n, k);  // [n, k]: op(b) transposed
+        std::vector<float> sum(m), first(m);
+        for (size_t j = 0; j < n; j++) {
+            std::fill(sum.begin(), sum.end(), 0.0f);
+            for (size_t l = 0; l < k; l++) {
+                if (problem.splits == 2 && l == half) {
+                    first = sum;
+                    std::fill(sum.begin(), sum.end(), 0.0f);
+                }
+                const float factor = right[j * k + l];
+                const float* column = &left[l * m];
+                for (size_t i = 0; i < m; i++) sum[i] += column[i] * factor;
+            }
+            for (size_t i = 0; i < m; i++) {
+                const size_t at = j * size_t(to_layout.leading) + i;
+                float x = problem.splits == 2 && k > half ? rounded(first[i], problem.types[3]) + rounded(sum[i], problem.types[3]) : sum[i];
+                x *= alpha;
+                if (beta != 0.0f) x += beta * read(c, problem.types[2], j * size_t(c_layout.leading) + i);
+                if (description.epilogue == EPILOGUE_BIAS) x += read(description.bias, problem.types[3], i);
+                write(to, problem.types[3], at, x);
+            }
+        }
+    }
+};
+
 }  // namespace
 
 extern "C" {
 
 size_t cublasLtGetVersion() { return 130000; }
-int cublasLtCreate(void** handle) { return *handle = new int, SUCCESS; }
-int cublasLtDestroy(void* handle) { return delete static_cast<int*>(handle), SUCCESS; }
+int cublasLtCreate(void** handle) { return *handle = new int, OK; }
+int cublasLtDestroy(void* handle) { return delete static_cast<int*>(handle), OK; }
 int cublasLtMatrixLayoutCreate(Layout** to, int type, uint64_t rows, uint64_t columns, int64_t leading) {
-    if (type != R_32F && type != R_16F && type != R_16BF) return refuse(NOT_SUPPORTED, "a type of elements");
-    return *to = new Layout{Type(type), rows, columns, leading}, SUCCESS;
+    if (type != R_32F && type != R_16F && type != R_16BF) return deny(NOT_SUPPORTED, "a type of elements");
+    return *to = new Layout{Type(type), rows, columns, leading}, OK;
 }
-int cublasLtMatrixLayoutDestroy(Layout* layout) { return delete layout, SUCCESS; }
-int cublasLtMatmulDescCreate(Description** to, int compute, int scale) { return *to = new Description{compute, scale}, SUCCESS; }
-int cublasLtMatmulDescDestroy(Description* description) { return delete description, SUCCESS; }
+int cublasLtMatrixLayoutDestroy(Layout* layout) { return delete layout, OK; }
+int cublasLtMatmulDescCreate(Description** to, int compute, int scale) { return *to = new Description{compute, scale}, OK; }
+int cublasLtMatmulDescDestroy(Description* description) { return delete description, OK; }
 int cublasLtMatmulDescSetAttribute(Description* d, int attribute, const void* value, size_t bytes) {
-    auto set = [&](auto& to) { return bytes == sizeof to ? (memcpy(&to, value, bytes), SUCCESS) : refuse(INVALID_VALUE, "an attribute's size"); };
+    auto set = [&](auto& to) { return bytes == sizeof to ? (memcpy(&to, value, bytes), OK) : deny(INVALID, "an attribute's size"); };
     switch (attribute) {
         case DESC_TRANSA: return set(d->transposes_a);
         case DESC_TRANSB: return set(d->transposes_b);
         case DESC_EPILOGUE: return set(d->epilogue);
         case DESC_BIAS_POINTER: return set(d->bias);
         case DESC_BIAS_DATA_TYPE: return set(d->bias_type);
-        default: return refuse(INVALID_VALUE, "an attribute of a description that it does not know");
+        default: return deny(INVALID, "an attribute of a description that it does not know");
     }
 }
-int cublasLtMatmulPreferenceCreate(Preference** to) { return *to = new Preference, SUCCESS; }
-int cublasLtMatmulPreferenceDestroy(Preference* preference) { return delete preference, SUCCESS; }
+int cublasLtMatmulPreferenceCreate(Preference** to) { return *to = new Preference, OK; }
+int cublasLtMatmulPreferenceDestroy(Preference* preference) { return delete preference, OK; }
 int cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const void* value, size_t bytes) {
-    auto set = [&](auto& to) { return bytes == sizeof to ? (memcpy(&to, value, bytes), SUCCESS) : refuse(INVALID_VALUE, "an attribute's size"); };
+    auto set = [&](auto& to) { return bytes == sizeof to ? (memcpy(&to, value, bytes), OK) : deny(INVALID, "an attribute's size"); };
     switch (attribute) {
         case PREF_WORKSPACE: return set(p->workspace);
         case PREF_REDUCTION: return set(p->reduction);
@@ -149,7 +216,7 @@ int cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const voi
         case PREF_ALIGN_B:
         case PREF_ALIGN_C:
         case PREF_ALIGN_D: return set(p->alignment[attribute - PREF_ALIGN_A]);
-        default: return refuse(INVALID_VALUE, "an attribute of a preference that it does not know");
+        default: return deny(INVALID, "an attribute of a preference that it does not know");
     }
 }
 int cublasLtMatmulAlgoGetHeuristic(void*, const Description* d, const Layout* a, const Layout* b, const Layout* c, const Layout* to,
@@ -162,48 +229,30 @@ int cublasLtMatmulAlgoGetHeuristic(void*, const Description* d, const Layout* a,
     memset(result, 0, sizeof *result);
     memcpy(&result->algorithm, &problem, sizeof problem);
     *found = 1;
-    return SUCCESS;
+    return OK;
 }
 int cublasLtMatmul(void*, const Description* d, const float* alpha, const void* a, const Layout* a_layout, const void* b, const Layout* b_layout,
-                   const float* beta, const void* c, const Layout* c_layout, void* to, const Layout* to_layout, const Algorithm* algorithm, void*,
-                   size_t, void*) {
+                   const float* beta, const void* c, const Layout* c_layout, void* to, const Layout* to_layout, const Algorithm* algorithm,
+                   void* workspace, size_t workspace_bytes, void* stream) {
+    LOCKED;
+    if (fault) return EXECUTION_FAILED;
     Problem problem, chosen;
     if (int code = describe(*d, *a_layout, *b_layout, *c_layout, *to_layout, problem)) return code;
-    if (!algorithm) return refuse(INVALID_VALUE, "a product without an algorithm");
+    if (!algorithm) return deny(INVALID, "a product without an algorithm");
     memcpy(&chosen, algorithm, sizeof chosen);
     memcpy(problem.alignment_log2, chosen.alignment_log2, sizeof problem.alignment_log2);
     problem.splits = chosen.splits;
-    if (memcmp(&problem, &chosen, sizeof problem)) return refuse(INVALID_VALUE, "an algorithm that was chosen for another product");
+    if (memcmp(&problem, &chosen, sizeof problem)) return deny(INVALID, "an algorithm that was chosen for another product");
     const void* addresses[] = {a, b, c, to};
     for (int i = 0; i < 4; i++)
         if (uintptr_t(addresses[i]) & ((uintptr_t(1) << chosen.alignment_log2[i]) - 1))
-            return refuse(INVALID_VALUE, "an address that is less aligned than the preference says");
-    if (c == to && memcmp(c_layout, to_layout, sizeof *c_layout)) return refuse(INVALID_VALUE, "a product in place with two layouts");
-    const size_t m = problem.m, n = problem.n, k = problem.k, half = (k + 1) / 2;
-    // Column j of the result is a row of the transposed one: its values lie side by side, and so do those of a's column.
-    const std::vector<float> left = unpacked(a, *a_layout, d->transposes_a == OP_N, k, m);  // [k, m]: op(a) transposed
-    const std::vector<float> right = unpacked(b, *b_layout, d->transposes_b == OP_N, n, k);  // [n, k]: op(b) transposed
-    std::vector<float> sum(m), first(m);
-    for (size_t j = 0; j < n; j++) {
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        for (size_t l = 0; l < k; l++) {
-            if (chosen.splits == 2 && l == half) {
-                first = sum;
-                std::fill(sum.begin(), sum.end(), 0.0f);
-            }
-            const float factor = right[j * k + l];
-            const float* column = &left[l * m];
-            for (size_t i = 0; i < m; i++) sum[i] += column[i] * factor;
-        }
-        for (size_t i = 0; i < m; i++) {
-            const size_t at = j * size_t(to_layout->leading) + i;
-            float x = chosen.splits == 2 && k > half ? rounded(first[i], problem.types[3]) + rounded(sum[i], problem.types[3]) : sum[i];
-            x *= *alpha;
-            if (*beta != 0.0f) x += *beta * read(c, problem.types[2], j * size_t(c_layout->leading) + i);
-            if (d->epilogue == EPILOGUE_BIAS) x += read(d->bias, problem.types[3], i);
-            write(to, problem.types[3], at, x);
-        }
-    }
-    return SUCCESS;
+            return deny(INVALID, "an address that is less aligned than the preference says");
+    if (c == to && memcmp(c_layout, to_layout, sizeof *c_layout)) return deny(INVALID, "a product in place with two layouts");
+    const std::string shape = std::string(d->transposes_a == OP_T ? "T" : "N") + (d->transposes_b == OP_T ? "T" : "N") + " " +
+                              std::to_string(problem.m) + " " + std::to_string(problem.n) + " " + std::to_string(problem.k);
+    const Product product = {problem, *d, *a_layout, *b_layout, *c_layout, *to_layout, a, b, c, to, workspace, workspace_bytes, *alpha, *beta};
+    if (!streams::queue(stream, "product " + shape, [=] { return product.run(); })) return INVALID;
+    counts::product(shape);
+    return OK;
 }
 }

@@ -113,23 +113,13 @@ impl Case {
         })
     }
 
-    /// A hash of all that the kernels wrote: the same in every run.
+    /// A hash of all that the kernels wrote: the same in every run. `memo` is of this case's runs; `slack` times what f32 arithmetic may lose is
+    /// allowed: [`CARD_SLACK`] on a GPU.
     ///
     /// # Errors
     /// When a kernel fails, or gives something else than the specification.
-    pub fn run(&self, executor: &dyn Executor) -> Result<String, CheckError> {
-        self.run_in(Check { executor, gpu: None, memo: &Memo::default(), outputs: Sha256::new() })
-    }
-
-    /// As [`Self::run`], with what only a GPU has; `memo` is of this case's runs.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
-    pub fn run_on(&self, gpu: &dyn Gpu, memo: &Memo) -> Result<String, CheckError> {
-        self.run_in(Check { executor: gpu, gpu: Some(gpu), memo, outputs: Sha256::new() })
-    }
-
-    fn run_in(&self, mut check: Check) -> Result<String, CheckError> {
+    pub fn run(&self, gpu: &dyn Gpu, memo: &Memo, slack: f32) -> Result<String, CheckError> {
+        let mut check = Check { executor: gpu, gpu, memo, slack, outputs: Sha256::new() };
         (self.run)(&mut check)?;
         Ok(hex(&check.outputs.finalize()))
     }
@@ -203,22 +193,13 @@ impl Tolerance {
 /// A case that runs: its memory, and what it has read.
 pub struct Check<'e> {
     pub executor: &'e dyn Executor,
-    gpu: Option<&'e dyn Gpu>,
+    gpu: &'e dyn Gpu,
     memo: &'e Memo,
+    slack: f32,
     outputs: Sha256,
 }
 
-impl<'e> Check<'e> {
-    /// # Errors
-    /// When kernels run elsewhere.
-    pub fn gpu(&self) -> Result<&'e dyn Gpu, CheckError> {
-        self.gpu.ok_or_else(|| CheckError::Other {
-            what: "the case".to_owned(),
-            expected: "a GPU".to_owned(),
-            found: self.executor.describe(),
-        })
-    }
-
+impl Check<'_> {
     /// The values that `make` computes, which it does once a case.
     pub fn once(&self, name: &'static str, make: impl FnOnce() -> Result<Vec<f32>, CheckError>) -> Result<Rc<Vec<f32>>, CheckError> {
         if let Some(values) = self.memo.0.borrow().get(name) {
@@ -227,10 +208,6 @@ impl<'e> Check<'e> {
         let values = Rc::new(make()?);
         self.memo.0.borrow_mut().insert(name, values.clone());
         Ok(values)
-    }
-
-    fn slack(&self) -> f32 {
-        if self.gpu.is_some() { CARD_SLACK } else { 1.0 }
     }
 
     /// Memory with `values` in `dtype`.
@@ -278,7 +255,7 @@ impl<'e> Check<'e> {
         expected: &[f32],
         tolerance: Tolerance,
     ) -> Result<(), CheckError> {
-        let slack = self.slack();
+        let slack = self.slack;
         self.compare(what, address, dtype, expected, |_, value| tolerance.of(value, 1.0, slack))
     }
 
@@ -295,7 +272,7 @@ impl<'e> Check<'e> {
         factor: f32,
         tolerance: Tolerance,
     ) -> Result<(), CheckError> {
-        let slack = self.slack();
+        let slack = self.slack;
         let left = factor * slack * Tolerance::rounded_inside(KernelDtype::F32).arithmetic.absolute;
         self.compare(what, address, dtype, expected, |at, value| tolerance.of(value, sizes[at], slack) + left)
     }

@@ -117,7 +117,7 @@ fn product(check: &mut Check, shape: Shape) -> Result<(), CheckError> {
             Residual::InPlace => Some(d),
         },
     };
-    check.gpu()?.product(&product)?;
+    check.gpu.product(&product)?;
     // The largest parts of the sum are of size 1 each.
     check.expect("d", product.d, out_dtype, &expected, Tolerance::summed(out_dtype, k, 2.0))
 }
@@ -130,7 +130,7 @@ fn the_same_again(check: &mut Check) -> Result<(), CheckError> {
     let mut once = || -> Result<Vec<f32>, CheckError> {
         let (a, b, d) = (check.input("a", dtype, &a)?, check.input("b", dtype, &b)?, check.output("d", dtype, m * n)?);
         let product = Product { operands: Operands::Nt, sizes: [m, n, k], a, b, d, dtype, out_dtype: dtype, bias: None, residual: None };
-        check.gpu()?.product(&product)?;
+        check.gpu.product(&product)?;
         Ok(check.read(d, dtype, m * n)?)
     };
     let (first, second) = (once()?, once()?);

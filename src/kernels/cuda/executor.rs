@@ -125,7 +125,7 @@ impl Executor for CudaExecutor {
 
     fn alloc(&self, name: &str, bytes: usize) -> Result<Buffer, LaunchError> {
         let memory = |reason| LaunchError::Memory { name: name.to_owned(), bytes, reason };
-        // Nothing has no address; SAFETY: bytes of any value are bytes, and that they are written before they are read is the shim's to check.
+        // Nothing has no address; SAFETY: bytes of any value are bytes, and that they are written before they are read is checked by tests/standin.
         let slice = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.map_err(|e| memory(failed("cuMemAllocAsync", e).to_string()))?;
         let address = slice.device_ptr(&self.stream).0;
         self.buffers.borrow_mut().insert(address, slice);

@@ -16,9 +16,16 @@ mod swiglu;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use glmddp::kernels::check::{Case, cases};
+use glmddp::kernels::check::cases;
+use glmddp::kernels::cuda;
 
-use crate::shim::{Order, Shim, sources, sources_of};
+use crate::kernels::problem;
+use crate::libraries::{Driver, again, build, checked, is_inside, sources, text, this_test};
+
+/// The files whose cases a process of its own runs, separated by commas.
+const FILES: &str = "GLMDDP_TEST_FILES";
+/// Begins the line in which it says what it has found.
+const FOUND: &str = "found by ";
 
 /// A line's part, which occurs once in the file, and what it becomes.
 pub type Mutation = (&'static str, &'static str);
@@ -50,42 +57,78 @@ const ALL: &[Planted] = &[
     Planted { file: "swiglu.cu", mutations: swiglu::SWIGLU, survivors: &[], found_by: &["swiglu"] },
 ];
 
-/// How the cases of `kernels` find that `change` was made to the text of `file`; none where they do not.
+/// The sources of which the cases of `file` launch kernels.
+fn sources_of(file: &str) -> Vec<PathBuf> {
+    let beside = match file {
+        "attention" => "attention_f32",
+        "rms_norm" => "column_sums",
+        _ => file,
+    };
+    let mut names = vec![file, beside];
+    names.dedup();
+    names.into_iter().map(|name| sources().join(format!("{name}.cu"))).collect()
+}
+
+/// How the cases of `kernels` find that `change` was made to the text of `file`, in a folder of its own; none if they do not.
 fn found_by(file: &Path, kernels: &[&str], change: impl Fn(&str) -> String) -> Option<String> {
     let folder = tempfile::tempdir().unwrap();
-    let mut sources: Vec<PathBuf> = kernels.iter().flat_map(|name| sources_of(name)).collect();
-    sources.sort();
-    sources.dedup();
-    // A header is found beside the file that includes it.
-    for path in sources.iter().chain(&headers()) {
-        std::fs::copy(path, folder.path().join(path.file_name().unwrap())).unwrap();
+    let (changed, libraries) = (folder.path().join("sources"), folder.path().join("libraries"));
+    std::fs::create_dir(&changed).unwrap();
+    for path in kernels.iter().flat_map(|name| sources_of(name)).chain(headers()) {
+        std::fs::copy(&path, changed.join(path.file_name().unwrap())).unwrap();
     }
-    std::fs::write(folder.path().join(file.file_name().unwrap()), change(&std::fs::read_to_string(file).unwrap())).unwrap();
-    let copies: Vec<PathBuf> = sources.iter().map(|path| folder.path().join(path.file_name().unwrap())).collect();
-    let shim = Shim::compile(&copies).unwrap_or_else(|error| panic!("{} does not compile: {error}", file.display()));
-    let cases: Vec<Case> = cases().into_iter().filter(|case| kernels.contains(&case.file)).collect();
-    let found = |order: Order| {
-        cases.iter().find_map(|case| shim.run(case, order).err().map(|error| format!("{} {}: {error}", case.file, case.name)))
-    };
-    found(Order::Ascending).or_else(|| found(Order::Descending)).or_else(|| {
-        let differs = |case: &&Case| {
-            let [first, second] = [Order::Ascending, Order::Shuffled].map(|order| shim.run(case, order).ok());
-            first != second
-        };
-        cases.iter().find(differs).map(|case| format!("{} {}: the order of threads shows", case.file, case.name))
-    })
+    std::fs::write(changed.join(file.file_name().unwrap()), change(&std::fs::read_to_string(file).unwrap())).unwrap();
+    // What does not change is not built again.
+    copy_folder(checked(), &libraries);
+    build(&libraries, true, &changed).unwrap_or_else(|error| panic!("{} does not compile: {error}", file.display()));
+    let output = again(RUN, &libraries, &[(FILES, &kernels.join(","))]);
+    let said = text(&output);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    let after = |start: &str| said.lines().find_map(|line| line.strip_prefix(start));
+    // A fault has its name from the stand-in.
+    after(FOUND).map(|found| after("stand-in driver: ").map_or_else(|| found.to_owned(), |fault| format!("{found}: {fault}")))
+}
+
+const RUN: &str = "mutations::cases_of_a_process_of_its_own";
+
+/// What [`found_by`] starts.
+#[test]
+#[ignore = "it is started by the other tests of this file"]
+fn cases_of_a_process_of_its_own() {
+    assert_eq!(this_test!(), RUN);
+    let Ok(files) = std::env::var(FILES) else { return };
+    assert!(is_inside());
+    let (gpu, driver) = (cuda::open(0).unwrap(), Driver::loaded());
+    for case in cases().iter().filter(|case| files.split(',').any(|file| file == case.file)) {
+        if let Some(problem) = problem(&*gpu, &driver, case, 1.0) {
+            println!("\n{FOUND}{} {}: {}", case.file, case.name, problem.replace('\n', " "));
+            return;
+        }
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let (path, copy) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&path, &copy);
+        } else {
+            std::fs::copy(&path, &copy).unwrap();
+        }
+    }
 }
 
 /// The headers of kernels.
 fn headers() -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(sources()[0].parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+    let entries = std::fs::read_dir(sources()).unwrap().map(|entry| entry.unwrap().path());
     entries.filter(|path| path.extension().is_some_and(|end| end == "cuh")).collect()
 }
 
 fn check(file: &str) {
     let Planted { mutations, survivors, found_by: kernels, .. } =
         ALL.iter().find(|planted| planted.file == file).expect("a file with mutations");
-    let path = sources()[0].with_file_name(file);
+    let path = sources().join(file);
     assert_eq!(found_by(&path, kernels, str::to_owned), None, "without an error nothing is found");
     let mut table = String::new();
     let mut wrong = Vec::new();
@@ -120,7 +163,9 @@ fn planted_errors_are_at_least_sixty_and_at_most_one_in_twenty_survives() {
     let survivors: usize = ALL.iter().map(|planted| planted.survivors.len()).sum();
     assert!(mutations >= 60 && survivors * 20 <= mutations, "{mutations} mutations, {survivors} survive");
     let with_mutations: Vec<&str> = ALL.iter().map(|planted| planted.file).collect();
-    let missing: Vec<PathBuf> = sources().into_iter().filter(|path| !with_mutations.iter().any(|file| path.ends_with(file))).collect();
+    let kernels = std::fs::read_dir(sources()).unwrap().map(|entry| entry.unwrap().path());
+    let kernels = kernels.filter(|path| path.extension().is_some_and(|end| end == "cu"));
+    let missing: Vec<PathBuf> = kernels.filter(|path| !with_mutations.iter().any(|file| path.ends_with(file))).collect();
     assert!(missing.is_empty(), "without mutations: {missing:?}");
 }
 

@@ -1,8 +1,8 @@
 // Runs a kernel's blocks one after the other, a block's threads as fibers, and checks what they do: bounds of global and shared memory,
-// alignment, reads of what nobody wrote, races within a block between barriers and races of blocks, barriers and warp operations that not all
-// threads come to, asynchronous copies that nobody waits for. The first fault ends the launch with a message.
+// alignment, reads of what nobody wrote, races within a block between barriers, races of blocks and of operations that nothing orders, barriers and
+// warp operations that not all threads come to, asynchronous copies that nobody waits for. The first fault ends the launch with a message.
 //
-// With SHIM_PLAIN only barriers and warp operations are watched, not memory, and a tensor core adds as a real one does, which cuts off.
+// Without STANDIN_CHECKED only barriers and warp operations are watched, not memory, and a tensor core adds as a real one does, which cuts off.
 //
 // Memory is watched in granules of two bytes. __syncthreads orders a block, __syncwarp a warp; shuffles and mma order nothing, as in CUDA.
 // Not modelled: caches, bank conflicts, the order in which a tensor core adds, concurrent blocks (they must not depend on each other).
@@ -17,30 +17,24 @@
 #include <ucontext.h>
 #endif
 
+#include "../driver/memory.h"
 #include "half.h"
 #include "shim.h"
 
 namespace {
 
-constexpr int MAX_THREADS = 1024, WARP = 32, MAX_REGIONS = 128, MAX_COPIES = 256;
-constexpr size_t STACK = 64 << 10, GUARD = 4096, GRANULE = 2;
+using memory::Cell, memory::GRANULE;
+
+constexpr int MAX_THREADS = 1024, WARP = 32, MAX_COPIES = 256;
+constexpr size_t STACK = 64 << 10, GUARD = 4096;
 [[maybe_unused]] constexpr uint16_t MANY = 0xffff;
 
-// What is known of a granule.
-struct Cell {
-    uint32_t written, written_in_warp, read, read_in_warp;
-    uint16_t writer, reader;
-    uint8_t reader_warp;
-    bool is_valid;
-};
-
-struct Region {
+// A block's shared memory.
+struct Shared {
     uintptr_t start;
     size_t bytes;
     unsigned char* memory;
     Cell* cells;
-    bool is_shared;
-    char name[48];
 };
 
 enum State { RUNNABLE, AT_BARRIER, IN_WARP, FINISHED };
@@ -77,9 +71,7 @@ struct Warp {
     bool flag;
 };
 
-[[maybe_unused]] Region regions[MAX_REGIONS];
-[[maybe_unused]] int num_regions;
-Region shared_region;
+Shared shared;
 Fiber fibers[MAX_THREADS];
 Warp warps[MAX_THREADS / WARP];
 unsigned char* stacks;
@@ -188,7 +180,7 @@ void prepare(int thread) {
 
 // ---- memory --------------------------------------------------------------------------------------------------------------------------
 
-#if defined(SHIM_PLAIN)
+#if !defined(STANDIN_CHECKED)
 void access(const void*, size_t, bool) {}
 void expect_shared(const void*, const char*) {}
 template <typename T>
@@ -198,30 +190,14 @@ T atomic_min(T* at, T value) {
     return old;
 }
 #else
-Region* region_of(uintptr_t at) {
-    if (at - shared_region.start < shared_region.bytes) return &shared_region;
-    for (int i = 0; i < num_regions; i++)
-        if (at - regions[i].start < regions[i].bytes) return &regions[i];
-    return nullptr;
+// "byte 4 of shared memory", "byte 4 of allocation 1, which has 256".
+std::string place(uintptr_t at) {
+    if (shared.start && at + GUARD >= shared.start && at < shared.start + shared.bytes + GUARD)
+        return "byte " + std::to_string(intptr_t(at - shared.start)) + " of shared memory, which has " + std::to_string(shared.bytes);
+    return memory::describe(at);
 }
 
-void out_of_bounds(uintptr_t at, size_t bytes, const char* what) {
-    const Region* nearest = nullptr;
-    intptr_t offset = 0;
-    auto look = [&](const Region& region) {
-        if (region.start && at + GUARD >= region.start && at < region.start + region.bytes + GUARD) {
-            nearest = &region;
-            offset = intptr_t(at - region.start);
-        }
-    };
-    look(shared_region);
-    for (int i = 0; i < num_regions; i++) look(regions[i]);
-    if (nearest) {
-        fail("%s of %zu bytes at byte %ld of %s, which has %zu", what, bytes, long(offset), nearest->name, nearest->bytes);
-    } else {
-        fail("%s of %zu bytes at %p, which is in no buffer", what, bytes, reinterpret_cast<void*>(at));
-    }
-}
+bool is_shared(uintptr_t at) { return at - shared.start < shared.bytes; }
 
 // `other` did something in this epoch of the block: is what this thread does now ordered behind it?
 bool is_ordered(uint16_t other, uint8_t other_warp, uint32_t in_warp) {
@@ -229,23 +205,29 @@ bool is_ordered(uint16_t other, uint8_t other_warp, uint32_t in_warp) {
     return other_warp == current / WARP && in_warp < warps[current / WARP].epoch;
 }
 
-void touch(const Region& region, uintptr_t at, size_t bytes, bool is_write) {
+// `allocation_op` allocated global memory; 0 for shared memory.
+void touch(Cell* cells, uint32_t allocation_op, uintptr_t at, size_t bytes, bool is_write) {
+    const bool in_shared = allocation_op == 0;
     const char* what = is_write ? "write" : "read";
     uint8_t warp = uint8_t(current / WARP);
-    for (size_t g = (at - region.start) / GRANULE; g <= (at + bytes - 1 - region.start) / GRANULE; g++) {
-        Cell& cell = region.cells[g];
+    const uintptr_t first = at / GRANULE;
+    for (uintptr_t g = first; g <= (at + bytes - 1) / GRANULE; g++) {
+        Cell& cell = cells[g - first];
         auto where = [&](const char* problem, int other) {
-            if (other == MANY) fail("%s at byte %zu of %s: %s several threads", what, g * GRANULE, region.name, problem);
-            fail("%s at byte %zu of %s: %s thread %d", what, g * GRANULE, region.name, problem, other);
+            const std::string text = place(g * GRANULE);
+            if (other == MANY) fail("%s at %s: %s several threads", what, text.c_str(), problem);
+            fail("%s at %s: %s thread %d", what, text.c_str(), problem, other);
         };
-        if (!is_write && !cell.is_valid) fail("read at byte %zu of %s, which nobody wrote", g * GRANULE, region.name);
+        if (const uint32_t other = in_shared ? 0 : memory::unordered(cell, allocation_op, is_write))
+            fail("%s at %s: not ordered with %s", what, place(g * GRANULE).c_str(), streams::describe(other).c_str());
+        if (!is_write && !cell.is_valid) fail("read at %s, which nobody wrote", place(g * GRANULE).c_str());
         if (cell.written == epoch && !is_ordered(cell.writer, uint8_t(cell.writer / WARP), cell.written_in_warp))
             where("a race with the write of", cell.writer);
-        if (cell.written >= launch_epoch && cell.written < block_epoch && !region.is_shared) where("a race with another block's write, of its", cell.writer);
+        if (cell.written >= launch_epoch && cell.written < block_epoch && !in_shared) where("a race with another block's write, of its", cell.writer);
         if (is_write) {
             if (cell.read == epoch && !is_ordered(cell.reader, cell.reader_warp, cell.read_in_warp))
                 where("a race with the read of", cell.reader);
-            if (cell.read >= launch_epoch && cell.read < block_epoch && !region.is_shared) where("a race with another block's read, of its", cell.reader);
+            if (cell.read >= launch_epoch && cell.read < block_epoch && !in_shared) where("a race with another block's read, of its", cell.reader);
             cell.is_valid = true;
             cell.written = epoch;
             cell.written_in_warp = warps[warp].epoch;
@@ -262,34 +244,50 @@ void touch(const Region& region, uintptr_t at, size_t bytes, bool is_write) {
         } else {
             cell.read_in_warp = warps[warp].epoch;
         }
+        if (!in_shared) memory::mark(cell, is_write);
     }
-    counts[(region.is_shared ? 2 : 0) + is_write] += bytes;
+    counts[(in_shared ? 2 : 0) + is_write] += bytes;
+}
+
+// The allocation of an access to global memory that is within its bounds.
+const memory::Allocation& expect_allocated(uintptr_t at, size_t bytes, const char* what) {
+    static const memory::Allocation* last;
+    static uint32_t last_launch;
+    if (last_launch != launch_epoch || !last || at - last->start >= last->bytes) last = memory::find(at);
+    last_launch = launch_epoch;
+    if (!last || last->freed_by || bytes > last->bytes - (at - last->start)) fail("%s of %zu bytes at %s", what, bytes, place(at).c_str());
+    return *last;
 }
 
 void access(const void* pointer, size_t bytes, bool is_write) {
     uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
     if (at - reinterpret_cast<uintptr_t>(stack_of(current)) < STACK) return;
     if (!is_write && at - reinterpret_cast<uintptr_t>(kernel_args) < kernel_args_bytes) return;
-    const Region* region = region_of(at);
-    if (!region || at + bytes > region->start + region->bytes) return out_of_bounds(at, bytes, is_write ? "write" : "read");
-    if (at % bytes) fail("%s of %zu bytes at byte %zu of %s is not aligned", is_write ? "write" : "read", bytes, size_t(at - region->start), region->name);
-    touch(*region, at, bytes, is_write);
+    const char* what = is_write ? "write" : "read";
+    if (at % bytes) fail("%s of %zu bytes at %s, is not aligned", what, bytes, place(at).c_str());
+    if (!is_shared(at)) return touch(memory::cells(at), expect_allocated(at, bytes, what).op, at, bytes, is_write);
+    if (bytes > shared.bytes - (at - shared.start)) fail("%s of %zu bytes at %s", what, bytes, place(at).c_str());
+    touch(shared.cells + (at - shared.start) / GRANULE, 0, at, bytes, is_write);
 }
 
 void expect_shared(const void* pointer, const char* what) {
     uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
     if (at % 16) fail("%s at an address that is not a multiple of 16", what);
-    if (at - shared_region.start + 16 > shared_region.bytes) out_of_bounds(at, 16, what);
+    if (at - shared.start + 16 > shared.bytes) fail("%s of 16 bytes at %s", what, place(at).c_str());
 }
 
 template <typename T>
 T atomic_min(T* at, T value) {
     uintptr_t address = reinterpret_cast<uintptr_t>(at);
-    const Region* region = region_of(address);
-    if (!region || address + sizeof(T) > region->start + region->bytes) out_of_bounds(address, sizeof(T), "an atomic");
-    if (address % sizeof(T)) fail("an atomic of %zu bytes on %s is not aligned", sizeof(T), region->name);
-    for (size_t i = 0; i < sizeof(T) / GRANULE; i++)
-        if (!region->cells[(address - region->start) / GRANULE + i].is_valid) fail("an atomic on %s, which nobody wrote", region->name);
+    if (address % sizeof(T)) fail("an atomic of %zu bytes at %s, is not aligned", sizeof(T), place(address).c_str());
+    const uint32_t allocation_op = expect_allocated(address, sizeof(T), "an atomic").op;
+    Cell* cells = memory::cells(address);
+    for (size_t i = 0; i < sizeof(T) / GRANULE; i++) {
+        if (!cells[i].is_valid) fail("an atomic at %s, which nobody wrote", place(address).c_str());
+        if (const uint32_t other = memory::unordered(cells[i], allocation_op, true))
+            fail("an atomic at %s: not ordered with %s", place(address).c_str(), streams::describe(other).c_str());
+        memory::mark(cells[i], true);
+    }
     T old = *at;
     if (value < old) *at = value;
     return old;
@@ -303,7 +301,7 @@ float half_value(uint32_t bits, bool is_bf16) {
     return __uint_as_float(bits << 16);
 }
 
-#if defined(SHIM_PLAIN)
+#if !defined(STANDIN_CHECKED)
 // As tensor cores add (measured by Fasi et al. 2021, doi:10.7717/peerj-cs.330): what is added is aligned to the largest of it, and bits below the
 // last of 24 are cut off, as are those of the sum. Real ones keep 0 to 3 bits more.
 float add_up(const double (&terms)[17]) {
@@ -337,7 +335,7 @@ void multiply(Warp& warp) {
         int group = lane / 4, place = lane % 4;
         for (int i = 0; i < 4; i++) {
             int row = group + 8 * (i / 2), column = 2 * place + i % 2;
-#if defined(SHIM_PLAIN)
+#if !defined(STANDIN_CHECKED)
             double terms[17] = {warp.c[lane][i]};
             for (int k = 0; k < 16; k++) terms[k + 1] = double(a[row][k]) * double(b[k][column]);
             warp.c[lane][i] = add_up(terms);
@@ -406,15 +404,11 @@ void in_warp(Operation operation, unsigned lanes) {
 
 // ---- blocks --------------------------------------------------------------------------------------------------------------------------
 
-void clear(Region& region) {
-    if (region.cells) memset(region.cells, 0, (region.bytes / GRANULE + 1) * sizeof(Cell));
-}
-
 // Runs one block; `order` shuffles its threads.
 void run_block(int order) {
     block_epoch = ++epoch;
-    clear(shared_region);
-    memset(shared_region.memory, 0xcd, shared_region.bytes);
+    if (shared.cells) memset(static_cast<void*>(shared.cells), 0, (shared.bytes / GRANULE + 1) * sizeof(Cell));
+    memset(shared.memory, 0xff, shared.bytes);
     for (int i = 0; i < num_threads; i++) prepare(i);
     for (Warp& warp : warps) warp.arrived = 0, warp.epoch = 1;
     int finished = 0;
@@ -455,7 +449,7 @@ shim_index shim_thread_index() { return {current, 0, 0}; }
 shim_index shim_block_index() { return block; }
 shim_index shim_block_size() { return {num_threads, 1, 1}; }
 shim_index shim_grid_size() { return grid; }
-unsigned char* shim_shared_memory() { return shared_region.memory; }
+unsigned char* shim_shared_memory() { return shared.memory; }
 
 void shim_sync_block() {
     fibers[current].state = AT_BARRIER;
@@ -490,7 +484,7 @@ void shim_load_matrices(uint32_t* r, const void* row, bool transposed) {
     in_warp(MATRICES, 0xffffffffu);
 }
 
-#if !defined(SHIM_PLAIN)
+#if defined(STANDIN_CHECKED)
 void shim_load(void* to, const void* from, int bytes) {
     access(from, size_t(bytes), false);
     memcpy(to, from, size_t(bytes));
@@ -500,16 +494,15 @@ void shim_store(void* to, const void* from, int bytes) {
     memcpy(to, from, size_t(bytes));
 }
 // The data comes at the wait, and until then what is there may not be read.
-void shim_copy_async(void* shared, const void* global, bool is_there) {
+void shim_copy_async(void* to, const void* global, bool is_there) {
     Fiber& fiber = fibers[current];
-    expect_shared(shared, "an asynchronous copy");
+    expect_shared(to, "an asynchronous copy");
     if (is_there) access(global, 16, false);
-    access(shared, 16, true);
+    access(to, 16, true);
     counts[3] -= 16;
-    const Region& region = shared_region;
-    for (int i = 0; i < 8; i++) region.cells[(reinterpret_cast<uintptr_t>(shared) - region.start) / GRANULE + i].is_valid = false;
+    for (int i = 0; i < 8; i++) shared.cells[(reinterpret_cast<uintptr_t>(to) - shared.start) / GRANULE + size_t(i)].is_valid = false;
     if (fiber.num_copies == MAX_COPIES) fail("more than %d asynchronous copies", MAX_COPIES);
-    fiber.copies[fiber.num_copies++] = {static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), is_there, fiber.group};
+    fiber.copies[fiber.num_copies++] = {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(global), is_there, fiber.group};
 }
 void shim_copy_async_commit() { fibers[current].group++; }
 void shim_copy_async_wait(int open) {
@@ -538,7 +531,7 @@ float shim_f16_to_f32(uint16_t bits) { return half::from_f16(bits); }
 uint16_t shim_f32_to_f16(float x) { return half::to_f16(x); }
 uint16_t shim_f32_to_bf16(float x) { return half::to_bf16(x); }
 
-#if !defined(SHIM_PLAIN)
+#if defined(STANDIN_CHECKED)
 // ---- what -fsanitize=thread calls ----------------------------------------------------------------------------------------------------
 
 #define ACCESS(bytes)                                                      \
@@ -555,42 +548,8 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// ---- what the tests call -------------------------------------------------------------------------------------------------------------
+// ---- what tests call -------------------------------------------------------------------------------------------------------------
 
-// A buffer of `bytes`, nothing of it written; null where there are too many.
-void* shim_alloc(const char* name, size_t bytes) {
-    if (num_regions == MAX_REGIONS) return nullptr;
-    Region& region = regions[num_regions++];
-    unsigned char* all = static_cast<unsigned char*>(aligned_alloc(256, (bytes + 2 * GUARD + 255) / 256 * 256));
-    region.memory = all + GUARD;
-    region.start = reinterpret_cast<uintptr_t>(region.memory);
-    region.bytes = bytes;
-    region.is_shared = false;
-    region.cells = static_cast<Cell*>(calloc(bytes / GRANULE + 1, sizeof(Cell)));
-    memset(all, 0xcd, bytes + 2 * GUARD);
-    snprintf(region.name, sizeof region.name, "`%s`", name);
-    return region.memory;
-}
-void shim_upload(void* to, const void* from, size_t bytes) {
-    Region* region = region_of(reinterpret_cast<uintptr_t>(to));
-    memcpy(to, from, bytes);
-    for (size_t g = 0; g < (bytes + GRANULE - 1) / GRANULE; g++) region->cells[g].is_valid = true;
-}
-// Bytes that nobody wrote, in granules.
-size_t shim_download(void* to, const void* from, size_t bytes) {
-    Region* region = region_of(reinterpret_cast<uintptr_t>(from));
-    memcpy(to, from, bytes);
-    size_t missing = 0;
-    for (size_t g = 0; g < (bytes + GRANULE - 1) / GRANULE; g++) missing += region->cells[g].is_valid ? 0 : GRANULE;
-    return missing;
-}
-void shim_free_all() {
-    for (int i = 0; i < num_regions; i++) {
-        free(regions[i].memory - GUARD);
-        free(regions[i].cells);
-    }
-    num_regions = 0;
-}
 // Bytes that kernels read and wrote in global memory, read and wrote in shared memory, since the last call.
 void shim_take_counts(uint64_t* to) {
     memcpy(to, counts, sizeof counts);
@@ -609,13 +568,11 @@ const char* shim_launch(void (*function)(const void*), const int* grid_size, int
     num_threads = threads;
     grid = {grid_size[0], grid_size[1], grid_size[2]};
     unsigned char* all = static_cast<unsigned char*>(aligned_alloc(256, (shared_bytes + 2 * GUARD + 255) / 256 * 256));
-    shared_region.memory = all + GUARD;
-    shared_region.start = reinterpret_cast<uintptr_t>(shared_region.memory);
-    shared_region.bytes = shared_bytes;
-    shared_region.is_shared = true;
-    snprintf(shared_region.name, sizeof shared_region.name, "shared memory");
-#if !defined(SHIM_PLAIN)
-    shared_region.cells = static_cast<Cell*>(calloc(shared_bytes / GRANULE + 1, sizeof(Cell)));
+    shared.memory = all + GUARD;
+    shared.start = reinterpret_cast<uintptr_t>(shared.memory);
+    shared.bytes = shared_bytes;
+#if defined(STANDIN_CHECKED)
+    shared.cells = static_cast<Cell*>(calloc(shared_bytes / GRANULE + 1, sizeof(Cell)));
 #endif
     launch_epoch = ++epoch;
     long num_blocks = long(grid.x) * grid.y * grid.z;
@@ -625,8 +582,8 @@ const char* shim_launch(void (*function)(const void*), const int* grid_size, int
         run_block(order);
     }
     free(all);
-    free(shared_region.cells);
-    shared_region.start = 0, shared_region.bytes = 0;
+    free(shared.cells);
+    shared.start = 0, shared.bytes = 0;
     return failed ? message : nullptr;
 }
 }

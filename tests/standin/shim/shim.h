@@ -1,6 +1,6 @@
-// CUDA's words for the host's compiler: a block's threads are fibers, and every access to memory is checked by runtime.cpp. Kernels are
+// CUDA's words for the host's compiler: a block's threads are fibers, and every access to memory is checked by blocks.cpp. Kernels are
 // compiled with -fsanitize=thread, whose callbacks (not its library) tell of their accesses.
-// With SHIM_PLAIN nothing is checked and nothing is told: for whole programs, where speed counts (tests/standin).
+// Without STANDIN_CHECKED nothing is checked and nothing is told: for whole programs, where speed counts.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -20,7 +20,7 @@ void shim_sync_block();
 void shim_sync_warp(unsigned lanes);
 uint64_t shim_shuffle(unsigned lanes, uint64_t value, int from);
 unsigned shim_ballot(unsigned lanes, bool value);
-#if !defined(SHIM_PLAIN)
+#if defined(STANDIN_CHECKED)
 void shim_load(void* to, const void* from, int bytes);
 void shim_store(void* to, const void* from, int bytes);
 void shim_copy_async(void* shared, const void* global, bool is_there);
@@ -37,7 +37,7 @@ unsigned long long shim_atomic_min_64(unsigned long long* at, unsigned long long
 }
 
 #define DEVICE inline __attribute__((always_inline))
-#if defined(SHIM_PLAIN)
+#if !defined(STANDIN_CHECKED)
 DEVICE void shim_load(void* to, const void* from, int bytes) { memcpy(to, from, size_t(bytes)); }
 DEVICE void shim_store(void* to, const void* from, int bytes) { memcpy(to, from, size_t(bytes)); }
 DEVICE void shim_copy_async(void* shared, const void* global, bool is_there) {
