@@ -74,5 +74,7 @@ patches=()
 for crate in "${patched[@]}"; do
     patches+=(--config "patch.crates-io.$crate.path=\"$crates/$crate\"")
 done
+# What tests look for beside the repository is not beside its links.
+export GLMDDP_SHARED=${GLMDDP_SHARED-$root/../shared}
 cd "$tree"
 exec cargo "$subcommand" "${patches[@]}" --locked --no-default-features --features cuda "$@"

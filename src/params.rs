@@ -5,7 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+use crate::kernels::elementwise;
 
 /// Where each parameter lies in a flat buffer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -104,6 +106,15 @@ impl ParamSet {
         Ok(Self { layout, flat })
     }
 
+    /// Puts the values on `device`: views taken before do not see what becomes of them there.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn move_to(&mut self, device: &Device) -> Result<()> {
+        self.flat = self.flat.to_device(device)?;
+        Ok(())
+    }
+
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
@@ -134,7 +145,7 @@ impl ParamSet {
             bail!("flat buffer has shape {:?}, expected {:?}", values.dims(), self.flat.dims());
         }
         if self.layout.num_elements() > 0 {
-            self.flat.slice_set(&values.to_device(self.flat.device())?, 0, 0)?;
+            elementwise::assign_(&self.flat, &values.to_device(self.flat.device())?)?;
         }
         Ok(())
     }
@@ -143,7 +154,6 @@ impl ParamSet {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     fn two() -> BTreeMap<String, Tensor> {
         let t = |n: usize, shape: &[usize]| Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap().reshape(shape).unwrap();

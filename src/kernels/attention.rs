@@ -6,11 +6,15 @@
 
 pub mod device;
 
-use candle_core::{Result, Tensor, bail};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::host::{self, F32View};
 use super::matmul::{Mat, MatMut, Write, product};
+use super::on_gpu::{OnGpu, on_gpu};
 use super::simd::{dot, exp, exp_sum, max, vectorize};
 
 /// Queries scored at once: small enough that what the causal mask throws away stays below 16 keys a query.
@@ -44,6 +48,25 @@ pub struct Rows<'a> {
     /// `[T]` false on padding; none: no padding. A padded key is seen by nobody; a padded query sees the row's whole length where there is no
     /// prefix, and the prefix and the earlier unpadded keys where there is one.
     pub keep: Option<&'a [bool]>,
+    /// What a GPU needs to know of the rows, kept from layer to layer; `None`: it is sent each time.
+    pub tables: Option<&'a Tables>,
+}
+
+/// Tiles of rows on a GPU, by the prefix's length and what the backward pass gives: sent once, for all layers.
+#[derive(Debug, Default)]
+pub struct Tables(Mutex<BTreeMap<(usize, bool), (Arc<device::Tiles>, Tensor)>>);
+
+impl Tables {
+    fn of(&self, gpu: &OnGpu, bounds: &[usize], prefix_len: usize, wanted: Wanted) -> Result<(Arc<device::Tiles>, Tensor)> {
+        let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (prefix_len, wanted == Wanted::All);
+        if let Some(found) = tables.get(&key) {
+            return Ok(found.clone());
+        }
+        let tiles = device::Tiles::new(bounds, prefix_len, wanted);
+        let sent = gpu.upload(tiles.words())?;
+        Ok(tables.entry(key).or_insert((Arc::new(tiles), sent)).clone())
+    }
 }
 
 /// Keys and values in front of each row: `[R, G, P, D]`, or `[1, G, P, D]` for all rows.
@@ -79,6 +102,12 @@ pub enum Wanted {
 pub fn fwd(qkv: &Tensor, prefix: Option<Prefix>, rows: Rows, heads: Heads) -> Result<(Tensor, Tensor)> {
     let t = check(qkv, prefix, rows, heads)?;
     let (n, d, sharing) = (heads.num_heads, heads.head_dim, heads.sharing());
+    if let Some(gpu) = on_gpu(qkv)? {
+        let (out, lse) = (gpu.result((t, n * d))?, gpu.result_of((t, n), DType::F32)?);
+        let launch = Launched::new(&gpu, qkv, prefix, [&out, &lse], rows, heads, Wanted::All)?;
+        gpu.run(|e, dtype| device::fwd(e, dtype, &launch.batch()))?;
+        return Ok((out, lse));
+    }
     let (mut out, mut lse) = (vec![0f32; t * n * d], vec![0f32; t * n]);
     with_tasks(qkv, prefix, rows, heads, |tasks| {
         let parts: Vec<_> = tasks.par_iter().map(Task::forward).collect();
@@ -114,10 +143,30 @@ pub fn bwd(
     if dout.dims() != [t, n * d] || out.dims() != [t, n * d] || lse.dims() != [t, n] {
         bail!("attention: dout {:?}, out {:?}, lse {:?} do not fit {t} tokens, {n} heads of {d}", dout.dims(), out.dims(), lse.dims());
     }
-    let (dout, out, lse) = (F32View::new(dout)?, F32View::new(out)?, F32View::new(lse)?);
     let num_rows = rows.bounds.len() - 1;
     let p = prefix.map_or(Ok(0), |prefix| prefix.k_RGPD.dim(2))?;
     let width = heads.qkv_width();
+    if let Some(gpu) = on_gpu(qkv)? {
+        let launch = Launched::new(&gpu, qkv, prefix, [out, lse], rows, heads, wanted)?;
+        let delta = gpu.result_of((t, n), DType::F32)?;
+        let dqkv = if wanted == Wanted::All { Some(gpu.result((t, width))?) } else { None };
+        let shape = (num_rows, g, p, d);
+        let dprefix = if p == 0 { None } else { Some((gpu.result_of(shape, DType::F32)?, gpu.result_of(shape, DType::F32)?)) };
+        let of_prefix = |x: Option<&Tensor>| x.map_or(Ok(0), |x| gpu.at_of(x, DType::F32));
+        let grads = device::GradsAt {
+            dout: gpu.at(dout)?,
+            delta: gpu.at_of(&delta, DType::F32)?,
+            dqkv: match &dqkv {
+                Some(dqkv) => device::DqkvAt::Here { address: gpu.at(dqkv)?, stride: width },
+                None => device::DqkvAt::NotWanted,
+            },
+            dprefix_k: of_prefix(dprefix.as_ref().map(|(k, _)| k))?,
+            dprefix_v: of_prefix(dprefix.as_ref().map(|(_, v)| v))?,
+        };
+        gpu.run(|e, dtype| device::bwd(e, dtype, &launch.batch(), &grads))?;
+        return Ok(Grads { dqkv, dprefix });
+    }
+    let (dout, out, lse) = (F32View::new(dout)?, F32View::new(out)?, F32View::new(lse)?);
     let mut dqkv = (wanted == Wanted::All).then(|| vec![0f32; t * width]);
     let (mut dpk, mut dpv) = (vec![0f32; num_rows * g * p * d], vec![0f32; num_rows * g * p * d]);
     with_tasks(qkv, prefix, rows, heads, |tasks| {
@@ -141,8 +190,52 @@ pub fn bwd(
     Ok(Grads { dqkv: dqkv.map(|v| host::tensor(v, &[t, width])).transpose()?, dprefix })
 }
 
+/// Tensors of a pass on a GPU, as the kernels see them.
+struct Launched {
+    heads: Heads,
+    tiles: Arc<device::Tiles>,
+    /// Its memory lives until the kernels are queued.
+    _sent: Tensor,
+    tiles_at: u64,
+    qkv: u64,
+    prefix: device::PrefixAt,
+    out: u64,
+    lse: u64,
+}
+
+impl Launched {
+    fn new(
+        gpu: &OnGpu,
+        qkv: &Tensor,
+        prefix: Option<Prefix>,
+        [out, lse]: [&Tensor; 2],
+        rows: Rows,
+        heads: Heads,
+        wanted: Wanted,
+    ) -> Result<Self> {
+        if rows.keep.is_some() {
+            bail!("attention: padding is computed on a CPU alone");
+        }
+        let prefix_len = prefix.map_or(Ok(0), |prefix| prefix.k_RGPD.dim(2))?;
+        let (tiles, sent) = rows.tables.unwrap_or(&Tables::default()).of(gpu, rows.bounds, prefix_len, wanted)?;
+        let prefix = match prefix {
+            None => device::PrefixAt::None,
+            Some(Prefix { k_RGPD, v_RGPD }) => {
+                let (k, v) = (gpu.at(k_RGPD)?, gpu.at(v_RGPD)?);
+                if k_RGPD.dim(0)? == 1 { device::PrefixAt::Shared { k, v } } else { device::PrefixAt::PerRow { k, v } }
+            }
+        };
+        let (qkv, out, lse) = (gpu.at(qkv)?, gpu.at(out)?, gpu.at_of(lse, DType::F32)?);
+        Ok(Self { heads, tiles, tiles_at: gpu.at_of(&sent, DType::U32)?, _sent: sent, qkv, prefix, out, lse })
+    }
+
+    fn batch(&self) -> device::Batch<'_> {
+        let &Self { heads, ref tiles, tiles_at, qkv, prefix, out, lse, .. } = self;
+        device::Batch { heads, tiles, tiles_at, qkv, qkv_stride: heads.qkv_width(), prefix, out, lse }
+    }
+}
+
 fn check(qkv: &Tensor, prefix: Option<Prefix>, rows: Rows, heads: Heads) -> Result<usize> {
-    host::check(qkv, "attention")?;
     let (t, width) = qkv.dims2()?;
     if width != heads.qkv_width() || !heads.num_heads.is_multiple_of(heads.num_groups) {
         bail!("attention: q, k, v are {width} wide, expected {} for {heads:?}", heads.qkv_width());

@@ -1,9 +1,10 @@
 //! Softmax cross-entropy in place: logits become their gradient.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::host::{F32View, with_f32_mut};
+use super::host::{F32View, tensor, with_f32_mut};
+use super::on_gpu::on_gpu;
 use super::simd::{exp_sum, max, vectorize};
 
 /// What becomes of the logits.
@@ -15,20 +16,33 @@ pub enum Logits {
     Discard,
 }
 
-/// Negative log-likelihood of each target in f32, `[N]`.
+/// Negative log-likelihood of each target in f32, `[N]`, on the logits' device.
 ///
 /// # Shapes
 /// logits `[N, V]`, targets `[N]` ids below V.
 ///
 /// # Errors
 /// When the number of targets differs or a target is not below V.
-pub fn nll_(logits_NV: &Tensor, targets: &[u32], logits: Logits) -> Result<Vec<f32>> {
+pub fn nll_(logits_NV: &Tensor, targets: &[u32], logits: Logits) -> Result<Tensor> {
     let (n, v) = logits_NV.dims2()?;
     if targets.len() != n {
         bail!("cross_entropy: {n} rows of logits, {} targets", targets.len());
     }
     if let Some(&bad) = targets.iter().find(|&&t| t as usize >= v) {
         bail!("cross_entropy: target {bad} is not below the vocabulary of {v}");
+    }
+    if let Some(gpu) = on_gpu(logits_NV)? {
+        let (losses_N, targets, fault) = (gpu.result_of(n, DType::F32)?, gpu.upload(targets)?, gpu.no_fault()?);
+        let rows = device::Rows {
+            logits: gpu.at(logits_NV)?,
+            targets: gpu.at_of(&targets, DType::U32)?,
+            losses: gpu.at_of(&losses_N, DType::F32)?,
+            fault: gpu.at_of(&fault, DType::U32)?,
+            rows: n,
+            columns: v,
+        };
+        gpu.run(|e, dtype| device::nll_(e, dtype, &rows, logits, 1.0))?;
+        return Ok(losses_N);
     }
     let losses: Vec<std::sync::atomic::AtomicU32> = targets.iter().map(|_| 0.into()).collect();
     with_f32_mut(logits_NV, "cross_entropy", |values| {
@@ -37,7 +51,7 @@ pub fn nll_(logits_NV: &Tensor, targets: &[u32], logits: Logits) -> Result<Vec<f
             loss.store(nll.to_bits(), std::sync::atomic::Ordering::Relaxed);
         });
     })?;
-    Ok(losses.into_iter().map(|bits| f32::from_bits(bits.into_inner())).collect())
+    tensor(losses.into_iter().map(|bits| f32::from_bits(bits.into_inner())).collect(), &[n])
 }
 
 #[inline(always)]

@@ -5,23 +5,32 @@
 //! On a device there is no `add_bias_`: biases are added by the epilogue of the GEMM before them, which saves a pass over memory. Sums over rows
 //! are in `column_sums`.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::host::{F32View, tensor, with_f32_mut};
+use super::on_gpu::on_gpu;
 
 /// Elements a task works on.
 const CHUNK: usize = 1 << 14;
 /// Columns whose sums a task computes.
 const COLUMNS: usize = 64;
 
-/// acc += x, elementwise; same shape.
+/// acc += x, elementwise; same shape. `acc` is in f32, or in x's type.
 ///
 /// # Errors
 /// When the shapes differ.
 pub fn add_(acc: &Tensor, x: &Tensor) -> Result<()> {
     if acc.dims() != x.dims() {
         bail!("add: shapes {:?} and {:?} differ", acc.dims(), x.dims());
+    }
+    if let Some(gpu) = on_gpu(x)? {
+        let n = x.elem_count();
+        let (sum, x) = (gpu.at_of(acc, acc.dtype())?, gpu.at(x)?);
+        return gpu.run(|e, dtype| match acc.dtype() {
+            DType::F32 => device::add_(e, dtype, sum, x, n),
+            _ => device::add_same_(e, dtype, sum, x, n),
+        });
     }
     let x = F32View::new(x)?;
     with_f32_mut(acc, "add", |acc| {
@@ -106,7 +115,41 @@ pub fn column_dots(a_TN: &Tensor, b_TN: &Tensor) -> Result<Vec<f32>> {
 /// # Errors
 /// When the tensor is not on a supported device.
 pub fn scale_(x: &Tensor, factor: f32) -> Result<()> {
+    if let Some(gpu) = on_gpu(x)? {
+        let (at, n) = (gpu.at(x)?, x.elem_count());
+        return gpu.run(|e, dtype| device::scale_(e, dtype, at, n, factor));
+    }
     with_f32_mut(x, "scale", |x| x.par_chunks_mut(CHUNK).for_each(|x| x.iter_mut().for_each(|v| *v *= factor)))
+}
+
+/// to becomes x; same shape and type. Every view of that memory sees it.
+///
+/// # Errors
+/// When shapes, types or devices differ.
+pub fn assign_(to: &Tensor, x: &Tensor) -> Result<()> {
+    if to.dims() != x.dims() || to.dtype() != x.dtype() {
+        bail!("assign: {:?} {:?} to {:?} {:?}", x.dtype(), x.dims(), to.dtype(), to.dims());
+    }
+    match on_gpu(x)? {
+        Some(gpu) => gpu.copy(x, to),
+        None => to.slice_set(x, 0, 0),
+    }
+}
+
+/// x, f32, rounded to `dtype`; x itself if that is f32.
+///
+/// # Errors
+/// When the tensor is not on a supported device, or a CPU is asked for another type: it computes in f32.
+pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    if dtype == DType::F32 && x.dtype() == DType::F32 {
+        return Ok(x.clone());
+    }
+    let Some(gpu) = on_gpu(x)? else { bail!("cast: a CPU computes in f32, found {dtype:?}") };
+    let y = gpu.result_of(x.shape(), dtype)?;
+    let Some(of_y) = on_gpu(&y)? else { bail!("cast: {dtype:?} on another device") };
+    let (at, n) = ([gpu.at_of(x, DType::F32)?, of_y.at(&y)?], x.elem_count());
+    of_y.run(|e, dtype| device::cast(e, dtype, at, n))?;
+    Ok(y)
 }
 
 /// The kernels of `elementwise.cu`.
@@ -117,6 +160,7 @@ pub mod device {
 
     const THREADS: u32 = 256;
 
+    /// Also those of `add_same` and, as x and y, of `cast`.
     #[repr(C)]
     #[derive(Clone, Copy, NoUninit)]
     struct AddArgs {
@@ -159,19 +203,51 @@ pub mod device {
         Bytes { read: (n * (4 + dtype.num_bytes())) as u64, written: 4 * n as u64 }
     }
 
-    /// As [`super::scale_`]: x `[n]` f32, any n.
+    /// As [`super::add_`], rounded once: `sum` and x `[n]` of `dtype`, bf16 or f16, any n.
     ///
     /// # Errors
     /// As [`add_`].
-    pub fn scale_(executor: &dyn Executor, x: u64, n: usize, factor: f32) -> Result<(), LaunchError> {
-        let name = "scale_f32";
-        require_aligned(name, &[x])?;
-        flat(executor, name, n.div_ceil(4), &ScaleArgs { x, n: n as i64, factor, padding: 0 })
+    pub fn add_same_(executor: &dyn Executor, dtype: KernelDtype, sum: u64, x: u64, n: usize) -> Result<(), LaunchError> {
+        let name = format!("add_same_{}", dtype.suffix());
+        require_aligned(&name, &[sum, x])?;
+        flat(executor, &name, n.div_ceil(dtype.wide()), &AddArgs { sum, x, n: n as i64 })
+    }
+
+    /// Of [`add_same_`].
+    pub fn add_same_bytes(dtype: KernelDtype, n: usize) -> Bytes {
+        let values = (n * dtype.num_bytes()) as u64;
+        Bytes { read: 2 * values, written: values }
+    }
+
+    /// As [`super::scale_`]: x `[n]` of `dtype`, any n.
+    ///
+    /// # Errors
+    /// As [`add_`].
+    pub fn scale_(executor: &dyn Executor, dtype: KernelDtype, x: u64, n: usize, factor: f32) -> Result<(), LaunchError> {
+        let name = format!("scale_{}", dtype.suffix());
+        require_aligned(&name, &[x])?;
+        flat(executor, &name, n.div_ceil(dtype.wide()), &ScaleArgs { x, n: n as i64, factor, padding: 0 })
     }
 
     /// Of [`scale_`].
-    pub fn scale_bytes(n: usize) -> Bytes {
-        Bytes { read: 4 * n as u64, written: 4 * n as u64 }
+    pub fn scale_bytes(dtype: KernelDtype, n: usize) -> Bytes {
+        let values = (n * dtype.num_bytes()) as u64;
+        Bytes { read: values, written: values }
+    }
+
+    /// As [`super::cast`]: x `[n]` f32 to y `[n]` of `dtype`, bf16 or f16, any n.
+    ///
+    /// # Errors
+    /// As [`add_`].
+    pub fn cast(executor: &dyn Executor, dtype: KernelDtype, [x, y]: [u64; 2], n: usize) -> Result<(), LaunchError> {
+        let name = format!("cast_{}", dtype.suffix());
+        require_aligned(&name, &[x, y])?;
+        flat(executor, &name, n.div_ceil(dtype.wide()), &AddArgs { sum: x, x: y, n: n as i64 })
+    }
+
+    /// Of [`cast`].
+    pub fn cast_bytes(dtype: KernelDtype, n: usize) -> Bytes {
+        Bytes { read: 4 * n as u64, written: (n * dtype.num_bytes()) as u64 }
     }
 
     /// As [`super::scale_columns`]: x and y `[rows, columns]` of `dtype`, which may be the same, factors `[columns]` f32.

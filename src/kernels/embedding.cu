@@ -1,6 +1,6 @@
 // Rows of the embedding by id, and the sum of their gradients; embedding.rs has the specification.
 //
-// Bytes: gather 2 H s a token of H values of s bytes, and its id, which every thread of a row asks for. scatter_add: H s a token (x), and
+// Bytes: gather and put 2 H s a token of H values of s bytes, and its id, which every thread of a row asks for. scatter_add: H s a token (x), and
 // 8 H for each id that occurs (the table's row, f32, in and out); a token's place is asked for by every thread.
 // Operations a value: none, and 1: memory bounds both.
 #include "device.cuh"
@@ -27,6 +27,24 @@ KERNEL(embedding_gather, GatherArgs, THREADS, 6) {
     Vec<uint32_t, 4> word = {{0, 0, 0, 0}};
     if (is_there) word = load<4>(static_cast<const uint32_t*>(args.table) + (id * args.words + at) * 4);
     store(static_cast<uint32_t*>(args.rows) + (row * args.words + at) * 4, word);
+}
+
+struct PutArgs {
+    void* table;          // [V, H] of any type
+    const unsigned* ids;  // [T], each below V once
+    const void* rows;     // [T, H]
+    int64_t words;        // 16-byte words of a row
+    int tiles;            // blocks a row
+    int padding;
+};
+
+KERNEL(embedding_put, PutArgs, THREADS, 6) {
+    const int64_t row = int(blockIdx.x) / args.tiles;
+    const int64_t at = int(blockIdx.x) % args.tiles * THREADS + int(threadIdx.x);
+    const unsigned id = args.ids[row];
+    if (at >= args.words) return;
+    const auto word = load<4>(static_cast<const uint32_t*>(args.rows) + (row * args.words + at) * 4);
+    store(static_cast<uint32_t*>(args.table) + (id * args.words + at) * 4, word);
 }
 
 // A segment are the tokens of one id, in their order.

@@ -1,8 +1,48 @@
-//! The embedding: rows of a table by id (`Tensor::index_select` on a CPU), and the sum of their gradients.
+//! The embedding: rows of a table by id, and the sum of their gradients.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::host::{F32View, with_f32_mut};
+use super::on_gpu::on_gpu;
+
+/// table `[V, H]` -> its rows at `ids`, `[T, H]`.
+///
+/// # Errors
+/// When an id is not below V.
+pub fn gather(table_VH: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    let (v, h) = table_VH.dims2()?;
+    if let Some(&bad) = ids.iter().find(|&&id| id as usize >= v) {
+        bail!("embedding: id {bad} is not below {v}");
+    }
+    let Some(gpu) = on_gpu(table_VH)? else { return table_VH.index_select(&Tensor::new(ids, table_VH.device())?, 0) };
+    let (rows_TH, ids_T, fault) = (gpu.result((ids.len(), h))?, gpu.upload(ids)?, gpu.no_fault()?);
+    let gather = device::Gather {
+        table: gpu.at(table_VH)?,
+        ids: gpu.at_of(&ids_T, DType::U32)?,
+        rows: gpu.at(&rows_TH)?,
+        fault: gpu.at_of(&fault, DType::U32)?,
+        vocabulary: v,
+        tokens: ids.len(),
+        columns: h,
+    };
+    gpu.run(|e, dtype| device::gather(e, dtype, &gather))?;
+    Ok(rows_TH)
+}
+
+/// Adds row t of x `[N, H]` to row `ids[t]` of sum `[T, H]`, which is 0 there; no id comes twice.
+///
+/// # Errors
+/// When the sizes differ or an id is not below T.
+pub fn put_rows_(sum_TH: &Tensor, ids: &[u32], x_NH: &Tensor) -> Result<()> {
+    let Some(gpu) = on_gpu(sum_TH)? else { return scatter_add_rows_(sum_TH, ids, x_NH) };
+    let ((t, h), (n, width)) = (sum_TH.dims2()?, x_NH.dims2()?);
+    if h != width || ids.len() != n || ids.iter().any(|&id| id as usize >= t) {
+        bail!("put_rows: rows [{n}, {width}] at {} places of [{t}, {h}]", ids.len());
+    }
+    let ids_N = gpu.upload(ids)?;
+    let put = device::Put { table: gpu.at(sum_TH)?, ids: gpu.at_of(&ids_N, DType::U32)?, rows: gpu.at(x_NH)?, tokens: n, columns: h };
+    gpu.run(|e, dtype| device::put(e, dtype, &put))
+}
 
 /// table `[V, H]`: row `ids[t]` += row t of x `[T, H]`, in the order of t.
 ///
@@ -78,6 +118,48 @@ pub mod device {
         let row = columns * dtype.num_bytes();
         let asked = (columns / dtype.wide()).next_multiple_of(THREADS as usize) * 4;
         Bytes { read: (tokens * (row + asked)) as u64, written: (tokens * row) as u64 }
+    }
+
+    /// Addresses, contiguous: table `[V, H]`, ids `[T]` u32, each below V and once, rows `[T, H]`.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Put {
+        pub table: u64,
+        pub ids: u64,
+        pub rows: u64,
+        /// T.
+        pub tokens: usize,
+        /// H.
+        pub columns: usize,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, NoUninit)]
+    struct PutArgs {
+        table: u64,
+        ids: u64,
+        rows: u64,
+        words: i64,
+        tiles: i32,
+        padding: i32,
+    }
+
+    /// The table's rows at `ids` become `rows`.
+    ///
+    /// # Errors
+    /// As [`gather`].
+    pub fn put(executor: &dyn Executor, dtype: KernelDtype, put: &Put) -> Result<(), LaunchError> {
+        let &Put { table, ids, rows, tokens, columns } = put;
+        let name = "embedding_put";
+        let tiles = tiles(name, dtype, columns, THREADS)?;
+        require_aligned(name, &[table, rows])?;
+        let args = PutArgs { table, ids, rows, words: (columns / dtype.wide()) as i64, tiles: tiles as i32, padding: 0 };
+        launch(executor, name, Launch::row(tokens * tiles, THREADS, 0), &args)
+    }
+
+    /// Bytes moved by [`put`].
+    pub fn put_bytes(dtype: KernelDtype, tokens: usize, columns: usize) -> Bytes {
+        let row = columns * dtype.num_bytes();
+        Bytes { read: (tokens * (row + columns / dtype.wide() * 4)) as u64, written: (tokens * row) as u64 }
     }
 
     /// Tokens sorted by their ids, those of one id in their own order.

@@ -40,7 +40,7 @@ impl Product {
     }
 }
 
-pub trait Gpu: Executor {
+pub trait Gpu: Executor + Send + Sync {
     /// Queues a product behind the kernels that were started.
     ///
     /// # Errors

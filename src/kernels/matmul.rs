@@ -8,9 +8,14 @@
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::elementwise;
 use super::gemm::{self, Source, Target};
+use super::gpu::{Operands, Product};
 use super::host::{self, F32View};
-use candle_core::{Result, Tensor, bail};
+use super::launch::KernelDtype;
+use super::on_gpu::{OnGpu, on_gpu};
 
 static FLOPS: AtomicU64 = AtomicU64::new(0);
 
@@ -28,12 +33,96 @@ pub fn nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     if k != k2 {
         bail!("matmul: x is [{m}, {k}] and w is [{n}, {k2}]: the inner sizes differ");
     }
-    host::check(x, "matmul")?;
+    if let Some(gpu) = on_gpu(x)? {
+        return fresh_on_gpu(&gpu, Operands::Nt, [m, n, k], [x, w], None);
+    }
     let out = {
         let (x, w) = (F32View::new(x)?, F32View::new(w)?);
         fresh_product(Mat::rows(&x, k), Mat::rows(&w, k).t(), (m, n, k))
     };
     host::tensor(out, &[m, n])
+}
+
+/// As [`nt`], + bias `[n]` on each row.
+///
+/// # Errors
+/// As [`nt`], or when the bias has another width.
+pub fn nt_bias(x: &Tensor, w: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
+    if let Some(gpu) = on_gpu(x)? {
+        if k != k2 || bias.dims() != [n] {
+            bail!("matmul: x is [{m}, {k}], w is [{n}, {k2}] and the bias {:?}", bias.dims());
+        }
+        return fresh_on_gpu(&gpu, Operands::Nt, [m, n, k], [x, w], Some(bias));
+    }
+    let y = nt(x, w)?;
+    elementwise::add_bias_(&y, bias)?;
+    Ok(y)
+}
+
+/// As [`nt`], + bias `[n]` on each row, + residual `[m, n]`; on a GPU rounded once.
+///
+/// # Errors
+/// As [`nt`], or when the bias or the residual has another size.
+pub fn nt_onto(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, residual: &Tensor) -> Result<Tensor> {
+    let Some(gpu) = on_gpu(x)? else {
+        let y = bias.map_or_else(|| nt(x, w), |bias| nt_bias(x, w, bias))?;
+        elementwise::add_(&y, residual)?;
+        return Ok(y);
+    };
+    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
+    if k != k2 || residual.dims() != [m, n] || bias.is_some_and(|bias| bias.dims() != [n]) {
+        bail!("matmul: x is [{m}, {k}], w [{n}, {k2}], the residual {:?} and the bias {:?}", residual.dims(), bias.map(Tensor::dims));
+    }
+    let y = gpu.result((m, n))?;
+    let bias = bias.map(|bias| gpu.at(bias)).transpose()?;
+    queue(&gpu, Operands::Nt, [m, n, k], [x, w], &y, bias, Some(gpu.at(residual)?))?;
+    Ok(y)
+}
+
+/// As [`nt`], with the product in f32 whatever the operands' type.
+///
+/// # Errors
+/// As [`nt`].
+pub fn nt_f32(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
+    let Some(gpu) = on_gpu(x)? else { return nt(x, w) };
+    if k != k2 {
+        bail!("matmul: x is [{m}, {k}] and w is [{n}, {k2}]: the inner sizes differ");
+    }
+    let d = gpu.result_of((m, n), DType::F32)?;
+    queue(&gpu, Operands::Nt, [m, n, k], [x, w], &d, None, None)?;
+    Ok(d)
+}
+
+/// y `[m, n]` += x wᵀ, of x `[m, k]` and w `[n, k]`.
+///
+/// # Errors
+/// As [`nt`].
+pub fn nt_add_(y: &Tensor, x: &Tensor, w: &Tensor) -> Result<()> {
+    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
+    if let Some(gpu) = on_gpu(x)? {
+        if k != k2 || y.dims() != [m, n] {
+            bail!("matmul: x is [{m}, {k}], w is [{n}, {k2}] and the sum {:?}", y.dims());
+        }
+        return add_on_gpu(&gpu, Operands::Nt, [m, n, k], [x, w], y);
+    }
+    elementwise::add_(y, &nt(x, w)?)
+}
+
+/// dx `[m, k]` += dy w, of dy `[m, n]` and w `[n, k]`.
+///
+/// # Errors
+/// As [`nn`].
+pub fn nn_add_(dx: &Tensor, dy: &Tensor, w: &Tensor) -> Result<()> {
+    let ((m, n), (n2, k)) = (dy.dims2()?, w.dims2()?);
+    if let Some(gpu) = on_gpu(dy)? {
+        if n != n2 || dx.dims() != [m, k] {
+            bail!("matmul: dy is [{m}, {n}], w is [{n2}, {k}] and the sum {:?}", dx.dims());
+        }
+        return add_on_gpu(&gpu, Operands::Nn, [m, k, n], [dy, w], dx);
+    }
+    elementwise::add_(dx, &nn(dy, w)?)
 }
 
 /// dy `[m, n]`, w `[n, k]` -> dy w `[m, k]`.
@@ -45,7 +134,9 @@ pub fn nn(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
     if n != n2 {
         bail!("matmul: dy is [{m}, {n}] and w is [{n2}, {k}]: the inner sizes differ");
     }
-    host::check(dy, "matmul")?;
+    if let Some(gpu) = on_gpu(dy)? {
+        return fresh_on_gpu(&gpu, Operands::Nn, [m, k, n], [dy, w], None);
+    }
     let out = {
         let (dy, w) = (F32View::new(dy)?, F32View::new(w)?);
         fresh_product(Mat::rows(&dy, n), Mat::rows(&w, k), (m, k, n))
@@ -62,7 +153,9 @@ pub fn tn(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if k != k2 {
         bail!("matmul: a is [{k}, {m}] and b is [{k2}, {n}]: the numbers of rows differ");
     }
-    host::check(a, "matmul")?;
+    if let Some(gpu) = on_gpu(a)? {
+        return fresh_on_gpu(&gpu, Operands::Tn, [m, n, k], [a, b], None);
+    }
     let out = {
         let (a, b) = (F32View::new(a)?, F32View::new(b)?);
         fresh_product(Mat::rows(&a, m).t(), Mat::rows(&b, n), (m, n, k))
@@ -79,12 +172,48 @@ pub fn tn_add_(out: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     if k != k2 || out.dims() != [m, n] {
         bail!("matmul: a is [{k}, {m}], b is [{k2}, {n}] and the sum {:?}", out.dims());
     }
-    host::check(out, "matmul")?;
+    if let Some(gpu) = on_gpu(a)? {
+        return add_on_gpu(&gpu, Operands::Tn, [m, n, k], [a, b], out);
+    }
     let (a, b) = (F32View::new(a)?, F32View::new(b)?);
     let threads = rayon::current_num_threads();
     host::with_f32_mut(out, "matmul", |out| {
         run(Mat::rows(&a, m).t(), Mat::rows(&b, n), MatMut::rows(out, n), (m, n, k), Write::Add, threads);
     })
+}
+
+/// A product `[M, N]` in the operands' type.
+fn fresh_on_gpu(gpu: &OnGpu, operands: Operands, sizes: [usize; 3], factors: [&Tensor; 2], bias: Option<&Tensor>) -> Result<Tensor> {
+    let d = gpu.result((sizes[0], sizes[1]))?;
+    let bias = bias.map(|bias| gpu.at(bias)).transpose()?;
+    queue(gpu, operands, sizes, factors, &d, bias, None)?;
+    Ok(d)
+}
+
+/// sum `[M, N]`, in the operands' type or f32, += the product.
+fn add_on_gpu(gpu: &OnGpu, operands: Operands, sizes: [usize; 3], factors: [&Tensor; 2], sum: &Tensor) -> Result<()> {
+    let residual = gpu.at_of(sum, sum.dtype())?;
+    queue(gpu, operands, sizes, factors, sum, None, Some(residual))
+}
+
+/// d `[M, N]`, in the operands' type or f32, becomes the product, + bias and residual of its type.
+fn queue(
+    gpu: &OnGpu,
+    operands: Operands,
+    sizes: [usize; 3],
+    [a, b]: [&Tensor; 2],
+    d: &Tensor,
+    bias: Option<u64>,
+    residual: Option<u64>,
+) -> Result<()> {
+    let out_dtype = if d.dtype() == DType::F32 { KernelDtype::F32 } else { gpu.dtype };
+    count(sizes);
+    let (a, b, d) = (gpu.at(a)?, gpu.at(b)?, gpu.at_of(d, d.dtype())?);
+    gpu.product(&Product { operands, sizes, a, b, d, dtype: gpu.dtype, out_dtype, bias, residual })
+}
+
+fn count(sizes: [usize; 3]) {
+    FLOPS.fetch_add(2 * sizes.iter().product::<usize>() as u64, Ordering::Relaxed);
 }
 
 /// A matrix in a slice: element (i, j) is at `i * row_stride + j * col_stride`.
@@ -152,7 +281,7 @@ fn run(a: Mat, b: Mat, out: MatMut, (m, n, k): (usize, usize, usize), write: Wri
     assert!(a.data.len() >= extent(m, k, a.row_stride, a.col_stride), "matmul: left operand is too short");
     assert!(b.data.len() >= extent(k, n, b.row_stride, b.col_stride), "matmul: right operand is too short");
     assert!(out.row_stride >= n && out.data.len() >= extent(m, n, out.row_stride, 1), "matmul: result is too short");
-    FLOPS.fetch_add(2 * (m * n * k) as u64, Ordering::Relaxed);
+    count([m, n, k]);
     let source = |x: Mat| Source { start: x.data.as_ptr(), row_stride: x.row_stride, col_stride: x.col_stride };
     let target = Target { start: out.data.as_mut_ptr().cast(), row_stride: out.row_stride };
     // SAFETY: the three asserts above keep every element inside its slice; `out` is borrowed mutably, so nothing aliases it; and where it is

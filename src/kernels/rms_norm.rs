@@ -1,9 +1,10 @@
 //! RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467): y = x / sqrt(mean(x²) + eps) * w, all in f32.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::host::{self, F32View, with_f32_mut};
+use super::on_gpu::on_gpu;
 use super::simd::{dot, vectorize};
 
 /// Rows a task works on.
@@ -20,6 +21,19 @@ const COLUMNS: usize = 64;
 /// THUDM modeling_chatglm.py, RMSNorm.forward: the weight product too is in f32, with one cast at the end.
 pub fn fwd(x_TH: &Tensor, w_H: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
     let (t, h) = sizes(x_TH, w_H)?;
+    if let Some(gpu) = on_gpu(x_TH)? {
+        let (y_TH, rstd_T) = (gpu.result((t, h))?, gpu.result_of(t, DType::F32)?);
+        let rows = device::Rows {
+            x: gpu.at(x_TH)?,
+            w: gpu.at(w_H)?,
+            y: gpu.at(&y_TH)?,
+            rstd: gpu.at_of(&rstd_T, DType::F32)?,
+            rows: t,
+            columns: h,
+        };
+        gpu.run(|e, dtype| device::fwd(e, dtype, &rows, eps))?;
+        return Ok((y_TH, rstd_T));
+    }
     let (mut y, mut rstd) = (vec![0f32; t * h], vec![0f32; t]);
     {
         let (x, w) = (F32View::new(x_TH)?, F32View::new(w_H)?);
@@ -45,9 +59,14 @@ pub fn fwd(x_TH: &Tensor, w_H: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
 /// # Errors
 /// When the sizes differ.
 pub fn bwd_add_(dx_TH: &Tensor, dy_TH: &Tensor, x_TH: &Tensor, rstd_T: &Tensor, w_H: &Tensor) -> Result<()> {
-    let (_, h) = sizes(x_TH, w_H)?;
+    let (t, h) = sizes(x_TH, w_H)?;
     if dx_TH.dims() != x_TH.dims() || dy_TH.dims() != x_TH.dims() {
         bail!("rms_norm: dx {:?}, dy {:?} and x {:?} differ", dx_TH.dims(), dy_TH.dims(), x_TH.dims());
+    }
+    if let Some(gpu) = on_gpu(x_TH)? {
+        let (dy, rstd) = (gpu.at(dy_TH)?, gpu.at_of(rstd_T, DType::F32)?);
+        let rows = device::Rows { x: gpu.at(x_TH)?, w: gpu.at(w_H)?, y: gpu.at(dx_TH)?, rstd, rows: t, columns: h };
+        return gpu.run(|e, dtype| device::bwd_add(e, dtype, &rows, dy));
     }
     let (dy, x, rstd, w) = (F32View::new(dy_TH)?, F32View::new(x_TH)?, F32View::new(rstd_T)?, F32View::new(w_H)?);
     with_f32_mut(dx_TH, "rms_norm_bwd", |dx| {
@@ -94,7 +113,6 @@ pub fn bwd_weight_add_(dw_H: &Tensor, dy_TH: &Tensor, x_TH: &Tensor, rstd_T: &Te
 }
 
 fn sizes(x_TH: &Tensor, w_H: &Tensor) -> Result<(usize, usize)> {
-    host::check(x_TH, "rms_norm")?;
     let (t, h) = x_TH.dims2()?;
     if w_H.dims() != [h] {
         bail!("rms_norm: x is [{t}, {h}], weight {:?}", w_H.dims());

@@ -1,10 +1,13 @@
 //! Rotary position embedding (Su et al. 2021, arXiv:2104.09864) as ChatGLM2 has it: only the first half of a head turns, in interleaved pairs.
 
+use std::cell::OnceCell;
+
 use candle_core::{DType, Result, Tensor, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::host::{self, with_f32_mut};
+use super::host::with_f32_mut;
+use super::on_gpu::{OnGpu, on_gpu};
 
 /// In which arithmetic angles are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +35,8 @@ pub struct Table {
     cos: Vec<f32>,
     sin: Vec<f32>,
     pairs: usize,
+    /// Cosines and sines on the GPU that the table was used on: sent once.
+    on_gpu: OnceCell<[Tensor; 2]>,
 }
 
 impl Table {
@@ -70,7 +75,16 @@ impl Table {
                 sin.push(round(s) as f32);
             }
         }
-        Self { cos, sin, pairs }
+        Self { cos, sin, pairs, on_gpu: OnceCell::new() }
+    }
+
+    fn on(&self, gpu: &OnGpu) -> Result<(&Tensor, &Tensor)> {
+        if self.on_gpu.get().is_none() {
+            let sent = [gpu.upload_f32(&self.cos)?, gpu.upload_f32(&self.sin)?];
+            _ = self.on_gpu.set(sent);
+        }
+        let Some([cos, sin]) = self.on_gpu.get() else { bail!("rotary: no table on the GPU") };
+        Ok((cos, sin))
     }
 
     /// Cosines and sines, `[T * D/4]` each.
@@ -103,11 +117,16 @@ pub enum Direction {
 /// # Errors
 /// When the sizes do not fit.
 pub fn rotate_(x_TN: &Tensor, table: &Table, num_heads: usize, head_dim: usize, direction: Direction) -> Result<()> {
-    host::check(x_TN, "rotary")?;
     let (t, n) = x_TN.dims2()?;
     let pairs = table.pairs;
     if table.num_tokens() != t || pairs != head_dim / 4 || num_heads * head_dim > n {
         bail!("rotary: x is [{t}, {n}], table {} x {pairs}, {num_heads} heads of {head_dim}", table.num_tokens());
+    }
+    if let Some(gpu) = on_gpu(x_TN)? {
+        let (cos, sin) = table.on(&gpu)?;
+        let (cos, sin) = (gpu.at_of(cos, DType::F32)?, gpu.at_of(sin, DType::F32)?);
+        let heads = device::Heads { x: gpu.at(x_TN)?, cos, sin, rows: t, stride: n, heads: num_heads, head_dim };
+        return gpu.run(|e, dtype| device::rotate_(e, dtype, &heads, direction));
     }
     let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
     with_f32_mut(x_TN, "rotary", |x| {

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::host::{self, F32View};
+use super::on_gpu::on_gpu;
 use super::simd::{exp, vectorize};
 
 /// Rows a task works on.
@@ -18,6 +19,12 @@ const ROWS: usize = 4;
 /// THUDM modeling_chatglm.py, MLP.forward (swiglu).
 pub fn fwd(gate_up_T2F: &Tensor) -> Result<Tensor> {
     let (t, f) = sizes(gate_up_T2F)?;
+    if let Some(gpu) = on_gpu(gate_up_T2F)? {
+        let act_TF = gpu.result((t, f))?;
+        let rows = device::Rows { gate_up: gpu.at(gate_up_T2F)?, act: gpu.at(&act_TF)?, rows: t, columns: f, stride: 2 * f };
+        gpu.run(|e, dtype| device::fwd(e, dtype, &rows))?;
+        return Ok(act_TF);
+    }
     let mut act = vec![0f32; t * f];
     {
         let gate_up = F32View::new(gate_up_T2F)?;
@@ -35,18 +42,23 @@ pub fn fwd(gate_up_T2F: &Tensor) -> Result<Tensor> {
     host::tensor(act, &[t, f])
 }
 
-/// gate_up `[T, 2F]`, dact `[T, F]` -> dgate_up `[T, 2F]`.
+/// gate_up `[T, 2F]`, dact `[T, F]` -> dgate_up `[T, 2F]`, on a GPU in the memory of `gate_up`.
 ///
 /// # Errors
 /// When the sizes differ.
-pub fn bwd(gate_up_T2F: &Tensor, dact_TF: &Tensor) -> Result<Tensor> {
-    let (t, f) = sizes(gate_up_T2F)?;
+pub fn bwd(gate_up_T2F: Tensor, dact_TF: &Tensor) -> Result<Tensor> {
+    let (t, f) = sizes(&gate_up_T2F)?;
     if dact_TF.dims() != [t, f] {
         bail!("swiglu: gradient has shape {:?}, expected [{t}, {f}]", dact_TF.dims());
     }
+    if let Some(gpu) = on_gpu(&gate_up_T2F)? {
+        let rows = device::Rows { gate_up: gpu.at(&gate_up_T2F)?, act: gpu.at(dact_TF)?, rows: t, columns: f, stride: 2 * f };
+        gpu.run(|e, dtype| device::bwd_(e, dtype, &rows))?;
+        return Ok(gate_up_T2F);
+    }
     let mut out = vec![0f32; t * 2 * f];
     {
-        let (gate_up, dact) = (F32View::new(gate_up_T2F)?, F32View::new(dact_TF)?);
+        let (gate_up, dact) = (F32View::new(&gate_up_T2F)?, F32View::new(dact_TF)?);
         let rows = out.par_chunks_mut(ROWS * 2 * f).zip(gate_up.par_chunks(ROWS * 2 * f)).zip(dact.par_chunks(ROWS * f));
         rows.for_each(|((out, gate_up), dact)| {
             vectorize(|| {
@@ -69,7 +81,6 @@ pub fn bwd(gate_up_T2F: &Tensor, dact_TF: &Tensor) -> Result<Tensor> {
 }
 
 fn sizes(gate_up_T2F: &Tensor) -> Result<(usize, usize)> {
-    host::check(gate_up_T2F, "swiglu")?;
     let (t, f2) = gate_up_T2F.dims2()?;
     if f2 % 2 != 0 {
         bail!("swiglu: width {f2} is not a gate and an up half");

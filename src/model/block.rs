@@ -56,10 +56,24 @@ struct KeptByHooks {
     mlp: Option<Tensor>,
 }
 
+impl KeptByHooks {
+    fn of(&mut self, which: Sublayer) -> &mut Option<Tensor> {
+        match which {
+            Sublayer::Attention => &mut self.attention,
+            Sublayer::Mlp => &mut self.mlp,
+        }
+    }
+}
+
 /// Intermediate results by name, for those who look inside (parity tests).
 pub trait Observer {
     /// `name` is `attn_out`, `mlp_out` or `out`; `value` is `[T, H]` and may be changed in place afterwards: copy it.
     fn observe(&mut self, layer: usize, name: &'static str, value: &Tensor) -> Result<()>;
+
+    /// Whether it wants to see anything: if not, nothing has to be computed for it alone.
+    fn looks(&self) -> bool {
+        true
+    }
 }
 
 /// Looks at nothing.
@@ -68,6 +82,10 @@ pub struct NoObserver;
 impl Observer for NoObserver {
     fn observe(&mut self, _: usize, _: &'static str, _: &Tensor) -> Result<()> {
         Ok(())
+    }
+
+    fn looks(&self) -> bool {
+        false
     }
 }
 
@@ -83,16 +101,10 @@ impl Block {
         rotary::rotate_(&qkv_TN, pass.rotary, self.rotated_heads(), self.heads.head_dim, Direction::Forward)?;
         let prefix = hooks.prefix_kv(self.layer)?;
         let (attn_TN, lse_TN) = attention::fwd(&qkv_TN, prefix.as_ref().map(as_prefix), pass.rows, self.heads)?;
-        let x1_TH = self.linear(LinearSite::Dense, &attn_TN, hooks, &mut kept)?;
-        observer.observe(self.layer, "attn_out", &x1_TH)?;
-        kept.attention = hooks.sublayer(self.layer, Sublayer::Attention, x_TH, &x1_TH)?;
-        elementwise::add_(&x1_TH, x_TH)?;
+        let x1_TH = self.sublayer_end(Sublayer::Attention, &attn_TN, x_TH, hooks, &mut kept, observer)?;
         let (h_TH, rstd2_T) = rms_norm::fwd(&x1_TH, &self.post_attention_layernorm_H, self.norm_eps)?;
         let gate_up_T2F = self.linear(LinearSite::DenseHTo4h, &h_TH, hooks, &mut kept)?;
-        let y_TH = self.linear(LinearSite::Dense4hToH, &swiglu::fwd(&gate_up_T2F)?, hooks, &mut kept)?;
-        observer.observe(self.layer, "mlp_out", &y_TH)?;
-        kept.mlp = hooks.sublayer(self.layer, Sublayer::Mlp, &x1_TH, &y_TH)?;
-        elementwise::add_(&y_TH, &x1_TH)?;
+        let y_TH = self.sublayer_end(Sublayer::Mlp, &swiglu::fwd(&gate_up_T2F)?, &x1_TH, hooks, &mut kept, observer)?;
         observer.observe(self.layer, "out", &y_TH)?;
         Ok((y_TH, Saved { x_TH: x_TH.clone(), rstd1_T, qkv_TN, attn_TN, lse_TN, x1_TH, rstd2_T, gate_up_T2F, hooks: kept }))
     }
@@ -108,7 +120,7 @@ impl Block {
         let x = || swiglu::fwd(&gate_up_T2F);
         let dact_TF = self.linear_backward(LinearSite::Dense4hToH, &dz_TH, &x, &kept, beyond(Reach::MlpOutput), hooks)?;
         let Some(dact_TF) = dact_TF else { return Ok(None) };
-        let dgate_up_T2F = swiglu::bwd(&gate_up_T2F, &dact_TF)?;
+        let dgate_up_T2F = swiglu::bwd(gate_up_T2F, &dact_TF)?;
         let x = || Ok(rms_norm::fwd(&x1_TH, &self.post_attention_layernorm_H, self.norm_eps)?.0);
         let dw_H = hooks.weight_grad(BaseWeight::PostAttentionLayernorm(layer))?;
         let input = if dw_H.is_some() { InputGradient::Wanted } else { beyond(Reach::Mlp) };
@@ -162,6 +174,32 @@ impl Block {
             LinearSite::DenseHTo4h => &self.dense_h_to_4h,
             LinearSite::Dense4hToH => &self.dense_4h_to_h,
         }
+    }
+
+    /// The last linear layer of a sublayer, z `[T, in]`, and what it adds to the residual stream x `[T, H]` -> `[T, H]`.
+    fn sublayer_end(
+        &self,
+        which: Sublayer,
+        z: &Tensor,
+        x_TH: &Tensor,
+        hooks: &dyn Hooks,
+        kept: &mut KeptByHooks,
+        observer: &mut dyn Observer,
+    ) -> Result<Tensor> {
+        let (site, name) = match which {
+            Sublayer::Attention => (LinearSite::Dense, "attn_out"),
+            Sublayer::Mlp => (LinearSite::Dense4hToH, "mlp_out"),
+        };
+        if !hooks.changes_sublayers() && !observer.looks() {
+            let (y_TH, keep) = hooks.linear_onto(self.layer, site, self.weights_of(site), z, x_TH)?;
+            kept.linear[site as usize] = keep;
+            return Ok(y_TH);
+        }
+        let y_TH = self.linear(site, z, hooks, kept)?;
+        observer.observe(self.layer, name, &y_TH)?;
+        *kept.of(which) = hooks.sublayer(self.layer, which, x_TH, &y_TH)?;
+        elementwise::add_(&y_TH, x_TH)?;
+        Ok(y_TH)
     }
 
     /// x `[T, in]` -> y `[T, out]`, as the hooks want it.

@@ -12,7 +12,7 @@ use super::linear::Linear;
 use super::shape::ModelShape;
 use super::soft::Extended;
 use super::weights::WeightSource;
-use crate::kernels::attention::{Heads, Rows};
+use crate::kernels::attention::{Heads, Rows, Tables};
 use crate::kernels::rotary::{Angles, Precision, Table};
 use crate::kernels::{bf16, embedding, rms_norm};
 
@@ -61,6 +61,7 @@ pub struct ChatGlm2 {
 pub struct Tape {
     layers: Vec<Option<Kept>>,
     rotary: Table,
+    tables: Tables,
     /// The rows with their soft tokens, where there are some.
     extended: Option<Extended>,
 }
@@ -145,6 +146,11 @@ impl ChatGlm2 {
         self.embedding_VH.device()
     }
 
+    /// The type in which it computes.
+    pub fn dtype(&self) -> DType {
+        self.embedding_VH.dtype()
+    }
+
     pub fn heads(&self) -> Heads {
         let c = &self.config;
         Heads { num_heads: c.num_attention_heads, num_groups: c.multi_query_group_num, head_dim: c.kv_channels }
@@ -163,8 +169,7 @@ impl ChatGlm2 {
     /// # Errors
     /// As [`Self::forward`].
     pub fn forward_observed(&self, tokens: Tokens, hooks: &dyn Hooks, keep: Keep, observer: &mut dyn Observer) -> Result<(Tensor, Tape)> {
-        let ids = Tensor::new(tokens.ids, self.device())?;
-        let mut x_TH = self.embedding_VH.index_select(&ids, 0)?;
+        let mut x_TH = embedding::gather(&self.embedding_VH, tokens.ids)?;
         let soft_PH = hooks.soft_tokens()?;
         let extended = soft_PH.as_ref().map(|soft_PH| Ok::<_, candle_core::Error>(Extended::new(tokens, soft_PH.dim(0)?))).transpose()?;
         if let (Some(extended), Some(soft_PH)) = (&extended, &soft_PH) {
@@ -172,6 +177,8 @@ impl ChatGlm2 {
         }
         let (positions, rows) = extended.as_ref().map_or((tokens.positions, tokens.rows), |e| (e.positions(), e.rows()));
         let rotary = Table::new(positions, self.config.kv_channels, self.angles);
+        let tables = Tables::default();
+        let rows = Rows { tables: Some(&tables), ..rows };
         let mut layers = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
             let (y_TH, saved) = block.forward(&x_TH, Pass { rows, rotary: &rotary }, hooks, observer)?;
@@ -187,7 +194,7 @@ impl ChatGlm2 {
         if let Some(extended) = &extended {
             x_TH = extended.split(&x_TH)?.1;
         }
-        Ok((x_TH, Tape { layers, rotary, extended }))
+        Ok((x_TH, Tape { layers, rotary, tables, extended }))
     }
 
     /// Takes the gradient towards the hidden states, `[T, H]`, down to the lowest trained place; the hooks receive theirs on the way.
@@ -203,8 +210,8 @@ impl ChatGlm2 {
         hooks: &mut dyn Hooks,
         layer_done: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
-        let Tape { layers, rotary, extended } = tape;
-        let rows = extended.as_ref().map_or(tokens.rows, Extended::rows);
+        let Tape { layers, rotary, tables, extended } = tape;
+        let rows = Rows { tables: Some(&tables), ..extended.as_ref().map_or(tokens.rows, Extended::rows) };
         let pass = Pass { rows, rotary: &rotary };
         let mut dx_TH = Some(match (&extended, hooks.soft_tokens()?) {
             // Nothing is predicted from a soft token.

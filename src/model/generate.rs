@@ -39,7 +39,7 @@ pub fn greedy(model: &ChatGlm2, hooks: &dyn Hooks, prompt: &[u32], max_new_token
     while decoded.ids.len() < max_new_tokens {
         let positions: Vec<u32> = (position..position + input.len() as u32).collect();
         let bounds = [0, input.len()];
-        let tokens = Tokens { ids: &input, positions: &positions, rows: Rows { bounds: &bounds, keep: None } };
+        let tokens = Tokens { ids: &input, positions: &positions, rows: Rows { bounds: &bounds, keep: None, tables: None } };
         let (hidden_TH, tape) = model.forward(tokens, &cache, Keep::All)?;
         for (layer, qkv) in tape.qkv().enumerate() {
             if let Some(qkv) = qkv {

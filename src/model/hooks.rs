@@ -256,6 +256,25 @@ pub trait Hooks {
         Ok((base.forward(x)?, None))
     }
 
+    /// Whether [`Self::sublayer`] changes what a sublayer adds to the residual stream. If not, the layer's last product may add it at once.
+    fn changes_sublayers(&self) -> bool {
+        true
+    }
+
+    /// As [`Self::linear`], with `residual` `[T, out]` added to y, and rounded once where the device can.
+    fn linear_onto(
+        &self,
+        layer: usize,
+        site: LinearSite,
+        base: &Linear,
+        x: &Tensor,
+        residual: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let (y, kept) = self.linear(layer, site, base, x)?;
+        elementwise::add_(&y, residual)?;
+        Ok((y, kept))
+    }
+
     /// Takes the gradient of a linear layer and gives dx `[T, in]`, where it is wanted.
     fn linear_grad(&mut self, of: LinearBackward) -> Result<Option<Tensor>> {
         if let Some(dw) = self.weight_grad(BaseWeight::Weight(of.layer, of.site))? {
@@ -293,4 +312,19 @@ pub trait Hooks {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoHooks;
 
-impl Hooks for NoHooks {}
+impl Hooks for NoHooks {
+    fn changes_sublayers(&self) -> bool {
+        false
+    }
+
+    fn linear_onto(
+        &self,
+        _layer: usize,
+        _site: LinearSite,
+        base: &Linear,
+        x: &Tensor,
+        residual: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        Ok((base.forward_onto(x, residual)?, None))
+    }
+}

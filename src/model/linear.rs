@@ -1,8 +1,8 @@
 //! A linear layer. The gradient of its weight is the hooks' business, and computed only where it is trained.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
-use crate::kernels::{elementwise, matmul};
+use crate::kernels::matmul;
 
 /// y = x Wᵀ + b.
 #[derive(Clone, Debug)]
@@ -20,11 +20,29 @@ impl Linear {
 
     /// x `[T, in]` -> `[T, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = matmul::nt(x, &self.weight)?;
-        if let Some(bias) = &self.bias {
-            elementwise::add_bias_(&y, bias)?;
+        match &self.bias {
+            Some(bias) => matmul::nt_bias(x, &self.weight, bias),
+            None => matmul::nt(x, &self.weight),
         }
-        Ok(y)
+    }
+
+    /// As [`Self::forward`], with `residual` `[T, out]` added.
+    ///
+    /// # Errors
+    /// When the sizes do not fit.
+    pub fn forward_onto(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        matmul::nt_onto(x, &self.weight, self.bias.as_ref(), residual)
+    }
+
+    /// As [`Self::forward`], in f32 whatever the weight's type.
+    ///
+    /// # Errors
+    /// When the sizes do not fit, or there is a bias.
+    pub fn forward_f32(&self, x: &Tensor) -> Result<Tensor> {
+        if self.bias.is_some() {
+            bail!("a product in f32 has no bias");
+        }
+        matmul::nt_f32(x, &self.weight)
     }
 
     /// x Wᵀ alone.

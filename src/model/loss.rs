@@ -5,18 +5,18 @@ use candle_core::{Result, Tensor};
 use super::chatglm2::ChatGlm2;
 use super::hooks::{BaseWeight, Hooks};
 use crate::kernels::cross_entropy::{self, Logits};
-use crate::kernels::{kl, matmul, rms_norm};
+use crate::kernels::{elementwise, embedding, kl, matmul, rms_norm};
 
 /// Positions whose logits are held at once: 133 MB in f32 at ChatGLM2's vocabulary. A weight of the head is packed once a chunk, so smaller
 /// chunks cost time.
 pub const LOGITS_CHUNK: usize = 512;
 
-/// Logits of hidden states `[N, H]` (before the final norm) -> `[N, V]`.
+/// Logits of hidden states `[N, H]` (before the final norm) -> `[N, V]` in f32: rounded to bfloat16 they would lose more of the loss than all layers.
 ///
 /// # Errors
 /// When the sizes do not fit.
 pub fn logits(model: &ChatGlm2, hidden_NH: &Tensor) -> Result<Tensor> {
-    model.output_layer().forward(&model.final_norm(hidden_NH)?.0)
+    model.output_layer().forward_f32(&model.final_norm(hidden_NH)?.0)
 }
 
 /// Negative log-likelihoods of `targets` = (index of the predicting token, id), without a gradient.
@@ -27,10 +27,9 @@ pub fn nll(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Resu
     let mut losses = Vec::with_capacity(targets.len());
     for chunk in targets.chunks(LOGITS_CHUNK) {
         let (index, ids) = split(chunk);
-        let x_NH = hidden_TH.index_select(&Tensor::new(index, hidden_TH.device())?, 0)?;
-        losses.extend(cross_entropy::nll_(&logits(model, &x_NH)?, &ids, Logits::Discard)?);
+        losses.push(cross_entropy::nll_(&logits(model, &embedding::gather(hidden_TH, &index)?)?, &ids, Logits::Discard)?);
     }
-    Ok(losses)
+    read(&losses)
 }
 
 /// As [`nll`], and the gradient of their sum towards the hidden states, `[T, H]`; the hooks receive that of the head and the final norm, where they
@@ -40,14 +39,14 @@ pub fn nll(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Resu
 /// As [`nll`].
 pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)], hooks: &mut dyn Hooks) -> Result<(Vec<f32>, Tensor)> {
     let mut losses = Vec::with_capacity(targets.len());
-    let mut dx_TH = hidden_TH.zeros_like()?;
+    let dx_TH = hidden_TH.zeros_like()?;
     for chunk in targets.chunks(LOGITS_CHUNK) {
         let (index, ids) = split(chunk);
-        let index = Tensor::new(index, hidden_TH.device())?;
-        let x_NH = hidden_TH.index_select(&index, 0)?;
+        let x_NH = embedding::gather(hidden_TH, &index)?;
         let (h_NH, rstd) = model.final_norm(&x_NH)?;
-        let logits_NV = model.output_layer().forward(&h_NH)?;
-        losses.extend(cross_entropy::nll_(&logits_NV, &ids, Logits::ToGradient)?);
+        let logits_NV = model.output_layer().forward_f32(&h_NH)?;
+        losses.push(cross_entropy::nll_(&logits_NV, &ids, Logits::ToGradient)?);
+        let logits_NV = elementwise::cast(&logits_NV, hidden_TH.dtype())?;
         if let Some(dw_VH) = hooks.weight_grad(BaseWeight::OutputLayer)? {
             matmul::tn_add_(&dw_VH, &logits_NV, &h_NH)?;
         }
@@ -55,9 +54,9 @@ pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u
         if let (Some(rstd), Some(dw_H)) = (&rstd, hooks.weight_grad(BaseWeight::FinalLayernorm)?) {
             rms_norm::bwd_weight_add_(&dw_H, &dh_NH, &x_NH, rstd)?;
         }
-        dx_TH = dx_TH.index_add(&index, &model.final_norm_backward(dh_NH, &x_NH, rstd.as_ref())?, 0)?;
+        embedding::put_rows_(&dx_TH, &index, &model.final_norm_backward(dh_NH, &x_NH, rstd.as_ref())?)?;
     }
-    Ok((losses, dx_TH))
+    Ok((read(&losses)?, dx_TH))
 }
 
 /// KL(p || q) in nats at each of `targets` = (index of the predicting token, id): p what `base` predicts from its hidden states, q what
@@ -69,11 +68,16 @@ pub fn kl(base: (&ChatGlm2, &Tensor), tuned: (&ChatGlm2, &Tensor), targets: &[(u
     let mut divergences = Vec::with_capacity(targets.len());
     for chunk in targets.chunks(LOGITS_CHUNK) {
         let (index, _) = split(chunk);
-        let index = Tensor::new(index, base.1.device())?;
-        let logits_NV = |(model, hidden_TH): (&ChatGlm2, &Tensor)| logits(model, &hidden_TH.index_select(&index, 0)?);
+        let logits_NV = |(model, hidden_TH): (&ChatGlm2, &Tensor)| logits(model, &embedding::gather(hidden_TH, &index)?);
         divergences.extend(kl::rows(&logits_NV(base)?, &logits_NV(tuned)?)?);
     }
     Ok(divergences)
+}
+
+/// The losses of all chunks, on the host.
+fn read(losses: &[Tensor]) -> Result<Vec<f32>> {
+    // sync: the losses are read here.
+    losses.iter().map(Tensor::to_vec1).collect::<Result<Vec<_>>>().map(|chunks| chunks.concat())
 }
 
 fn split(targets: &[(u32, u32)]) -> (Vec<u32>, Vec<u32>) {

@@ -41,7 +41,7 @@ impl Extended {
     }
 
     pub(super) fn rows(&self) -> Rows<'_> {
-        Rows { bounds: &self.bounds, keep: self.keep.as_deref() }
+        Rows { bounds: &self.bounds, keep: self.keep.as_deref(), tables: None }
     }
 
     /// soft `[P, H]` and the rows' own x `[T, H]` -> `[S, H]`.

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -20,6 +20,7 @@ use super::low_rank::LoraHooks;
 use super::select::Selector;
 use super::understood;
 use super::{ExportContext, MethodError, Mode, PeftMethod, RowContext, TrainHooks};
+use crate::kernels::elementwise;
 use crate::kernels::host::{F32View, tensor};
 use crate::model::ChatGlm2;
 use crate::model::hooks::{BaseWeight, LinearSite, Reach};
@@ -67,7 +68,10 @@ pub struct Lora {
     num_layers: usize,
     seed: u64,
     params: ParamSet,
+    /// The parameters in the type in which the model computes, flat.
+    computed: Tensor,
     magnitudes: Option<Magnitudes>,
+    dtype: DType,
 }
 
 impl Lora {
@@ -96,8 +100,14 @@ impl Lora {
         } else {
             None
         };
+        if magnitudes.is_some() && !base.device().is_cpu() {
+            bail!("DoRA is computed on a CPU alone");
+        }
         let num_layers = base.config.num_layers;
-        let mut method = Self { settings, targets, num_layers, seed, params: ParamSet::new(&tensors)?, magnitudes };
+        let mut params = ParamSet::new(&tensors)?;
+        params.move_to(base.device())?;
+        let computed = params.flat().clone();
+        let mut method = Self { settings, targets, num_layers, seed, params, computed, magnitudes, dtype: base.dtype() };
         method.refresh()?;
         if let Some(magnitudes) = &method.magnitudes {
             for (&(layer, site), norms) in &magnitudes.norms {
@@ -158,6 +168,15 @@ impl Lora {
             Ok((name, value))
         });
         Self::from_tensors(&settings, base, &tensors.collect::<std::result::Result<_, ExportError>>()?)
+    }
+
+    /// A and B of a target, in the type in which the model computes.
+    pub(super) fn pair(&self, layer: usize, site: LinearSite) -> Result<(Tensor, Tensor)> {
+        let of = |name: String| {
+            let Some(entry) = self.params.layout().get(&name) else { bail!("LoRA has no parameter `{name}`") };
+            self.computed.narrow(0, entry.offset, entry.num_elements())?.reshape(entry.shape.as_slice())
+        };
+        Ok((of(name_of_A(layer, site))?, of(name_of_B(layer, site))?))
     }
 
     pub(super) fn factor(&self) -> f32 {
@@ -232,6 +251,7 @@ impl PeftMethod for Lora {
     }
 
     fn refresh(&mut self) -> Result<()> {
+        self.computed = elementwise::cast(self.params.flat(), self.dtype)?;
         let Some(magnitudes) = &self.magnitudes else { return Ok(()) };
         let mut norms = BTreeMap::new();
         for (&(layer, site), weight) in &magnitudes.weights {
@@ -251,7 +271,7 @@ impl PeftMethod for Lora {
 
     fn hooks<'a>(&'a self, rows: RowContext<'a>) -> Result<Box<dyn TrainHooks + 'a>> {
         let drops = rows.mode == Mode::Train && self.settings.dropout > 0.0;
-        Ok(Box::new(LoraHooks::new(self, drops.then_some(rows), self.site_len())))
+        Ok(Box::new(LoraHooks::new(self, drops.then_some(rows))?))
     }
 
     fn without_effect(&self) -> Result<Option<&'static str>> {

@@ -3,109 +3,108 @@
 //! Shapes: r rank, T tokens; A `[r, in]`, B `[out, r]`.
 #![allow(non_snake_case, reason = "A, B and their gradients are the paper's names")]
 
-use candle_core::{Result, Tensor};
-use rayon::prelude::*;
+use candle_core::{Result, Tensor, bail};
 
 use super::lora::{Lora, name_of_A, name_of_B, name_of_magnitude};
 use super::{RowContext, TrainHooks};
-use crate::kernels::host::{F32View, tensor};
+use crate::kernels::dropout::{self, Mask};
+use crate::kernels::host::with_f32_mut;
 use crate::kernels::{elementwise, matmul};
 use crate::model::hooks::{Hooks, LinearBackward, LinearSite, Reach};
 use crate::model::linear::Linear;
-use crate::rng::{KeyedRng, Stream, unit};
+use crate::rng::Stream;
 
 pub(super) struct LoraHooks<'a> {
     method: &'a Lora,
-    /// Rows whose inputs are dropped from; none where nothing is dropped.
-    rows: Option<RowContext<'a>>,
-    grad: Vec<f32>,
+    /// Rows whose inputs are dropped from; `None` if nothing is dropped.
+    rows: Option<dropout::Rows<'a>>,
+    /// Of all parameters, f32.
+    grad: Tensor,
 }
 
 impl<'a> LoraHooks<'a> {
-    pub(super) fn new(method: &'a Lora, rows: Option<RowContext<'a>>, num_elements: usize) -> Self {
-        Self { method, rows, grad: vec![0.0; num_elements] }
+    pub(super) fn new(method: &'a Lora, rows: Option<RowContext<'a>>) -> Result<Self> {
+        let flat = method.parameters().flat();
+        let rows = rows.map(|rows| dropout::Rows::new(rows.row_bounds, rows.stream_positions, flat.device())).transpose()?;
+        Ok(Self { method, rows, grad: flat.zeros_like()? })
     }
 
-    /// 0 or 1 / (1 - p) for each element of an input `[T, in]`: the same whatever the row is packed with, and in a second forward pass.
-    fn multiplier(&self, layer: usize, site: LinearSite, width: usize) -> Result<Option<Tensor>> {
-        let Some(rows) = self.rows else { return Ok(None) };
-        let p = self.method.dropout();
-        let kept = 1.0 / (1.0 - p);
-        let blocks = width.div_ceil(4);
-        let mut out = Vec::new();
-        for (bounds, &position) in rows.row_bounds.windows(2).zip(rows.stream_positions) {
-            let rng = KeyedRng::new(self.method.seed(), Stream::LowRankDropout, (position << 12) + (layer * 4 + site as usize) as u64);
-            out.par_extend((0..(bounds[1] - bounds[0]) * width).into_par_iter().map(|i| {
-                let (token, channel) = (i / width, i % width);
-                let bits = rng.block((token * blocks + channel / 4) as u32)[channel % 4];
-                if unit(bits) < p { 0.0 } else { kept }
-            }));
-        }
-        let tokens = out.len() / width;
-        Ok(Some(tensor(out, &[tokens, width])?))
+    /// What is dropped of the inputs of a layer: the same whatever a row is packed with, and in a second forward pass.
+    fn mask(&self, layer: usize, site: LinearSite, width: usize) -> Option<Mask> {
+        let place = (layer * 4 + site as usize) as u32;
+        let key = dropout::Key { seed: self.method.seed(), stream: Stream::LowRankDropout, place, p: self.method.dropout() };
+        self.rows.as_ref().map(|rows| Mask::new(key, rows, width))
     }
 
-    /// A and B.
-    fn pair(&self, layer: usize, site: LinearSite) -> Result<(Tensor, Tensor)> {
-        let params = self.method.parameters();
-        Ok((params.get(&name_of_A(layer, site))?, params.get(&name_of_B(layer, site))?))
-    }
-
-    /// Adds to the gradient of a parameter; `value(i)` is its element i.
-    fn add(&mut self, name: &str, value: impl Fn(usize) -> f32) {
-        if let Some(entry) = self.method.parameters().layout().get(name) {
-            let part = &mut self.grad[entry.offset..entry.offset + entry.num_elements()];
-            part.iter_mut().enumerate().for_each(|(i, g)| *g += value(i));
-        }
+    /// Where the gradient of a parameter is added up, in its shape.
+    fn grad_of(&self, name: &str) -> Result<Tensor> {
+        let layout = self.method.parameters().layout();
+        let Some(entry) = layout.get(name) else { bail!("LoRA has no parameter `{name}`") };
+        self.grad.narrow(0, entry.offset, entry.num_elements())?.reshape(entry.shape.as_slice())
     }
 
     /// y += s x Aᵀ Bᵀ.
     fn add_update(&self, layer: usize, site: LinearSite, x: &Tensor, y: &Tensor) -> Result<()> {
-        let (A, B) = self.pair(layer, site)?;
-        let u_Tr = match self.multiplier(layer, site, x.dim(1)?)? {
-            Some(multiplier) => matmul::nt(&(x * multiplier)?, &A)?,
+        let (A, B) = self.method.pair(layer, site)?;
+        let u_Tr = match self.mask(layer, site, x.dim(1)?) {
+            Some(mask) => matmul::nt(&mask.apply(x)?, &A)?,
             None => matmul::nt(x, &A)?,
         };
         elementwise::scale_(&u_Tr, self.method.factor())?;
-        elementwise::add_(y, &matmul::nt(&u_Tr, &B)?)
+        matmul::nt_add_(y, &u_Tr, &B)
     }
 
-    /// Takes the gradients of A and B from that of x Wᵀ + s x Aᵀ Bᵀ, and gives the update's part of dx where dx is wanted.
-    fn update_grad(&mut self, of: &LinearBackward, dz: &Tensor, wanted: bool) -> Result<Option<Tensor>> {
+    /// Takes the gradients of A and B from that of x Wᵀ + s x Aᵀ Bᵀ, and adds the update's part to dx, where that is wanted.
+    fn update_grad(&mut self, of: &LinearBackward, dz: &Tensor, dx: Option<&Tensor>) -> Result<()> {
         let (layer, site) = (of.layer, of.site);
-        let (A, B) = self.pair(layer, site)?;
+        let (A, B) = self.method.pair(layer, site)?;
         let x = (of.x)()?;
-        let multiplier = self.multiplier(layer, site, x.dim(1)?)?;
-        let x = multiplier.as_ref().map_or_else(|| Ok(x.clone()), |m| &x * m)?;
+        let mask = self.mask(layer, site, x.dim(1)?);
+        let x = mask.as_ref().map_or_else(|| Ok(x.clone()), |mask| mask.apply(&x))?;
         let u_Tr = matmul::nt(&x, &A)?;
         elementwise::scale_(&u_Tr, self.method.factor())?;
-        let dB_transposed = matmul::tn(&u_Tr, dz)?;
+        matmul::tn_add_(&self.grad_of(&name_of_B(layer, site))?, dz, &u_Tr)?;
         let du_Tr = matmul::nn(dz, &B)?;
         elementwise::scale_(&du_Tr, self.method.factor())?;
-        let dA = matmul::tn(&du_Tr, &x)?;
-        {
-            let (rank, out) = dB_transposed.dims2()?;
-            let (dA, dB) = (F32View::new(&dA)?, F32View::new(&dB_transposed)?);
-            self.add(&name_of_A(layer, site), |i| dA[i]);
-            self.add(&name_of_B(layer, site), |i| dB[i % rank * out + i / rank]);
+        matmul::tn_add_(&self.grad_of(&name_of_A(layer, site))?, &du_Tr, &x)?;
+        match (dx, mask) {
+            (None, _) => Ok(()),
+            (Some(dx), None) => matmul::nn_add_(dx, &du_Tr, &A),
+            (Some(dx), Some(mask)) => elementwise::add_(dx, &mask.apply(&matmul::nn(&du_Tr, &A)?)?),
         }
-        if !wanted {
-            return Ok(None);
-        }
-        let dx = matmul::nn(&du_Tr, &A)?;
-        multiplier.map_or_else(|| Ok(dx.clone()), |m| &dx * m).map(Some)
     }
 
     /// dm += sum over tokens of dy z / norm; gives dz = dy gain.
     fn magnitude_grad(&mut self, of: &LinearBackward, z: &Tensor) -> Result<Tensor> {
         let (norms, gains) = self.method.norms_and_gains(of.layer, of.site)?;
         let dm = elementwise::column_dots(of.dy, z)?;
-        self.add(&name_of_magnitude(of.layer, of.site), |i| dm[i] / norms[i]);
+        let sum = self.grad_of(&name_of_magnitude(of.layer, of.site))?;
+        with_f32_mut(&sum, "dora", |sum| sum.iter_mut().zip(&dm).zip(norms).for_each(|((sum, dm), norm)| *sum += dm / norm))?;
         elementwise::scale_columns(of.dy, &gains)
     }
 }
 
 impl Hooks for LoraHooks<'_> {
+    fn changes_sublayers(&self) -> bool {
+        false
+    }
+
+    fn linear_onto(
+        &self,
+        layer: usize,
+        site: LinearSite,
+        base: &Linear,
+        x: &Tensor,
+        residual: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        if !self.method.is_target(layer, site) {
+            return Ok((base.forward_onto(x, residual)?, None));
+        }
+        let (y, kept) = self.linear(layer, site, base, x)?;
+        elementwise::add_(&y, residual)?;
+        Ok((y, kept))
+    }
+
     fn linear(&self, layer: usize, site: LinearSite, base: &Linear, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         if !self.method.is_target(layer, site) {
             return Ok((base.forward(x)?, None));
@@ -133,10 +132,7 @@ impl Hooks for LoraHooks<'_> {
             None => of.dy.clone(),
         };
         let dx = LinearBackward { dy: &dz, ..of }.base_input_grad()?;
-        let part = self.update_grad(&of, &dz, dx.is_some())?;
-        if let (Some(dx), Some(part)) = (&dx, &part) {
-            elementwise::add_(dx, part)?;
-        }
+        self.update_grad(&of, &dz, dx.as_ref())?;
         Ok(dx)
     }
 
@@ -147,7 +143,6 @@ impl Hooks for LoraHooks<'_> {
 
 impl TrainHooks for LoraHooks<'_> {
     fn into_site_grad(self: Box<Self>) -> Result<Tensor> {
-        let len = self.grad.len();
-        tensor(self.grad, &[len])
+        Ok(self.grad)
     }
 }

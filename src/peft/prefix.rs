@@ -6,16 +6,17 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Result, Tensor, bail};
-use rayon::prelude::*;
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::{Costs, Mode, RowContext, TrainHooks};
-use crate::kernels::host::{F32View, tensor};
+use crate::kernels::host::tensor;
+use crate::kernels::prefix::{self, Dropout, Layout};
 use crate::kernels::{elementwise, matmul};
 use crate::model::ModelConfig;
-use crate::model::hooks::{Hooks, PrefixKv, Reach};
+use crate::model::hooks::{Hooks, LinearSite, PrefixKv, Reach};
+use crate::model::linear::Linear;
 use crate::params::ParamSet;
-use crate::rng::{KeyedRng, Stream, name_key, unit};
+use crate::rng::{KeyedRng, Stream, name_key};
 
 /// What a method calls its parameters.
 #[derive(Debug)]
@@ -51,9 +52,14 @@ impl Shape {
         Self { virtual_tokens, layers: config.num_layers, groups: config.multi_query_group_num, head_dim: config.kv_channels, projection }
     }
 
+    fn layout(&self) -> Layout {
+        let &Self { virtual_tokens, layers, groups, head_dim, .. } = self;
+        Layout { virtual_tokens, layers, groups, head_dim }
+    }
+
     /// Values of one table row.
     pub fn width(&self) -> usize {
-        2 * self.layers * self.groups * self.head_dim
+        self.layout().width()
     }
 
     fn parameter_shapes(&self, names: &Names) -> BTreeMap<String, Vec<usize>> {
@@ -80,6 +86,8 @@ pub struct PrefixEncoder {
     names: &'static Names,
     dropout: f32,
     seed: u64,
+    /// In which the model computes.
+    dtype: DType,
     params: ParamSet,
     /// `[P, W]`
     table: Tensor,
@@ -121,13 +129,26 @@ impl PrefixEncoder {
         let mut params = ParamSet::new(&shape.parameter_shapes(names).into_iter().map(zeros).collect::<Result<_>>()?)?;
         params.load(tensors)?;
         let table = params.get(names.embedding)?;
-        let mut method = Self { shape, names, dropout: dropout as f32, seed, params, table, hidden: None };
+        let mut method = Self { shape, names, dropout: dropout as f32, seed, dtype: DType::F32, params, table, hidden: None };
         method.refresh()?;
         Ok(method)
     }
 
     pub fn shape(&self) -> Shape {
         self.shape
+    }
+
+    /// Puts the prefix on `device`, for a model that computes in `dtype`.
+    ///
+    /// # Errors
+    /// When there is not enough memory, or a GPU is to compute a projection.
+    pub fn move_to(&mut self, device: &Device, dtype: DType) -> Result<()> {
+        if !device.is_cpu() && self.shape.projection.is_some() {
+            bail!("prefix: a projection is computed on a CPU alone");
+        }
+        self.params.move_to(device)?;
+        self.dtype = dtype;
+        self.refresh()
     }
 
     /// What the model sees, `[P, W]`: the parameter itself or the projection's output.
@@ -145,28 +166,12 @@ impl PrefixEncoder {
         if (p, slots, g, d) != (s.virtual_tokens, 2 * s.layers, s.groups, s.head_dim) {
             bail!("prefix: multiplier {:?} does not fit {s:?}", multiplier.dims());
         }
-        self.hooks_with(Some((r, multiplier.flatten_all()?.to_vec1()?)))
+        self.hooks_with(Dropout::Multipliers { rows: r, values: multiplier.flatten_all()?.to_vec1()? })
     }
 
-    fn hooks_with(&self, dropout: Option<(usize, Vec<f32>)>) -> Result<Box<dyn TrainHooks + '_>> {
-        let table = F32View::new(&self.table)?.to_vec();
-        Ok(Box::new(PrefixHooks { shape: self.shape, table, dropout, grad: vec![0f32; self.site_len()] }))
-    }
-
-    /// Dropout multipliers of rows, keyed by their places in the training stream, `[R, P, 2L, G, D]`.
-    fn multipliers(&self, stream_positions: &[u64]) -> Vec<f32> {
-        let kept = 1.0 / (1.0 - self.dropout);
-        let mut out = vec![0f32; stream_positions.len() * self.site_len()];
-        let width = self.shape.width();
-        out.par_chunks_mut(width).enumerate().for_each(|(i, out)| {
-            let (row, p) = (i / self.shape.virtual_tokens, i % self.shape.virtual_tokens);
-            let rng = KeyedRng::new(self.seed, Stream::PrefixDropout, stream_positions[row]);
-            for (block, four) in out.chunks_exact_mut(4).enumerate() {
-                let bits = rng.block((p * width / 4 + block) as u32);
-                four.iter_mut().zip(bits).for_each(|(m, bits)| *m = if unit(bits) < self.dropout { 0.0 } else { kept });
-            }
-        });
-        out
+    fn hooks_with(&self, dropout: Dropout) -> Result<Box<dyn TrainHooks + '_>> {
+        let grad_PW = Tensor::zeros(self.table.shape(), DType::F32, self.table.device())?;
+        Ok(Box::new(PrefixHooks { table_PW: &self.table, layout: self.shape.layout(), dtype: self.dtype, dropout, grad_PW }))
     }
 
     pub fn params(&self) -> &ParamSet {
@@ -202,8 +207,10 @@ impl PrefixEncoder {
     /// When a tensor cannot be made.
     pub fn hooks<'a>(&'a self, rows: RowContext<'a>) -> Result<Box<dyn TrainHooks + 'a>> {
         self.hooks_with(match rows.mode {
-            Mode::Train if self.dropout > 0.0 => Some((rows.stream_positions.len(), self.multipliers(rows.stream_positions))),
-            _ => None,
+            Mode::Train if self.dropout > 0.0 => {
+                Dropout::keyed(self.shape.layout(), self.seed, self.dropout, rows.stream_positions, self.table.device())?
+            }
+            _ => Dropout::None,
         })
     }
 
@@ -238,80 +245,39 @@ impl PrefixEncoder {
     }
 }
 
-struct PrefixHooks {
-    shape: Shape,
-    /// `[P, 2L, G, D]`
-    table: Vec<f32>,
-    /// Rows and their multipliers `[R, P, 2L, G, D]`; none where nothing is dropped.
-    dropout: Option<(usize, Vec<f32>)>,
-    /// As the table.
-    grad: Vec<f32>,
+struct PrefixHooks<'a> {
+    /// `[P, W]`
+    table_PW: &'a Tensor,
+    layout: Layout,
+    /// In which the model computes.
+    dtype: DType,
+    dropout: Dropout,
+    grad_PW: Tensor,
 }
 
-impl PrefixHooks {
-    /// Rows that get a prefix of their own: one for all where nothing is dropped.
-    fn num_rows(&self) -> usize {
-        self.dropout.as_ref().map_or(1, |(rows, _)| *rows)
+impl Hooks for PrefixHooks<'_> {
+    fn changes_sublayers(&self) -> bool {
+        false
     }
 
-    /// First table element of (virtual token, slot, group).
-    fn at(&self, p: usize, slot: usize, group: usize) -> usize {
-        ((p * 2 * self.shape.layers + slot) * self.shape.groups + group) * self.shape.head_dim
+    fn linear_onto(
+        &self,
+        _layer: usize,
+        _site: LinearSite,
+        base: &Linear,
+        x: &Tensor,
+        residual: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        Ok((base.forward_onto(x, residual)?, None))
     }
 
-    /// Slot `slot` (2i: keys, 2i + 1: values of layer i) for each row, `[R, G, P, D]`.
-    fn expand(&self, slot: usize) -> Result<Tensor> {
-        let Shape { virtual_tokens, groups, head_dim, .. } = self.shape;
-        let rows = self.num_rows();
-        let mut out = vec![0f32; rows * groups * virtual_tokens * head_dim];
-        out.par_chunks_mut(virtual_tokens * head_dim).enumerate().for_each(|(i, out)| {
-            let (row, group) = (i / groups, i % groups);
-            for (p, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                let at = self.at(p, slot, group);
-                out.copy_from_slice(&self.table[at..at + head_dim]);
-                if let Some((_, multiplier)) = &self.dropout {
-                    let multiplier = &multiplier[row * self.table.len() + at..][..head_dim];
-                    out.iter_mut().zip(multiplier).for_each(|(x, m)| *x *= m);
-                }
-            }
-        });
-        tensor(out, &[rows, groups, virtual_tokens, head_dim])
-    }
-
-    /// Adds slot `slot`'s gradient `[R, G, P, D]`, row by row in order.
-    fn gather(&mut self, slot: usize, grad: &Tensor) -> Result<()> {
-        let Shape { virtual_tokens, groups, head_dim, .. } = self.shape;
-        let rows = grad.dim(0)?;
-        let grad = F32View::new(grad)?;
-        for p in 0..virtual_tokens {
-            for group in 0..groups {
-                let at = self.at(p, slot, group);
-                let sum = &mut self.grad[at..at + head_dim];
-                for row in 0..rows {
-                    let from = ((row * groups + group) * virtual_tokens + p) * head_dim;
-                    let grad = &grad[from..from + head_dim];
-                    match &self.dropout {
-                        Some((_, multiplier)) => {
-                            let multiplier = &multiplier[row * self.table.len() + at..][..head_dim];
-                            sum.iter_mut().zip(grad).zip(multiplier).for_each(|((s, g), m)| *s += g * m);
-                        }
-                        None => sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g),
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Hooks for PrefixHooks {
     fn prefix_kv(&self, layer: usize) -> Result<Option<PrefixKv>> {
-        Ok(Some(PrefixKv { k_RGPD: self.expand(2 * layer)?, v_RGPD: self.expand(2 * layer + 1)? }))
+        let (k_RGPD, v_RGPD) = prefix::expand(self.table_PW, self.layout, layer, &self.dropout, self.dtype)?;
+        Ok(Some(PrefixKv { k_RGPD, v_RGPD }))
     }
 
     fn prefix_kv_grad(&mut self, layer: usize, grad: PrefixKv) -> Result<()> {
-        self.gather(2 * layer, &grad.k_RGPD)?;
-        self.gather(2 * layer + 1, &grad.v_RGPD)
+        prefix::sum_(&self.grad_PW, self.layout, layer, [&grad.k_RGPD, &grad.v_RGPD], &self.dropout)
     }
 
     fn reach(&self, layer: usize) -> Reach {
@@ -319,9 +285,8 @@ impl Hooks for PrefixHooks {
     }
 }
 
-impl TrainHooks for PrefixHooks {
+impl TrainHooks for PrefixHooks<'_> {
     fn into_site_grad(self: Box<Self>) -> Result<Tensor> {
-        let len = self.grad.len();
-        tensor(self.grad, &[len])
+        self.grad_PW.flatten_all()
     }
 }

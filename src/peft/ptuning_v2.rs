@@ -73,7 +73,9 @@ impl super::Settings for Settings {
 
     fn create(&self, base: &ChatGlm2, seed: u64) -> std::result::Result<Box<dyn PeftMethod>, MethodError> {
         let shape = shape(&base.config, self.pre_seq_len.get(), self.prefix_projection);
-        Ok(Box::new(PtuningV2::new(shape, self.prefix_dropout, seed)?))
+        let mut method = PtuningV2::new(shape, self.prefix_dropout, seed)?;
+        method.encoder.move_to(base.device(), base.dtype())?;
+        Ok(Box::new(method))
     }
 }
 

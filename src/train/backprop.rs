@@ -98,7 +98,7 @@ fn rows(batch: &MicroBatch, mode: Mode) -> RowContext<'_> {
 }
 
 fn tokens(batch: &MicroBatch) -> Tokens<'_> {
-    Tokens { ids: &batch.ids, positions: &batch.positions, rows: Rows { bounds: &batch.row_bounds, keep: None } }
+    Tokens { ids: &batch.ids, positions: &batch.positions, rows: Rows { bounds: &batch.row_bounds, keep: None, tables: None } }
 }
 
 fn sum(losses: &[f32]) -> f64 {

@@ -16,8 +16,8 @@ use glmddp::train::backprop::forward_backward;
 
 use crate::cli_support::glmddp_in;
 use crate::golden::{Case, cases};
-use crate::golden_methods::{bottleneck, golden_fusion};
 use crate::golden_model::model;
+use crate::golden_subjects::{bottleneck, golden_fusion};
 use crate::golden_train::micro_batch;
 
 fn export(method: &dyn PeftMethod, dir: &Path, config: &ModelConfig) {

@@ -9,8 +9,9 @@ use glmddp::peft::{Base, ExportContext, PeftMethod, read};
 use serde_json::Value;
 
 use crate::golden::{Case, cases};
+use crate::golden_batch::{Batch, check_variant, eval_hooks};
 use crate::golden_methods::not_there;
-use crate::golden_model::{Batch, check_variant, eval_hooks, model};
+use crate::golden_model::model;
 
 /// Folders of a case that PEFT saved -> NAME.
 fn folders(case: &Case) -> Vec<(PathBuf, String)> {

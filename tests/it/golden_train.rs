@@ -16,8 +16,8 @@ use glmddp::train::requests::Wish;
 use glmddp::train::step::{StepSettings, Trainer, gradient_sum};
 
 use crate::golden::{ALLOWED, Case, Comparison, cases};
-use crate::golden_methods::{exact_zero, thudm_prefix};
 use crate::golden_model::model;
+use crate::golden_subjects::{exact_zero, thudm_prefix};
 
 const ADAMW: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
 /// Relative noise of losses and gradient norms where training is not chaotic (golden README: 1e-5 is ample, ten times this).

@@ -18,8 +18,10 @@ use glmddp::train::backprop::forward_backward;
 use serde_json::{Value, json};
 
 use crate::golden::cases;
-use crate::golden_methods::{not_there, prompt_encoder};
-use crate::golden_model::{eval_hooks, model};
+use crate::golden_batch::eval_hooks;
+use crate::golden_methods::not_there;
+use crate::golden_model::model;
+use crate::golden_subjects::prompt_encoder;
 use crate::golden_train::micro_batch;
 
 fn values(t: &Tensor) -> Vec<f32> {
@@ -112,7 +114,7 @@ fn soft_tokens_in_greedy_decoding_with_a_cache_equal_a_pass_over_all_tokens() {
 
 fn last_logits(model: &ChatGlm2, hooks: &dyn Hooks, ids: &[u32]) -> Vec<f32> {
     let (positions, bounds) = ((0..ids.len() as u32).collect::<Vec<_>>(), [0, ids.len()]);
-    let tokens = Tokens { ids, positions: &positions, rows: Rows { bounds: &bounds, keep: None } };
+    let tokens = Tokens { ids, positions: &positions, rows: Rows { bounds: &bounds, keep: None, tables: None } };
     let (hidden, _) = model.forward(tokens, hooks, Keep::Nothing).unwrap();
     values(&loss::logits(model, &hidden.narrow(0, ids.len() - 1, 1).unwrap().contiguous().unwrap()).unwrap())
 }

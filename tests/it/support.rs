@@ -8,7 +8,8 @@ use glmddp::digest::sha256_hex;
 
 use crate::not_run::{Missing, not_run};
 
-/// Folders with golden values: `GLMDDP_GOLDEN_DIR` alone if it is set, else the committed copy and `../shared/golden` where it is there.
+/// Folders with golden values: `GLMDDP_GOLDEN_DIR` alone if it is set, else the committed copy, and `../shared/golden` and
+/// `golden_gpu` if they are there.
 pub fn golden_roots() -> Vec<PathBuf> {
     if let Some(dir) = std::env::var_os("GLMDDP_GOLDEN_DIR") {
         return vec![PathBuf::from(dir)];
@@ -16,6 +17,7 @@ pub fn golden_roots() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut roots = vec![root.join("tests/golden")];
     roots.extend(shared("golden"));
+    roots.extend(shared("golden_gpu"));
     roots
 }
 

@@ -87,6 +87,11 @@ fn cross_entropy() {
 }
 
 #[test]
+fn dropout() {
+    check(this_test!(), "dropout");
+}
+
+#[test]
 fn elementwise() {
     check(this_test!(), "elementwise");
 }

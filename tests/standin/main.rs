@@ -2,10 +2,21 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 mod faults;
+#[path = "../it/golden.rs"]
+mod golden;
+#[path = "../it/golden_batch.rs"]
+mod golden_batch;
+#[path = "../it/golden_subjects.rs"]
+mod golden_subjects;
 mod kernels;
 mod libraries;
+mod model;
 mod mutations;
+#[path = "../it/not_run.rs"]
+mod not_run;
 mod order;
 mod program;
 mod raw;
+#[path = "../it/support.rs"]
+mod support;
 mod told;

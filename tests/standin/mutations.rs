@@ -6,6 +6,7 @@ mod column_sums;
 mod columns;
 mod cross_entropy;
 mod device;
+mod dropout;
 mod elementwise;
 mod embedding;
 mod non_finite;
@@ -49,9 +50,11 @@ const ALL: &[Planted] = &[
     Planted { file: "columns.cuh", mutations: columns::COLUMNS, survivors: &[], found_by: &["column_sums", "rms_norm"] },
     Planted { file: "cross_entropy.cu", mutations: cross_entropy::CROSS_ENTROPY, survivors: &[], found_by: &["cross_entropy"] },
     Planted { file: "device.cuh", mutations: device::MUTATIONS, survivors: &[], found_by: &["rms_norm"] },
+    Planted { file: "dropout.cu", mutations: dropout::DROPOUT, survivors: &[], found_by: &["dropout"] },
     Planted { file: "elementwise.cu", mutations: elementwise::ELEMENTWISE, survivors: &[], found_by: &["elementwise"] },
     Planted { file: "embedding.cu", mutations: embedding::EMBEDDING, survivors: &[], found_by: &["embedding"] },
     Planted { file: "non_finite.cu", mutations: non_finite::NON_FINITE, survivors: &[], found_by: &["non_finite"] },
+    Planted { file: "philox.cuh", mutations: dropout::PHILOX, survivors: &[], found_by: &["dropout"] },
     Planted { file: "rms_norm.cu", mutations: rms_norm::RMS_NORM, survivors: &[], found_by: &["rms_norm"] },
     Planted { file: "rotary.cu", mutations: rotary::ROTARY, survivors: &[], found_by: &["rotary"] },
     Planted { file: "swiglu.cu", mutations: swiglu::SWIGLU, survivors: &[], found_by: &["swiglu"] },
@@ -208,6 +211,18 @@ fn cross_entropy_planted_errors_are_found() {
 #[test]
 fn device_planted_errors_are_found() {
     check("device.cuh");
+}
+
+#[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
+fn dropout_planted_errors_are_found() {
+    check("dropout.cu");
+}
+
+#[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
+fn philox_planted_errors_are_found() {
+    check("philox.cuh");
 }
 
 #[test]

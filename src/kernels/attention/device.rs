@@ -47,6 +47,11 @@ impl Tiles {
         bytemuck::cast_slice(&self.words)
     }
 
+    /// As [`Self::bytes`].
+    pub(super) fn words(&self) -> &[u32] {
+        bytemuck::cast_slice(&self.words)
+    }
+
     fn bytes_of(num_tiles: usize) -> u64 {
         num_tiles as u64 * 8
     }

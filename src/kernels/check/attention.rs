@@ -115,7 +115,7 @@ impl Inputs {
     }
 
     fn rows(&self) -> Rows<'_> {
-        Rows { bounds: &self.bounds, keep: None }
+        Rows { bounds: &self.bounds, keep: None, tables: None }
     }
 
     /// On the device, without `out` and `lse`.

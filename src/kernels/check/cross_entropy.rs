@@ -67,7 +67,7 @@ fn nll(check: &mut Check, dtype: KernelDtype, chunk: Chunk, logits: Logits) -> R
     let targets: Vec<u32> = (0..rows).map(|row| (vocabulary - 1 - row * 37 % (vocabulary - impossible)) as u32).collect();
     let is_ignored = |row: usize| has_ignored && row % 3 == 1;
     let expected = tensor(&x, rows)?;
-    let mut losses = cross_entropy::nll_(&expected, &targets, Logits::ToGradient)?;
+    let mut losses = values(&cross_entropy::nll_(&expected, &targets, Logits::ToGradient)?)?;
     let mut gradient: Vec<f32> = values(&expected)?.into_iter().map(|g| g * SCALE).collect();
     for row in (0..rows).filter(|&row| is_ignored(row)) {
         losses[row] = 0.0;

@@ -17,6 +17,10 @@ pub fn cases() -> Vec<Case> {
             let name = |op: &str| format!("{op} {} of {tokens} tokens, {columns} values", dtype.suffix());
             let case = Case::new("embedding", name("gather"), move |check| gather(check, dtype, tokens, columns));
             cases.push(case.moving(device::gather_bytes(dtype, tokens, columns)));
+            if tokens < VOCABULARY {
+                let case = Case::new("embedding", name("put"), move |check| put(check, dtype, tokens, columns));
+                cases.push(case.moving(device::put_bytes(dtype, tokens, columns)));
+            }
             let case = Case::new("embedding", name("scatter_add"), move |check| scatter(check, dtype, tokens, columns));
             let num_segments = Segments::new(&ids(tokens), VOCABULARY).map_or(0, |segments| segments.ids.len());
             cases.push(case.moving(device::scatter_add_bytes(dtype, tokens, num_segments, columns)));
@@ -52,6 +56,19 @@ fn gather(check: &mut Check, dtype: KernelDtype, tokens: usize, columns: usize) 
     device::gather(check.executor, dtype, &on_device)?;
     check.expect_bits("fault", on_device.fault, &[NO_FAULT])?;
     check.expect_bits("rows", on_device.rows, &dtype.to_bytes(&expected))
+}
+
+fn put(check: &mut Check, dtype: KernelDtype, tokens: usize, columns: usize) -> Result<(), CheckError> {
+    let (mut table, rows) = (random(1, VOCABULARY * columns, 1.0, dtype), random(2, tokens * columns, 1.0, dtype));
+    // 7 and 50 have no divisor in common: no place comes twice.
+    let ids: Vec<u32> = (0..tokens).map(|t| ((VOCABULARY - 1 + 7 * t) % VOCABULARY) as u32).collect();
+    let table_at = check.input("table", dtype, &table)?;
+    for (row, &id) in rows.chunks_exact(columns).zip(&ids) {
+        table[id as usize * columns..][..columns].copy_from_slice(row);
+    }
+    let (ids, rows) = (check.bytes("ids", bytemuck::cast_slice(&ids))?, check.input("rows", dtype, &rows)?);
+    device::put(check.executor, dtype, &device::Put { table: table_at, ids, rows, tokens, columns })?;
+    check.expect_bits("table", table_at, &dtype.to_bytes(&table))
 }
 
 fn bad_ids(check: &mut Check) -> Result<(), CheckError> {

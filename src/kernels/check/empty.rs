@@ -48,7 +48,7 @@ pub fn cases() -> Vec<Case> {
         }),
         case("elementwise", |e, dtype| {
             elementwise::device::add_(e, dtype, NOWHERE, NOWHERE, 0)?;
-            elementwise::device::scale_(e, NOWHERE, 0, 2.0)?;
+            elementwise::device::scale_(e, dtype, NOWHERE, 0, 2.0)?;
             elementwise::device::scale_columns(e, dtype, [NOWHERE; 3], 0, COLUMNS)
         }),
         case("adamw", |e, _| adamw::device::chunk_square_sums(e, NOWHERE, 0, NOWHERE, NOWHERE)),

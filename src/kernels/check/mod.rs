@@ -4,6 +4,7 @@ mod adamw;
 mod attention;
 mod column_sums;
 mod cross_entropy;
+mod dropout;
 mod elementwise;
 mod embedding;
 mod empty;
@@ -32,12 +33,13 @@ use crate::rng::{KeyedRng, Stream};
 pub const COUNTS: [usize; 6] = [1, 31, 33, 64, 127, 193];
 
 /// What cases belong to: the files of kernels, and cuBLASLt's products.
-pub const FILES: [&str; 12] = [
+pub const FILES: [&str; 13] = [
     "adamw",
     "attention",
     "attention_f32",
     "column_sums",
     "cross_entropy",
+    "dropout",
     "elementwise",
     "embedding",
     "non_finite",
@@ -79,6 +81,7 @@ pub fn cases() -> Vec<Case> {
         attention::cases(),
         column_sums::cases(),
         cross_entropy::cases(),
+        dropout::cases(),
         elementwise::cases(),
         embedding::cases(),
         empty::cases(),
@@ -142,8 +145,8 @@ impl Bound {
     }
 }
 
-/// How far a kernel's result may be from the specification's, both from the same rounded inputs.
-#[derive(Clone, Copy, Debug)]
+/// How far a kernel's result may be from the specification's, both from the same rounded inputs; the default: not at all.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Tolerance {
     /// What values lose when they are rounded to a 16-bit type: the same wherever the kernel runs.
     pub rounding: Bound,

@@ -52,7 +52,7 @@ fn forward(check: &mut Check, dtype: KernelDtype, rows: usize, columns: usize, s
 
 fn backward(check: &mut Check, dtype: KernelDtype, rows: usize, columns: usize, stride: usize) -> Result<(), CheckError> {
     let (gate_up, dact) = (random(1, rows * 2 * columns, 2.0, dtype), random(2, rows * columns, 1.0, dtype));
-    let expected = values(&swiglu::bwd(&tensor(&gate_up, rows)?, &tensor(&dact, rows)?)?)?;
+    let expected = values(&swiglu::bwd(tensor(&gate_up, rows)?, &tensor(&dact, rows)?)?)?;
     let on_device = device::Rows {
         gate_up: check.input("gate_up", dtype, &strided(&gate_up, 2 * columns, stride, BETWEEN))?,
         act: check.input("dact", dtype, &dact)?,

@@ -1,12 +1,21 @@
 //! The driver asked.
 #![allow(unsafe_code, reason = "the loader and the driver are C libraries")]
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
+use std::sync::{Arc, Mutex};
 
-use cudarc::driver::{DriverError, result, sys};
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDType;
+use candle_core::{CudaDevice, CudaStorage, DType, Storage, Tensor, bail};
+use cudarc::driver::{DevicePtr, DriverError, result, sys};
 
-use super::{Build, CudaError, CudaExecutor, DRIVER, Device, Driver, Library, Version, images};
+use super::executor::locked;
+use super::{Build, CUBLAS, CURAND, CudaError, CudaExecutor, DRIVER, Device, Driver, Library, Version, images};
 use crate::kernels::gpu::Gpu;
+
+/// Those that run kernels for tensors, by the stream of the tensors' device. A process opens a device or two, and keeps them.
+static OF_TENSORS: Mutex<BTreeMap<usize, Arc<CudaExecutor>>> = Mutex::new(BTreeMap::new());
 
 /// What build.rs compiled.
 pub fn build() -> Option<Build> {
@@ -25,6 +34,61 @@ pub fn build() -> Option<Build> {
 /// When there is none that the kernels run on.
 pub fn open(ordinal: usize) -> Result<Box<dyn Gpu>, CudaError> {
     Ok(Box::new(CudaExecutor::open(ordinal)?))
+}
+
+/// GPU `ordinal` as a device for tensors, with a stream of its own.
+///
+/// # Errors
+/// When there is none that the kernels run on, or a library that candle needs is missing.
+pub fn tensor_device(ordinal: usize) -> Result<candle_core::Device, CudaError> {
+    load(&DRIVER)?;
+    // candle makes a handle of both, and cudarc panics where a library is missing.
+    load(&CUBLAS)?;
+    load(&CURAND)?;
+    let device =
+        CudaDevice::new_with_stream(ordinal).map_err(|error| CudaError::call_failed("candle's CUDA device", &error.to_string(), ""))?;
+    let stream = device.cuda_stream();
+    let key = stream.cu_stream() as usize;
+    let executor = Arc::new(CudaExecutor::of_stream(ordinal, stream)?);
+    locked(&OF_TENSORS).insert(key, executor);
+    Ok(candle_core::Device::Cuda(device))
+}
+
+/// What runs kernels for the tensors of `device`.
+///
+/// # Errors
+/// When [`tensor_device`] did not make it.
+pub fn gpu_of(device: &candle_core::Device) -> Result<Arc<dyn Gpu>, CudaError> {
+    let found = match device {
+        candle_core::Device::Cuda(device) => locked(&OF_TENSORS).get(&(device.cuda_stream().cu_stream() as usize)).cloned(),
+        _ => None,
+    };
+    let Some(found) = found else { return Err(CudaError::ForeignDevice { device: format!("{:?}", device.location()) }) };
+    Ok(found)
+}
+
+/// Where the values of a contiguous tensor on a GPU begin. It holds as long as the tensor's memory lives.
+///
+/// # Errors
+/// When it is none.
+pub fn address(tensor: &Tensor) -> candle_core::Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Some((start, _)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor, found {layout:?}") };
+    let Storage::Cuda(storage) = &*storage else { bail!("expected a tensor on a GPU, found one on {:?}", tensor.device().location()) };
+    let first = match storage.dtype() {
+        DType::F32 => first_of::<f32>(storage)?,
+        DType::BF16 => first_of::<half::bf16>(storage)?,
+        DType::F16 => first_of::<half::f16>(storage)?,
+        DType::U32 => first_of::<u32>(storage)?,
+        DType::U8 => first_of::<u8>(storage)?,
+        dtype => bail!("no kernel takes {dtype:?}"),
+    };
+    Ok(first + (start * storage.dtype().size_in_bytes()) as u64)
+}
+
+fn first_of<T: CudaDType>(storage: &CudaStorage) -> candle_core::Result<u64> {
+    let stream = storage.device().cuda_stream();
+    Ok(storage.as_cuda_slice::<T>()?.device_ptr(&stream).0)
 }
 
 /// The driver and the GPUs that it lets this process see.

@@ -1,10 +1,9 @@
 //! Kernels on a GPU, in the order of their launches.
 #![allow(unsafe_code, reason = "kernels are started by the driver, a C library")]
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -27,15 +26,15 @@ pub struct CudaExecutor {
     context: Arc<CudaContext>,
     pub(super) stream: Arc<CudaStream>,
     /// By source.
-    modules: RefCell<BTreeMap<&'static str, Arc<CudaModule>>>,
+    modules: Mutex<BTreeMap<&'static str, Arc<CudaModule>>>,
     /// By name, each with the dynamic shared memory that it may have.
-    kernels: RefCell<BTreeMap<String, (CudaFunction, u32)>>,
+    kernels: Mutex<BTreeMap<String, (CudaFunction, u32)>>,
     /// By address.
-    pub(super) buffers: RefCell<BTreeMap<u64, CudaSlice<u8>>>,
+    pub(super) buffers: Mutex<BTreeMap<u64, CudaSlice<u8>>>,
     /// For messages: a failure is seen at a later call.
-    pub(super) last: RefCell<String>,
+    pub(super) last: Mutex<String>,
     /// Made by the first product.
-    pub(super) blas: RefCell<Option<Blas>>,
+    pub(super) blas: Mutex<Option<Blas>>,
 }
 
 impl CudaExecutor {
@@ -44,12 +43,25 @@ impl CudaExecutor {
     /// # Errors
     /// When there is none that the kernels run on: driver, device or architecture.
     pub fn open(ordinal: usize) -> Result<Self, CudaError> {
-        let build = build().ok_or(CudaError::NotBuilt)?;
-        let device = driver()?.device(ordinal, build.toolkit)?.clone();
+        let (device, build) = usable(ordinal)?;
         let context = CudaContext::new(ordinal).map_err(|e| failed("cuDevicePrimaryCtxRetain", e))?;
-        // SAFETY: all that is queued goes to the one stream below, so that nothing has to be ordered by events. They would be two an allocation.
-        unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(|e| failed("cuStreamCreate", e))?;
+        Self::with_stream(device, build, stream)
+    }
+
+    /// For what is queued on a stream of tensors' own.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(super) fn of_stream(ordinal: usize, stream: Arc<CudaStream>) -> Result<Self, CudaError> {
+        let (device, build) = usable(ordinal)?;
+        Self::with_stream(device, build, stream)
+    }
+
+    fn with_stream(device: Device, build: Build, stream: Arc<CudaStream>) -> Result<Self, CudaError> {
+        let context = stream.context().clone();
+        // SAFETY: all that is queued goes to the one stream, so that nothing has to be ordered by events. They would be two an allocation.
+        unsafe { context.disable_event_tracking() };
         keep_freed_memory(&context).map_err(|e| failed("cuMemPoolSetAttribute", e))?;
         let (modules, kernels, buffers, last, blas) = Default::default();
         Ok(Self { device, build, context, stream, modules, kernels, buffers, last, blas })
@@ -57,11 +69,11 @@ impl CudaExecutor {
 
     /// The kernel, its module loaded if it is the first of it.
     fn kernel(&self, name: &str) -> Result<CudaFunction, CudaError> {
-        if let Some((kernel, _)) = self.kernels.borrow().get(name) {
+        if let Some((kernel, _)) = locked(&self.kernels).get(name) {
             return Ok(kernel.clone());
         }
         let image = images::of(name).ok_or_else(|| CudaError::kernel_not_found(name, &images::kernels()))?;
-        let mut modules = self.modules.borrow_mut();
+        let mut modules = locked(&self.modules);
         let module = match modules.get(image.source) {
             Some(module) => module.clone(),
             None => {
@@ -74,13 +86,13 @@ impl CudaExecutor {
             }
         };
         let kernel = module.load_function(name).map_err(|e| failed("cuModuleGetFunction", e))?;
-        self.kernels.borrow_mut().insert(name.to_owned(), (kernel.clone(), SHARED_BYTES));
+        locked(&self.kernels).insert(name.to_owned(), (kernel.clone(), SHARED_BYTES));
         Ok(kernel)
     }
 
     /// Lets `name` have so much dynamic shared memory.
     fn allow_shared(&self, name: &str, bytes: u32) -> Result<(), CudaError> {
-        let mut kernels = self.kernels.borrow_mut();
+        let mut kernels = locked(&self.kernels);
         let Some((kernel, allowed)) = kernels.get_mut(name).filter(|(_, allowed)| *allowed < bytes) else { return Ok(()) };
         let limit =
             self.context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN).map_err(|e| failed("cuDeviceGetAttribute", e))?;
@@ -95,11 +107,23 @@ impl CudaExecutor {
 
     /// An error of memory; it may be that of a kernel that was started before.
     pub(super) fn memory_error(&self, buffer: Buffer, call: &'static str, error: DriverError) -> LaunchError {
-        let last = self.last.borrow();
+        let last = locked(&self.last);
         let since = if last.is_empty() { String::new() } else { format!(" (the last kernel started was `{last}`)") };
         let name = format!("at {:#x}", buffer.address);
         LaunchError::Memory { name, bytes: buffer.bytes, reason: format!("{}{since}", failed(call, error)) }
     }
+}
+
+/// Device `ordinal`, and what this binary was built with, if its kernels run there.
+fn usable(ordinal: usize) -> Result<(Device, Build), CudaError> {
+    let build = build().ok_or(CudaError::NotBuilt)?;
+    let device = driver()?.device(ordinal, build.toolkit)?.clone();
+    Ok((device, build))
+}
+
+/// A panic of another thread left nothing half done here: each lock guards whole insertions.
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Lets the device's pool keep what was freed. By default each synchronisation gives it back to the system, and the next allocation pays for it.
@@ -128,7 +152,7 @@ impl Executor for CudaExecutor {
         // Nothing has no address; SAFETY: bytes of any value are bytes, and that they are written before they are read is checked by tests/standin.
         let slice = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.map_err(|e| memory(failed("cuMemAllocAsync", e).to_string()))?;
         let address = slice.device_ptr(&self.stream).0;
-        self.buffers.borrow_mut().insert(address, slice);
+        locked(&self.buffers).insert(address, slice);
         Ok(Buffer { address, bytes })
     }
 
@@ -136,7 +160,7 @@ impl Executor for CudaExecutor {
         if bytes.len() != to.bytes {
             return Err(wrong_buffer(to, format!("{} bytes are written into it", bytes.len())));
         }
-        let mut buffers = self.buffers.borrow_mut();
+        let mut buffers = locked(&self.buffers);
         let view = buffers.get_mut(&to.address).and_then(|slice| slice.try_slice_mut(..to.bytes));
         let mut view = view.ok_or_else(|| wrong_buffer(to, NOT_OURS.into()))?;
         self.stream.memcpy_htod(bytes, &mut view).map_err(|e| self.memory_error(to, "cuMemcpyHtoDAsync", e))?;
@@ -145,7 +169,7 @@ impl Executor for CudaExecutor {
     }
 
     fn read(&self, from: Buffer) -> Result<Vec<u8>, LaunchError> {
-        let buffers = self.buffers.borrow();
+        let buffers = locked(&self.buffers);
         let view = buffers.get(&from.address).and_then(|slice| slice.try_slice(..from.bytes));
         let view = view.ok_or_else(|| wrong_buffer(from, NOT_OURS.into()))?;
         let bytes = self.stream.clone_dtoh(&view).map_err(|e| self.memory_error(from, "cuMemcpyDtoHAsync", e))?;
@@ -173,7 +197,7 @@ impl Executor for CudaExecutor {
         // as long as this executor, by the caller's word.
         unsafe { result::launch_kernel(function, grid, (launch.threads, 1, 1), launch.shared_bytes, stream, &mut params) }
             .map_err(|e| kernel_error(format!("{launch:?}: {}", failed("cuLaunchKernel", e))))?;
-        name.clone_into(&mut self.last.borrow_mut());
+        name.clone_into(&mut locked(&self.last));
         Ok(())
     }
 }

@@ -13,7 +13,7 @@ mod library;
 #[cfg(feature = "cuda")]
 mod products;
 
-pub use device::{build, driver, load, open};
+pub use device::{address, build, driver, gpu_of, load, open, tensor_device};
 pub use error::CudaError;
 #[cfg(feature = "cuda")]
 pub use executor::CudaExecutor;

@@ -13,6 +13,7 @@ use cudarc::driver::{CudaSlice, DevicePtr};
 use super::super::gpu::{Elapsed, Gpu, Operands, Product, Queue};
 use super::super::launch::{Buffer, KernelDtype, LaunchError, require_aligned};
 use super::device::failed;
+use super::executor::locked;
 use super::{CUBLAS_LT, CudaError, CudaExecutor, load};
 
 /// What NVIDIA recommends for Hopper; less serves the others.
@@ -46,6 +47,9 @@ pub(super) struct Blas {
     /// Chosen at the first product of a shape and kept: asking takes time, and another algorithm may give other bits.
     algorithms: BTreeMap<Shape, sys::cublasLtMatmulAlgo_t>,
 }
+
+// SAFETY: a handle of cuBLASLt may be used by any thread (cuBLAS Library, "Thread Safety"); here one at a time, under a lock.
+unsafe impl Send for Blas {}
 
 impl Blas {
     pub(super) fn new(executor: &CudaExecutor) -> Result<Self, LaunchError> {
@@ -166,7 +170,7 @@ impl Gpu for CudaExecutor {
         }
         let (bias_at, residual_at) = (bias.unwrap_or(0), residual.unwrap_or(0));
         require_aligned("matrix product", &[a, b, d, bias_at, residual_at])?;
-        let mut blas = self.blas.borrow_mut();
+        let mut blas = locked(&self.blas);
         let blas = match &mut *blas {
             Some(blas) => blas,
             empty => empty.insert(Blas::new(self)?),
@@ -206,7 +210,7 @@ impl Gpu for CudaExecutor {
         let (alpha, beta) = (1f32, if residual.is_some() { 1f32 } else { 0f32 });
         let pointer = |address: u64| address as *const c_void;
         let workspace = blas.workspace.device_ptr(&self.stream).0 as *mut c_void;
-        self.last.replace(format!("matrix product {operands:?} {:?}", product.sizes));
+        *locked(&self.last) = format!("matrix product {operands:?} {:?}", product.sizes);
         // SAFETY: the addresses are of buffers of these sizes, which live as long as this executor, by the caller's word; the rest lives here.
         unsafe {
             result::matmul(
@@ -242,12 +246,12 @@ impl Gpu for CudaExecutor {
     }
 
     fn free_all(&self) {
-        self.buffers.borrow_mut().clear();
+        locked(&self.buffers).clear();
     }
 
     fn time(&self, before: Queue, work: Queue) -> Result<Elapsed, LaunchError> {
         let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-        let clock = |e| LaunchError::Kernel { kernel: self.last.borrow().clone(), reason: failed("an event", e).to_string() };
+        let clock = |e| LaunchError::Kernel { kernel: locked(&self.last).clone(), reason: failed("an event", e).to_string() };
         before()?;
         let start = event().map_err(clock)?;
         work()?;
