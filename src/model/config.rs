@@ -13,7 +13,7 @@
 //! What the forward pass does not know is refused here, by name; so is what models of the family read in different ways, unless the file
 //! says which of them it is of.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -263,7 +263,7 @@ impl Keys {
                 }),
             };
         };
-        match Family::of(name).or_else(|| self.repository()) {
+        match Family::of(name).or_else(|| Some(Family::of_auto_map(self.present("auto_map")?)?.0)) {
             _ if ratio == 1.0 => Ok(Rope { base: ROTARY_BASE, position_scale: 1.0 }),
             Some(Family::ChatGlm3) => Ok(Rope { base: ROTARY_BASE * ratio, position_scale: 1.0 }),
             Some(Family::ChatGlm2) => Ok(Rope { base: ROTARY_BASE, position_scale: ratio }),
@@ -279,14 +279,6 @@ impl Keys {
                     .to_owned(),
             }),
         }
-    }
-
-    /// The family that `auto_map` takes code from, if all its entries (`org/name--file.Class`) are of one.
-    fn repository(&self) -> Option<Family> {
-        let entries = self.present("auto_map")?.as_object()?.values();
-        let repositories = entries.filter_map(|entry| Some(entry.as_str()?.split_once("--")?.0));
-        let families: BTreeSet<Family> = repositories.filter_map(Family::of).collect();
-        families.first().copied().filter(|_| families.len() == 1)
     }
 
     fn dtype(&self) -> Result<DType, ModelError> {

@@ -1,5 +1,9 @@
 //! Which of the family's published models a name speaks of.
 
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
 /// The published models that differ in what this program has to know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Family {
@@ -46,6 +50,19 @@ impl Family {
         only(&|family| last.contains(family.stem()))
             .or_else(|| only(&|family| name.contains(&format!("{}{}", family.stem(), size(family)))))
     }
+
+    /// The family whose repository `auto_map` takes code from, with that repository's name: the entries (`org/name--file.Class`, or a list
+    /// of them) must be of one family.
+    pub fn of_auto_map(auto_map: &Value) -> Option<(Self, &str)> {
+        let entries = auto_map.as_object()?.values().flat_map(|entry| match entry {
+            Value::Array(list) => list.as_slice(),
+            other => std::slice::from_ref(other),
+        });
+        let repositories = entries.filter_map(|entry| Some(entry.as_str()?.split_once("--")?.0));
+        let known: Vec<(Self, &str)> = repositories.filter_map(|name| Some((Self::of(name)?, name))).collect();
+        let families: BTreeSet<Self> = known.iter().map(|(family, _)| *family).collect();
+        known.first().copied().filter(|_| families.len() == 1)
+    }
 }
 
 /// The model's own part of a name on the hub or of a folder: `chatglm2-6b` of `THUDM/chatglm2-6b`, of `/models/chatglm2-6b/`, and of the
@@ -89,6 +106,24 @@ mod tests {
             ("/", None),
         ] {
             assert_eq!(Family::of(name), family, "{name}");
+        }
+    }
+
+    #[test]
+    fn family_of_auto_map_is_that_of_all_its_repositories() {
+        let of = |text: &str| Family::of_auto_map(&serde_json::from_str(text).unwrap()).map(|(family, name)| (family, name.to_owned()));
+        let chatglm3 = Some((Family::ChatGlm3, "THUDM/chatglm3-6b".to_owned()));
+        assert_eq!(of(r#"{"AutoConfig": "THUDM/chatglm3-6b--configuration_chatglm.ChatGLMConfig"}"#), chatglm3);
+        assert_eq!(of(r#"{"AutoTokenizer": ["THUDM/chatglm3-6b--tokenization_chatglm.ChatGLMTokenizer", null]}"#), chatglm3);
+        assert_eq!(of(r#"{"A": "THUDM/chatglm3-6b--a.B", "C": "someone/code--c.D"}"#), chatglm3);
+        for text in [
+            r#"{"A": "THUDM/chatglm3-6b--a.B", "C": "THUDM/chatglm2-6b--c.D"}"#,
+            r#"{"AutoConfig": "configuration_chatglm.ChatGLMConfig"}"#,
+            "{}",
+            "[]",
+            "null",
+        ] {
+            assert_eq!(of(text), None, "{text}");
         }
     }
 

@@ -53,10 +53,15 @@ pub fn other_template(dir: &Path) -> Result<Option<OtherTemplate>, ModelError> {
     let found = |family, seen: String| Ok(Some(OtherTemplate { family, seen }));
     let mut named = None;
     for (file, json, key) in [("config.json", &config, "_name_or_path"), ("tokenizer_config.json", &tokenizer, "name_or_path")] {
-        let Some(name) = json.get(key).and_then(Value::as_str) else { continue };
-        match Family::of(name) {
-            Some(family @ Family::ChatGlm2) => _ = named.get_or_insert(family),
-            Some(family) => return found(Some(family), format!("`{key}` is {name:?} in {}", dir.join(file).display())),
+        let by_name = json.get(key).and_then(Value::as_str).and_then(|name| Some((Family::of(name)?, key, name)));
+        // A file that was saved again has the hub's name here alone.
+        let by_code = || json.get("auto_map").and_then(Family::of_auto_map).map(|(family, name)| (family, "auto_map", name));
+        match by_name.or_else(by_code) {
+            Some((family @ Family::ChatGlm2, ..)) => _ = named.get_or_insert(family),
+            Some((family, "auto_map", name)) => {
+                return found(Some(family), format!("`auto_map` takes the code of {name:?} in {}", dir.join(file).display()));
+            }
+            Some((family, key, name)) => return found(Some(family), format!("`{key}` is {name:?} in {}", dir.join(file).display())),
             None => {}
         }
     }
@@ -64,7 +69,7 @@ pub fn other_template(dir: &Path) -> Result<Option<OtherTemplate>, ModelError> {
         let file = dir.join("tokenizer_config.json");
         return found(Some(Family::Glm4), format!("`tokenizer_class` is {class:?} in {}", file.display()));
     }
-    if let Some(template) = tokenizer.get("chat_template").filter(|template| !template.is_null() && !has_text(template, QUESTION)) {
+    if let Some(template) = tokenizer.get("chat_template").filter(|template| !is_blank(template) && !has_text(template, QUESTION)) {
         let family = has_text(template, ROLE).then_some(Family::ChatGlm3);
         return found(family, format!("`chat_template` in {}", dir.join("tokenizer_config.json").display()));
     }
@@ -78,6 +83,7 @@ pub fn other_template(dir: &Path) -> Result<Option<OtherTemplate>, ModelError> {
         }
     }
     if let Some(text) = bytes_if_there(dir, "chat_template.jinja")?
+        && !text.trim_ascii().is_empty()
         && !contains(&text, QUESTION)
     {
         let family = contains(&text, ROLE).then_some(Family::ChatGlm3);
@@ -106,6 +112,17 @@ fn bytes_if_there(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, ModelError>
 fn json_if_there(dir: &Path, name: &str) -> Result<Value, ModelError> {
     let Some(text) = bytes_if_there(dir, name)? else { return Ok(Value::Null) };
     json::value(&text).map_err(|source| ModelError::Json { path: dir.join(name), source })
+}
+
+/// Whether a `chat_template`, a text or a list of `{"name": ..., "template": ...}`, holds no template.
+fn is_blank(template: &Value) -> bool {
+    match template {
+        Value::Null => true,
+        Value::String(text) => text.trim().is_empty(),
+        Value::Array(list) => list.iter().all(|named| is_blank(named.get("template").unwrap_or(named))),
+        Value::Object(object) => object.is_empty(),
+        _ => false,
+    }
 }
 
 /// Whether a string or a key anywhere in `json` has `text` in it.

@@ -73,13 +73,26 @@ fn template_is_known_by_any_file_of_the_folder() {
     with("added_tokens.json", r#"{"<|user|>": 64795}"#);
     with("chat_template.jinja", "[gMASK]sop<|user|>");
     with("tokenization_chatglm.py", "role_special_tokens = [\"<|system|>\", \"<|user|>\"]");
+    with("tokenizer_config.json", r#"{"auto_map": {"AutoTokenizer": ["THUDM/chatglm3-6b--tokenization_chatglm.ChatGLMTokenizer", null]}}"#);
     // ChatGLM2's own, in whatever form, and files that say nothing.
+    with("tokenizer_config.json", r#"{"chat_template": ""}"#);
+    with("tokenizer_config.json", r#"{"chat_template": [{"name": "default", "template": " "}]}"#);
+    with("tokenizer_config.json", r#"{"auto_map": {"AutoTokenizer": ["THUDM/chatglm2-6b--tokenization_chatglm.ChatGLMTokenizer", null]}}"#);
+    with("chat_template.jinja", "\n");
     with("tokenizer_config.json", r#"{"chat_template": "[Round 1]\n\n问：{{ m }}\n\n答：", "name_or_path": "THUDM/chatglm2-6b"}"#);
     with("tokenizer_config.json", "{}");
     with("chat_template.jinja", "[Round 1]\n\n问：{{ m }}\n\n答：");
     with("tokenization_chatglm.py", "class ChatGLMTokenizer: pass");
     call_base(dir, "THUDM/codegeex2-6b");
     texts += &said(dir, PLAN);
+    // A file that was saved again has the hub's name in `auto_map` alone.
+    call_base(dir, "");
+    let code = json!({"AutoConfig": "THUDM/chatglm3-6b--configuration_chatglm.ChatGLMConfig"});
+    change_json(&model.join("config.json"), |config| config["auto_map"] = code.clone());
+    texts += &said(dir, PLAN);
+    call_base(dir, "THUDM/chatglm2-6b");
+    texts += &said(dir, PLAN);
+    change_json(&model.join("config.json"), |config| _ = config.as_object_mut().unwrap().remove("auto_map"));
     // A folder's name is asked last, and only if nothing else names the model.
     call_base(dir, "");
     std::fs::rename(&model, dir.join("chatglm3-6b")).unwrap();
@@ -100,7 +113,9 @@ fn template_is_known_by_any_file_of_the_folder() {
     warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/added_tokens.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
     warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the file model/chat_template.jinja); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
     warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the token <|user|> in model/tokenization_chatglm.py); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (`auto_map` takes the code of "THUDM/chatglm3-6b" in model/tokenizer_config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
     warning: this base was trained with another dialogue template, CodeGeeX2's, code behind a line such as `# language: Python` (`_name_or_path` is "THUDM/codegeex2-6b" in model/config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
+    warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (`auto_map` takes the code of "THUDM/chatglm3-6b" in model/config.json); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
     warning: this base was trained with another dialogue template, ChatGLM3's, with <|user|> and <|assistant|> (the folder's name, chatglm3-6b); this program formats rows with ChatGLM2's template ([Round 1], 问：, 答：), as `glmddp tokenize` shows
     "#);
 }
