@@ -76,6 +76,18 @@ pub enum Command {
     Man(man::ManArgs),
 }
 
+impl Command {
+    /// Whether one process does all of it. `plan` counts the ranks of its launcher, `doctor` looks at each process.
+    fn is_for_one(&self) -> bool {
+        match self {
+            Self::Train(_) | Self::Evaluate(_) | Self::Compare(_) | Self::Plan(_) | Self::Doctor(_) => false,
+            Self::Bench(args) => !matches!(args.what, bench::What::Step(_)),
+            Self::Generate(_) | Self::Export(_) | Self::Checkpoint(_) | Self::Tokenize(_) | Self::InitModel(_) => true,
+            Self::DemoData(_) | Self::Kernels(_) | Self::Completions(_) | Self::Man(_) => true,
+        }
+    }
+}
+
 /// The whole program: parses the process's arguments, runs the subcommand, reports its error once.
 ///
 /// The exit code is 0, or 2 where the user can mend it, or 1 where only we can.
@@ -92,6 +104,9 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let command = Cli::try_parse_from(args).map_err(usage::in_plain_words)?.command;
     if matches!(command, Command::Train(_) | Command::Evaluate(_) | Command::Compare(_) | Command::Bench(_)) {
         allocator::keep_memory();
+    }
+    if command.is_for_one() && !ranks::has_turn()? {
+        return Ok(ExitCode::SUCCESS);
     }
     match command {
         Command::Train(args) => return train::run(&args),

@@ -7,7 +7,7 @@ use clap::Args;
 use super::{environment, plan, report};
 use crate::compare::CompareError;
 use crate::config::{ConfigError, Plan};
-use crate::dist::{self, Collectives, ProcessGroup};
+use crate::dist::{self, Collectives, ProcessGroup, Turn};
 use crate::telemetry::{self, Console, Verbosity};
 use crate::train::TrainError;
 
@@ -41,6 +41,25 @@ pub fn run(work: impl FnOnce(&dyn Collectives) -> anyhow::Result<()>) -> anyhow:
         Err(error) => {
             let text = report::render(&error);
             group.abort(text.trim_start_matches("error: ").trim_end())
+        }
+    }
+}
+
+/// Whether this process does what a command for one process does. Where a launcher started more of them, the first does, and says so.
+///
+/// # Errors
+/// When it cannot be told which is the first.
+pub fn has_turn() -> anyhow::Result<bool> {
+    match dist::turn(&environment::variable)? {
+        Turn::Own => Ok(true),
+        Turn::Another => Ok(false),
+        Turn::First { claim } => {
+            report::warn(&[format!(
+                "started by {} as {}, but this command runs in one: the first does it",
+                claim.launcher,
+                claim.processes()
+            )]);
+            Ok(true)
         }
     }
 }

@@ -87,9 +87,13 @@ fn facts(error: &anyhow::Error) -> Facts {
             return Some(Facts { fault, place: None, hint: error.hint() });
         }
         if let Some(error) = cause.downcast_ref::<DistError>() {
-            use DistError::{Alone, Unconnected, WithoutMpi};
-            let is_users = matches!(error, WithoutMpi { .. } | Unconnected { .. } | Alone { .. });
-            let hint = if let Unconnected { claim } = error { Some(restart::connected(claim)) } else { error.hint() };
+            use DistError::{Alone, Repeated, Unconnected, WithoutMpi};
+            let is_users = matches!(error, WithoutMpi { .. } | Unconnected { .. } | Repeated { .. } | Alone { .. });
+            let hint = match error {
+                Unconnected { claim } => Some(restart::connected(claim)),
+                Repeated { .. } => Some(restart::alone()),
+                _ => error.hint(),
+            };
             return Some(Facts { fault: if is_users { Fault::User } else { Fault::Ours }, place: None, hint });
         }
         cause.is::<std::io::Error>().then_some(Facts { fault: Fault::User, place: None, hint: None })

@@ -26,9 +26,7 @@ pub fn command(goes_on: GoesOn) -> String {
 
 /// How to start the job of `claim` so that its processes find each other, or this one alone: with the command of this process.
 pub fn connected(claim: &Claim) -> String {
-    // What launchers of Python put before the arguments of a program.
-    let is_theirs = |word: &String| word.starts_with("--local_rank=") || word.starts_with("--local-rank=");
-    let own = quoted(environment::arguments().into_iter().filter(|word| !is_theirs(word)).collect());
+    let own = own_words();
     let n = claim.num_processes.unwrap_or(2);
     const SRUN: &str = "start it with `srun --mpi=pmix` (or `--mpi=pmi2`), or with mpirun inside the allocation";
     let start = match (claim.launcher, claim.spread) {
@@ -43,6 +41,18 @@ pub fn connected(claim: &Claim) -> String {
         }
     };
     format!("{start}; if no other process belongs to this one: `{ALONE}=1 {own}`")
+}
+
+/// How to start a command that one process does: without the launcher.
+pub fn alone() -> String {
+    let own = own_words();
+    format!("start it without the launcher: `{own}`; if no other process belongs to this one: `{ALONE}=1 {own}`")
+}
+
+/// The command of this process, without what launchers of Python put before the arguments of a program.
+fn own_words() -> String {
+    let is_theirs = |word: &String| word.starts_with("--local_rank=") || word.starts_with("--local-rank=");
+    quoted(environment::arguments().into_iter().filter(|word| !is_theirs(word)).collect())
 }
 
 /// The words of the command that started all ranks.

@@ -27,6 +27,39 @@ pub fn connect(env: Environment) -> Result<Box<dyn Collectives>, DistError> {
     }
 }
 
+/// Who does what one process does alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// This process: it is the only one, or on a machine of its own.
+    Own,
+    /// This process, for all that the launcher started.
+    First { claim: Claim },
+    /// Another process.
+    Another,
+}
+
+/// Whether this process does the work of a command that meets no other rank. Under mpirun and its like the first one does.
+///
+/// # Errors
+/// When several processes were started, and by a launcher that no MPI library knows: a run would be refused there too ([`connect`]).
+pub fn turn(env: Environment) -> Result<Turn, DistError> {
+    let is_alone = launcher::is_alone(env)?;
+    let claim = launcher::speaking_mpi(env);
+    if let Some(claim) = &claim {
+        match (claim.rank, claim.num_processes) {
+            (Some(rank), _) if rank > 0 => return Ok(Turn::Another),
+            (_, Some(n)) if n > 1 => return Ok(Turn::First { claim: claim.clone() }),
+            _ => {}
+        }
+    }
+    let other = launcher::speaking_no_mpi(env).filter(|other| !is_alone && other.spread == Spread::Processes);
+    // As in `connect`, of the daemons of an mpirun.
+    match other.filter(|other| claim.is_none() || other.launcher != "srun") {
+        Some(claim) => Err(DistError::Repeated { claim }),
+        None => Ok(Turn::Own),
+    }
+}
+
 /// Each of the processes would train alone.
 fn lone(claim: Claim) -> DistError {
     if cfg!(feature = "mpi") {
@@ -105,6 +138,32 @@ mod tests {
             let error = refused(variables);
             assert!(error.to_string().starts_with("started by torchrun as 2 processes"), "{error}");
         }
+    }
+
+    #[test]
+    fn turn_of_one_command_is_the_first_processs_under_mpi_and_refused_under_others() {
+        let of = |variables| turn(&with(variables));
+        let is_first = |variables| matches!(of(variables), Ok(Turn::First { .. }));
+        assert!(is_first(&[("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "0")]));
+        assert!(is_first(&[("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "0"), ("SLURM_STEP_NUM_TASKS", "2"), (ALONE, "1")]));
+        assert!(is_first(&[("SLURM_STEP_NUM_TASKS", "2"), ("PMI_RANK", "0")]));
+        for variables in
+            [&[("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "3")][..], &[("SLURM_STEP_NUM_TASKS", "2"), ("PMIX_RANK", "1")]]
+        {
+            assert_eq!(of(variables).unwrap(), Turn::Another, "{variables:?}");
+        }
+        for variables in [
+            &[][..],
+            &[("OMPI_COMM_WORLD_SIZE", "1"), ("OMPI_COMM_WORLD_RANK", "0"), ("SLURM_STEP_NUM_TASKS", "4")],
+            &[("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "job-0")],
+            &[("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), (ALONE, "1")],
+        ] {
+            assert_eq!(of(variables).unwrap(), Turn::Own, "{variables:?}");
+        }
+        for variables in [&[("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")][..], &[("SLURM_STEP_NUM_TASKS", "4")], &[("HOROVOD_SIZE", "4")]] {
+            assert!(matches!(of(variables), Err(DistError::Repeated { .. })), "{variables:?}");
+        }
+        assert!(of(&[(ALONE, "perhaps")]).is_err());
     }
 
     #[cfg(not(feature = "mpi"))]

@@ -19,6 +19,8 @@ pub enum DistError {
     WithoutMpi { launcher: &'static str, processes: String },
     #[error("started by {} as {}, but MPI found one: each would train alone and overwrite the others", claim.launcher, claim.processes())]
     Unconnected { claim: Claim },
+    #[error("started by {} as {}, but this command runs in one: each would do the same in the same place", claim.launcher, claim.processes())]
+    Repeated { claim: Claim },
     #[error("the environment variable {ALONE} is `{value}`, expected 1 or 0")]
     Alone { value: String },
     #[error("MPI is already initialised in this process")]

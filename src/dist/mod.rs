@@ -37,7 +37,7 @@ use serde::{Deserialize, Serialize};
 
 pub use abort::{Aborter, install_panic_hook};
 pub use agree::{AgreedError, agree};
-pub use connect::connect;
+pub use connect::{Turn, connect, turn};
 pub use error::DistError;
 pub use shards::{Shards, Wire, all_gather_shards};
 pub use slots::{Node, SlotScalars, SlotTree, gather_slots, gather_slots_and_notes};

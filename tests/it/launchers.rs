@@ -4,7 +4,7 @@ use std::path::Path;
 
 use glmddp::dist::launcher::ALONE;
 
-use crate::cli_support::{Ran, glmddp_under, ok};
+use crate::cli_support::{Ran, glmddp_in, glmddp_under, ok};
 use crate::not_run::{Missing, not_run};
 
 /// A folder with a tiny model in `tiny` and rows in `demo`.
@@ -74,6 +74,51 @@ fn every_command_of_several_ranks_is_refused_under_torchrun() {
         assert_eq!(ran.code, 2, "{command:?}: {}", ran.stderr);
         assert!(ran.stderr.starts_with("error: started by torchrun as 2 processes"), "{}", ran.stderr);
     }
+}
+
+/// What one process does: under mpirun the first does it, under what MPI does not know nobody.
+#[test]
+fn command_for_one_process_runs_once_under_mpirun_and_is_refused_under_torchrun() {
+    let dir = setup();
+    let root = dir.path();
+    assert_eq!(glmddp_in(root, &[&TRAIN[..], &["--output_dir=out"]].concat()).code, 0);
+    let torchrun = glmddp_under(root, LAUNCHERS[0].1, &["demo-data", "--output_dir=new"]);
+    insta::assert_snapshot!(told(&torchrun), @r"
+    error: started by torchrun as 2 processes (WORLD_SIZE is 2), but this command runs in one: each would do the same in the same place
+
+    hint: start it without the launcher: `glmddp demo-data '--output_dir=new'`; if no other process belongs to this one: `GLMDDP_ALONE=1 glmddp demo-data '--output_dir=new'`
+    ");
+    let resume = ["--train_file=demo/train.jsonl", "--model_name_or_path=tiny", "--output_dir=new"];
+    for command in [
+        &["demo-data", "--output_dir=new"][..],
+        &["init-model", "--preset=tiny", "--output_dir=new"],
+        &["generate", "--prompt=a", "--model_name_or_path=tiny", "--max_new_tokens=1"],
+        &["export", "--merge", "--model_name_or_path=tiny", "--adapter=out/adapter", "--output_dir=new"],
+        &["tokenize", resume[0], resume[1], resume[2]],
+        &["checkpoint", "verify", "out"],
+        &["checkpoint", "export", "out", "--output_dir=new"],
+        &["checkpoint", "import", "out/adapter", resume[0], resume[1], resume[2]],
+        &["checkpoint", "prune", "out", "--save_total_limit=1"],
+        &["completions", "bash"],
+        &["man", "--output_dir=new"],
+    ] {
+        let ran = glmddp_under(root, LAUNCHERS[1].1, command);
+        assert!(ran.code == 2 && ran.stdout.is_empty() && ran.stderr.contains("runs in one: each would"), "{command:?}: {}", ran.stderr);
+        let of_mpirun = |rank| [("OMPI_COMM_WORLD_SIZE", "2"), ("OMPI_COMM_WORLD_RANK", rank)];
+        let second = glmddp_under(root, &of_mpirun("1"), command);
+        assert_eq!((second.code, second.stdout.as_str(), second.stderr.as_str()), (0, "", ""), "{command:?}");
+        assert!(!root.join("new").exists(), "{command:?}");
+        if command[0] == "export" {
+            continue; // P-Tuning v2 has no merge.
+        }
+        let first = glmddp_under(root, &of_mpirun("0"), command);
+        let warning =
+            "warning: started by mpirun as 2 processes (OMPI_COMM_WORLD_SIZE is 2), but this command runs in one: the first does it\n";
+        assert!(first.code == 0 && first.stderr.starts_with(warning), "{command:?}: {}", first.stderr);
+        let _ = std::fs::remove_dir_all(root.join("new"));
+    }
+    // A pod or a leftover variable: this process may well be the only one on its machine.
+    assert_eq!(glmddp_under(root, LAUNCHERS[5].1, &["demo-data", "--output_dir=new", "--rows=4", "--dev_rows=2"]).code, 0);
 }
 
 /// The two commands of the hint, typed in.
