@@ -19,6 +19,7 @@ use crate::dist::Solo;
 use crate::model::shape::ModelShape;
 use crate::peft::{MethodError, bare};
 use crate::telemetry::{bytes, si, thousands};
+use crate::train::room;
 
 /// Show what a run would do: rows a step, steps, tokens, FLOPs, memory
 #[derive(Clone, Debug, Args)]
@@ -42,7 +43,11 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
     let shape = model_shape(&plan.model.model_name_or_path)?;
     let arithmetic = shape.as_ref().map(|shape| plan_arithmetic(shape, &plan)).transpose()?;
     let num_rows = num_train_rows(&plan.data)?;
-    report::warn(&surprises(&plan, num_rows));
+    let mut warnings = surprises(&plan, num_rows);
+    if let Some((shape, arithmetic)) = shape.as_ref().zip(arithmetic.as_ref()) {
+        warnings.extend(room::limit_warning(shape, &plan, arithmetic, num_rows)?);
+    }
+    report::warn(&warnings);
     let length = plan_length(&plan, num_rows);
     let text = if args.json {
         let json = serde_json::json!({ "plan": plan, "length": length, "shape": shape, "arithmetic": arithmetic });

@@ -223,9 +223,21 @@ pub fn rank_bytes_of_rows(shape: &ModelShape, plan: &Plan, lengths: &RowLengths)
     Ok(most_rank_bytes(shape, plan, &plan.method.settings().costs(shape)?, row_tokens, row_targets))
 }
 
+/// Gradients of slots that each rank surely holds at once. On one rank: the sums of the open subtrees before its slot k, popcount(k) of
+/// them, most at k = 2^m - 1. A share that begins elsewhere has at least one of its second slot on. Where weights of the base are trained, the
+/// slot's own gradient is there from the start of its backward pass.
+fn least_gradient_buffers(batch: &BatchPlan, reduction: Reduction, costs: &Costs) -> u64 {
+    let accumulation = batch.accumulation_steps();
+    let before = match reduction {
+        Reduction::SlotTree if batch.world_size.get() == 1 => u64::from(accumulation.max(1).ilog2()),
+        Reduction::SlotTree | Reduction::AllReduce => u64::from(accumulation > 1),
+    };
+    (before + u64::from(costs.trained_base_parameters > 0)).max(1)
+}
+
 /// What each rank of a run over such rows surely takes, where [`plan_arithmetic`] has what it may take. Of the rows: micro-batches of the
 /// shortest, and the longest once if the run comes to every row. Of the layers: not the lowest that is reached, which may keep less. Of the
-/// gradients: one buffer. Nothing of what the method keeps for itself.
+/// gradients: all that are held at once, beside the shortest rows, or one beside the longest. Nothing of what the method keeps for itself.
 ///
 /// # Errors
 /// When the method's settings name parts that the model does not have.
@@ -237,23 +249,30 @@ pub fn least_rank_bytes(shape: &ModelShape, plan: &Plan, lengths: &RowLengths) -
     let meets_all = plan.batch.world_size.get() == 1 && steps.saturating_mul(plan.batch.rows_per_step() as u64) >= lengths.num_rows;
     let longest = if meets_all { lengths.longest } else { lengths.shortest };
     let inputs = |tokens: u64| costs.soft_tokens + tokens.saturating_sub(1);
-    let tokens = inputs(longest) + (rows - 1) * inputs(lengths.shortest);
     let saved = match (shape.layers - costs.lowest_layer, plan.model.recompute) {
         (0 | 1, _) => 0,
         (reached, Recompute::None) => (reached - 1) * shape.saved_floats(Recompute::None),
         (reached, Recompute::Block) => (reached - 1) * shape.saved_floats(Recompute::Block) + shape.saved_floats(Recompute::None),
     };
-    let held = Held { saved_floats: tokens * saved, logits_rows: rows, gradient_buffers: 1, gradient: 0 };
-    let mut bytes = rank_bytes(shape, plan, &costs, &held);
-    if steps < 2 {
-        // The first step frees its activations before it touches the moments: the larger of the two counts.
-        if bytes.moments > bytes.saved_activations + bytes.logits {
-            (bytes.saved_activations, bytes.logits) = (0, 0);
-        } else {
-            bytes.moments = 0;
+    let at_once = |gradient_buffers: u64, longest: u64| {
+        let tokens = inputs(longest) + (rows - 1) * inputs(lengths.shortest);
+        let held = Held { saved_floats: tokens * saved, logits_rows: rows, gradient_buffers, gradient: 0 };
+        let mut bytes = rank_bytes(shape, plan, &costs, &held);
+        if steps < 2 {
+            // The first step frees its activations, and all sums but one, before it touches the moments: the larger of the two counts.
+            let sum = F32_BYTES * costs.site_elements;
+            if bytes.moments + sum > bytes.saved_activations + bytes.logits + bytes.slot_sums {
+                (bytes.saved_activations, bytes.logits, bytes.slot_sums) = (0, 0, sum);
+            } else {
+                bytes.moments = 0;
+            }
         }
-    }
-    Ok(bytes)
+        bytes
+    };
+    // Which slot has the longest row is not known: it may be the first.
+    let most_sums = at_once(least_gradient_buffers(&plan.batch, plan.optim.reduction, &costs), lengths.shortest);
+    let longest_row = at_once(1, longest);
+    Ok(if most_sums.total() > longest_row.total() { most_sums } else { longest_row })
 }
 
 /// Optimizer steps of a run over `num_rows` training rows; the last step of the epochs asked for is a whole one.

@@ -9,11 +9,15 @@ use std::num::NonZeroUsize;
 use super::TrainError;
 use super::together::together;
 use crate::config::Plan;
-use crate::config::arithmetic::{RankBytes, RowLengths, least_rank_bytes, rank_bytes_of_rows};
+use crate::config::arithmetic::{Arithmetic, RankBytes, RowLengths, least_rank_bytes, rank_bytes_of_rows};
 use crate::config::plan::{BatchPlan, MemoryLimit, Recompute};
 use crate::dist::ProcessGroup;
 use crate::model::shape::ModelShape;
+use crate::peft::MethodError;
 use crate::telemetry::{Memory, bytes};
+
+/// Tokens of the shortest row that there can be: `[gMASK] sop`, one of a question, one of an answer, eos.
+const LEAST_ROW_TOKENS: u64 = 5;
 
 /// What the ranks of a machine may take, and where the figure is from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,14 +85,19 @@ impl std::error::Error for TooLarge {}
 impl TooLarge {
     /// What to do about it.
     pub fn hint(&self) -> String {
-        let fitting: Vec<String> = self.fitting.iter().map(|(change, need)| format!("{change} (about {} a rank)", bytes(*need))).collect();
-        let other = if fitting.is_empty() {
-            "use a machine with more memory, or a smaller model".to_owned()
-        } else {
-            format!("it fits with {}", fitting.join(", or with "))
-        };
+        let other = changes_text(&self.fitting);
         let limit = if self.room.is_given { "a larger `--memory_limit`, or `--memory_limit none`," } else { "`--memory_limit none`" };
         format!("{other}; {limit} starts it all the same")
+    }
+}
+
+/// What to do, given the changes after which it fits.
+fn changes_text(fitting: &[(String, u64)]) -> String {
+    let fitting: Vec<String> = fitting.iter().map(|(change, need)| format!("{change} (about {} a rank)", bytes(*need))).collect();
+    if fitting.is_empty() {
+        "use a machine with more memory, or a smaller model".to_owned()
+    } else {
+        format!("it fits with {}", fitting.join(", or with "))
     }
 }
 
@@ -99,24 +108,75 @@ impl TooLarge {
 pub fn expect_room(what: &str, shape: &ModelShape, plan: &Plan, lengths: &RowLengths, group: &dyn ProcessGroup) -> Result<(), TrainError> {
     together(group, || {
         let Some(room) = Room::new(plan.run.memory_limit, group) else { return Ok(()) };
-        let need = least_rank_bytes(shape, plan, lengths)?;
-        if need.total() <= room.of_a_rank() {
-            return Ok(());
+        match too_large(what, shape, plan, lengths, room)? {
+            Some(too_large) => Err(too_large.into()),
+            None => Ok(()),
         }
-        let fits = |variant: &Variant| -> Result<Option<(String, u64)>, TrainError> {
-            let need = rank_bytes_of_rows(shape, &variant.plan, lengths)?.total();
-            let room = Room { ranks_here: variant.ranks_here as u64, ..room };
-            Ok((need <= room.of_a_rank()).then(|| (variant.change.clone(), need)))
-        };
-        let mut fitting = Vec::new();
-        for kind in variants(plan, room.ranks_here as usize) {
-            fitting.extend(kind.iter().find_map(|variant| fits(variant).transpose()).transpose()?);
-        }
-        if fitting.is_empty() {
-            fitting.extend(fits(&smallest(plan, room.ranks_here as usize))?);
-        }
-        Err(TooLarge { what: what.to_owned(), need, room, fitting }.into())
     })
+}
+
+/// Why the run `what` cannot fit into `room`, if that is known.
+fn too_large(what: &str, shape: &ModelShape, plan: &Plan, lengths: &RowLengths, room: Room) -> Result<Option<TooLarge>, MethodError> {
+    let need = least_rank_bytes(shape, plan, lengths)?;
+    if need.total() <= room.of_a_rank() {
+        return Ok(None);
+    }
+    let fitting = fitting(shape, plan, lengths, room)?;
+    Ok(Some(TooLarge { what: what.to_owned(), need, room, fitting }))
+}
+
+/// Changes of the command after which it surely fits over such rows, with what a rank then takes.
+fn fitting(shape: &ModelShape, plan: &Plan, lengths: &RowLengths, room: Room) -> Result<Vec<(String, u64)>, MethodError> {
+    let fits = |variant: &Variant| -> Result<Option<(String, u64)>, MethodError> {
+        let need = rank_bytes_of_rows(shape, &variant.plan, lengths)?.total();
+        let room = Room { ranks_here: variant.ranks_here as u64, ..room };
+        Ok((need <= room.of_a_rank()).then(|| (variant.change.clone(), need)))
+    };
+    let mut fitting = Vec::new();
+    for kind in variants(plan, room.ranks_here as usize) {
+        fitting.extend(kind.iter().find_map(|variant| fits(variant).transpose()).transpose()?);
+    }
+    if fitting.is_empty() {
+        fitting.extend(fits(&smallest(plan, room.ranks_here as usize))?);
+    }
+    Ok(fitting)
+}
+
+/// What `glmddp plan` says of a `memory_limit`, all ranks on one machine: that a training is refused whatever its rows, or that the longest
+/// rows that the plan allows would not fit. The rows are not tokenized here.
+///
+/// # Errors
+/// When the method's settings name parts that the model does not have.
+pub fn limit_warning(
+    shape: &ModelShape,
+    plan: &Plan,
+    arithmetic: &Arithmetic,
+    num_rows: Option<u64>,
+) -> Result<Option<String>, MethodError> {
+    let Some(MemoryLimit::Bytes(limit)) = plan.run.memory_limit else { return Ok(None) };
+    let ranks_here = plan.batch.world_size.get() as u64;
+    let room = Room { bytes: limit, is_given: true, ranks_here };
+    // No row has fewer tokens than its template.
+    let lengths = RowLengths { shortest: LEAST_ROW_TOKENS, longest: LEAST_ROW_TOKENS, num_rows: num_rows.unwrap_or(0) };
+    let (least, most) = (least_rank_bytes(shape, plan, &lengths)?.total(), arithmetic.rank_bytes.total());
+    let all = |rank: u64| match ranks_here {
+        1 => String::new(),
+        n => format!(" a rank, {} if all {n} ranks run on one machine", bytes(rank.saturating_mul(n))),
+    };
+    let limit = bytes(limit);
+    let said = if least > room.of_a_rank() {
+        format!("`train` refuses this: it needs at least {} of memory{}, and `memory_limit` is {limit}", bytes(least), all(least))
+    } else if most > room.of_a_rank() {
+        format!(
+            "`memory_limit` is {limit}, and this may take about {} of memory{}: `train` refuses it if the rows of the data are too long",
+            bytes(most),
+            all(most)
+        )
+    } else {
+        return Ok(None);
+    };
+    let longest = RowLengths { longest: arithmetic.max_row_tokens + 1, ..lengths };
+    Ok(Some(format!("{said}; {}", changes_text(&fitting(shape, plan, &longest, room)?))))
 }
 
 /// Tests that a model's weights can fit, in f32, as they are loaded. Every rank calls it.

@@ -64,11 +64,11 @@ fn run_that_cannot_fit_is_refused_with_the_plans_lines_and_what_fits() {
     hint: use a machine with more memory, or a smaller model; a larger `--memory_limit`, or `--memory_limit none`, starts it all the same
     ");
     insta::assert_snapshot!(folder.refused(&format!("train {RUN} --memory_limit 1MiB --finetuning_type full")), @r"
-    error: the run needs at least 8.52 MiB of memory, and `memory_limit` is 1.00 MiB
+    error: the run needs at least 14.9 MiB of memory, and `memory_limit` is 1.00 MiB
       1.77 MiB trained parameters
       3.53 MiB their two moments
-      1.77 MiB gradients
-      1.45 MiB activations
+      8.83 MiB gradients
+      835 KiB activations
       3.00 KiB logits
 
     hint: use a machine with more memory, or a smaller model; a larger `--memory_limit`, or `--memory_limit none`, starts it all the same
@@ -88,6 +88,50 @@ fn hint_of_what_fits_is_right_when_it_is_followed() {
         folder.ok(&format!("train {many} {limit} {change}"));
     }
     folder.ok(&format!("train {many} --memory_limit none"));
+}
+
+#[test]
+fn plan_says_what_a_memory_limit_does_to_a_training() {
+    let folder = Folder::new();
+    let said = |more: &str| {
+        let ran = folder.ok(&format!("plan {} {more}", RUN.replace(" --quiet", "")));
+        assert!(ran.stdout.contains("about "), "the table comes all the same: {}", ran.stdout);
+        ran.stderr
+    };
+    let texts = [
+        said("--memory_limit 1MiB --finetuning_type full"),
+        said("--memory_limit 20MiB --per_device_train_batch_size 32 --global_batch_size 32"),
+        said("--memory_limit 4MiB --ranks 2 --finetuning_type full --global_batch_size 32"),
+    ];
+    insta::assert_snapshot!(texts.concat());
+    assert_eq!(said("--memory_limit 20GiB") + &said("--memory_limit none") + &said(""), "");
+}
+
+/// Gradients of slots that are held at once: one more with each doubling of the slots of a rank, and that of the running one.
+#[test]
+fn least_memory_counts_the_gradient_sums_of_a_ranks_slots() {
+    let folder = Folder::new();
+    let shape = ModelShape::from(&ModelConfig::load(&folder.path().join("model")).unwrap());
+    let sums = |method: &str, world_size: usize, slots: usize, more: &str| {
+        let file = folder.path().join("run.toml");
+        let text = format!(
+            "model_name_or_path = 'model'\ntrain_file = 't'\noutput_dir = 'o'\nmax_steps = 9\nfinetuning_type = '{method}'\n\
+             per_device_train_batch_size = 1\nglobal_batch_size = {slots}\n{more}"
+        );
+        std::fs::write(&file, text).unwrap();
+        let plan = config::load(Some(&file), &RunConfig::default()).unwrap().resolve(world_size).unwrap();
+        let lengths = RowLengths { shortest: 5, longest: 5, num_rows: 1000 };
+        let least = least_rank_bytes(&shape, &plan, &lengths).unwrap();
+        let most = plan_arithmetic(&shape, &plan).unwrap();
+        assert!(least.slot_sums <= most.rank_bytes.slot_sums, "{method} {world_size} {slots}");
+        let costs = plan.method.settings().costs(&shape).unwrap();
+        least.slot_sums / (4 * costs.site_elements)
+    };
+    let tree = |method: &str| [1, 2, 3, 4, 7, 8, 15, 16].map(|slots| sums(method, 1, slots, ""));
+    assert_eq!(tree("full"), [1, 2, 2, 3, 3, 4, 4, 5]);
+    assert_eq!(tree("lora"), [1, 1, 1, 2, 2, 3, 3, 4]);
+    assert_eq!([2, 4, 8].map(|slots| sums("full", 2, slots, "")), [1, 2, 2]);
+    assert_eq!([1, 2, 8].map(|slots| sums("full", 1, slots, "reduction = 'all_reduce'")), [1, 2, 2]);
 }
 
 #[test]
@@ -175,6 +219,8 @@ fn least_memory_of_rows_and_of_trained_weights_is_no_more_than_what_they_take() 
     }
     let [full, lora] = ["full", "lora"].map(|method| measure(&format!("--finetuning_type {method} --global_batch_size 1")));
     assert!(full.0 - lora.0 >= full.1 - lora.1, "{full:?} and {lora:?}");
+    let eight = measure("--finetuning_type full --global_batch_size 8");
+    assert!(eight.0 - full.0 >= eight.1 - full.1, "{eight:?} and {full:?}");
 }
 
 #[rustfmt::skip]
