@@ -19,6 +19,8 @@ const ROWS_PER_STEP: usize = 16;
 const MAX_STEPS: u64 = 3000;
 pub(super) const SAVE_STEPS: usize = 1000;
 pub(super) const LOGGING_STEPS: usize = 10;
+pub(super) const MAX_GRAD_NORM: f64 = 1.0;
+pub(super) const ADAM_EPSILON: f64 = 1e-8;
 const AUDIT_STEPS: usize = 100;
 const STALL_TIMEOUT: Span = Span(std::time::Duration::from_secs(600));
 
@@ -166,7 +168,7 @@ impl Resolver<'_> {
     fn optim(&self, method: &MethodPlan) -> Result<OptimPlan, ConfigError> {
         let optim = &self.config.optim;
         let not_negative = |key, x: f64| self.within(key, x, x >= 0.0, "a number of 0 or more");
-        let max_grad_norm = not_negative("optim.max_grad_norm", optim.max_grad_norm.unwrap_or(1.0))?;
+        let max_grad_norm = not_negative("optim.max_grad_norm", optim.max_grad_norm.unwrap_or(MAX_GRAD_NORM))?;
         let warmup = match (optim.warmup_steps.unwrap_or(0), optim.warmup_ratio) {
             (0, Some(ratio)) => {
                 Warmup::Ratio(self.within("optim.warmup_ratio", ratio, (0.0..=1.0).contains(&ratio), "a share from 0 to 1")?)
@@ -179,7 +181,7 @@ impl Resolver<'_> {
         if learning_rate * weight_decay >= 1.0 {
             return Err(ConfigError::TooMuchDecay { learning_rate, weight_decay, place: self.place("optim.weight_decay") });
         }
-        let adam_epsilon = optim.adam_epsilon.unwrap_or(1e-8);
+        let adam_epsilon = optim.adam_epsilon.unwrap_or(ADAM_EPSILON);
         Ok(OptimPlan {
             learning_rate,
             adam_beta1: self.share_below_one("optim.adam_beta1", optim.adam_beta1.unwrap_or(0.9))?,

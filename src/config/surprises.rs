@@ -4,7 +4,7 @@
 
 use super::arithmetic::{plan_length, total_steps};
 use super::plan::{Duration, Plan, Warmup};
-use super::resolve::{LOGGING_STEPS, SAVE_STEPS};
+use super::resolve::{ADAM_EPSILON, LOGGING_STEPS, MAX_GRAD_NORM, SAVE_STEPS};
 use crate::optim::Schedule;
 
 /// Epochs may end so much later than was asked for, since steps are whole.
@@ -140,9 +140,15 @@ fn small_steps(plan: &Plan) -> Vec<String> {
     }
     if let Some(norm) = o.max_grad_norm.filter(|&norm| norm <= o.adam_epsilon) {
         let share = 100.0 * norm / (norm + o.adam_epsilon);
+        // The one that is far from its default.
+        let advice = match (o.adam_epsilon < MAX_GRAD_NORM, norm > ADAM_EPSILON) {
+            (true, _) => format!("use a larger `--max_grad_norm`, such as {MAX_GRAD_NORM}"),
+            (false, true) => format!("use a smaller `--adam_epsilon`, such as {ADAM_EPSILON:e}"),
+            (false, false) => format!("use `--max_grad_norm {MAX_GRAD_NORM} --adam_epsilon {ADAM_EPSILON:e}`"),
+        };
         lines.push(format!(
             "`max_grad_norm` {norm:e} is no more than `adam_epsilon` {:e}: a step moves a value by at most {share:.0} % of the learning \
-             rate; use a larger `--max_grad_norm`, such as 1",
+             rate; {advice}",
             o.adam_epsilon
         ));
     }
@@ -193,6 +199,27 @@ mod tests {
                 });
                 assert_eq!(again, [""; 0], "{line}");
             }
+        }
+    }
+
+    #[test]
+    fn advice_about_clipping_leads_to_no_other_surprise() {
+        for (norm, epsilon) in [(1.0, 1.0), (1.0, 50.0), (0.5, 0.5), (0.5, 1.0), (1e-9, 1e-8), (1e-9, 2.0), (7.0, 7.0)] {
+            let set = |config: &mut RunConfig| {
+                (config.optim.max_grad_norm, config.optim.adam_epsilon) = (Some(norm), Some(epsilon));
+            };
+            let all = lines(1, 114_599, set);
+            let [line] = all.as_slice() else { panic!("{norm} {epsilon}: {all:?}") };
+            let value = |key: &str| {
+                let text = line.split_once(&format!("--{key}"))?.1.trim_start_matches(['`', ',']).trim_start_matches(" such as ");
+                text.split([' ', '`']).find(|word| !word.is_empty())?.parse::<f64>().ok()
+            };
+            let (more, less) = (value("max_grad_norm"), value("adam_epsilon"));
+            assert!(more.is_none_or(|more| more > norm) && less.is_none_or(|less| less < epsilon), "{line}");
+            let again = lines(1, 114_599, |config| {
+                (config.optim.max_grad_norm, config.optim.adam_epsilon) = (Some(more.unwrap_or(norm)), Some(less.unwrap_or(epsilon)));
+            });
+            assert_eq!(again, [""; 0], "{line}");
         }
     }
 

@@ -96,6 +96,7 @@ fn settings_under_which_no_value_moves_are_said() {
     let few = "--global_batch_size 2 --max_steps 1 --finetuning_type full";
     insta::assert_snapshot!(folder.warnings(&format!("{few} --learning_rate 1e-12")), @"warning: `learning_rate` is 1e-12: a step moves a value by about that, which f32 values above 2e-5 do not show; use more");
     insta::assert_snapshot!(folder.warnings(&format!("{few} --max_grad_norm 1e-9")), @"warning: `max_grad_norm` 1e-9 is no more than `adam_epsilon` 1e-8: a step moves a value by at most 9 % of the learning rate; use a larger `--max_grad_norm`, such as 1");
+    insta::assert_snapshot!(folder.warnings(&format!("{few} --adam_epsilon 2")), @"warning: `max_grad_norm` 1e0 is no more than `adam_epsilon` 2e0: a step moves a value by at most 33 % of the learning rate; use a smaller `--adam_epsilon`, such as 1e-8");
     assert_eq!(folder.warnings(&format!("{few} --max_grad_norm 0")), "", "no clipping");
 }
 
