@@ -2,7 +2,7 @@
 //! object has twice is refused, at any depth. serde_json alone refuses the first and keeps the last value of the second.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read};
 
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Error, Map, Number, Value};
@@ -13,13 +13,22 @@ const UTF16_MARKS: [&[u8]; 2] = [&[0xff, 0xfe], &[0xfe, 0xff]];
 /// What is wrong with a text that [`is_utf16`].
 pub const UTF16: &str = "it is UTF-16 text, expected UTF-8; save it as UTF-8";
 
+/// What is said of NaN and infinity.
+pub const NOT_IN_JSON: &str = "which JSON does not have";
+/// Numbers that Python writes, and that are no JSON; one may have a minus before it.
+const NUMBERS: [&str; 2] = ["NaN", "Infinity"];
+
 /// What `text` says.
 ///
 /// # Errors
 /// When it is not JSON, or an object in it has a key twice. Names the place, and the key with its path.
 pub fn value(text: &[u8]) -> Result<Value, Error> {
     let text = without_mark(text)?;
-    whole(serde_json::Deserializer::from_slice(text))
+    whole(serde_json::Deserializer::from_slice(text)).map_err(|error| {
+        let line = text.split(|&byte| byte == b'\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
+        let at = line.get(error.column().saturating_sub(1)..).unwrap_or_default();
+        number_named(error, at)
+    })
 }
 
 /// What `text` says, as a `T`.
@@ -35,8 +44,37 @@ pub fn read<T: DeserializeOwned>(text: &[u8]) -> Result<T, Error> {
 ///
 /// # Errors
 /// As [`value`], and when `reader` fails.
-pub fn from_reader(reader: impl io::Read) -> Result<Value, Error> {
-    whole(serde_json::Deserializer::from_reader(reader))
+pub fn from_reader(reader: impl Read) -> Result<Value, Error> {
+    let mut reader = Last { reader, last: None };
+    whole(serde_json::Deserializer::from_reader(&mut reader)).map_err(|error| {
+        let mut at = Vec::from_iter(reader.last);
+        // A reader that fails now has nothing to add.
+        let _ = reader.reader.by_ref().take(16).read_to_end(&mut at);
+        number_named(error, &at)
+    })
+}
+
+/// A reader that knows the last byte that it gave.
+struct Last<R> {
+    reader: R,
+    last: Option<u8>,
+}
+
+impl<R: Read> Read for Last<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(out)?;
+        self.last = read.checked_sub(1).map_or(self.last, |end| out.get(end).copied());
+        Ok(read)
+    }
+}
+
+/// `error`, which says what stands there if that is one of [`NUMBERS`]; `at` begins where it was found. Behind a minus serde_json may have
+/// taken one byte more.
+fn number_named(error: Error, at: &[u8]) -> Error {
+    match NUMBERS.iter().find(|number| at.starts_with(number.as_bytes()) || at.starts_with(&number.as_bytes()[1..])) {
+        Some(number) => Error::custom(format!("`{number}`, {NOT_IN_JSON} at line {} column {}", error.line(), error.column())),
+        None => error,
+    }
 }
 
 /// Whether a text begins with a byte order mark of UTF-16.
@@ -183,6 +221,22 @@ mod tests {
         assert_eq!(refusal(br#"{"a\n": 1, "a\n": 2}"#), "key `a\\n` is given twice at line 1 column 16");
         assert!(read::<BTreeMap<String, u8>>(br#"{"a": 1, "a": 2}"#).is_err());
         assert!(value(br#"{"a": {"b": 1}, "b": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}"#).is_ok());
+    }
+
+    #[test]
+    fn number_of_python_that_is_no_json_is_named_with_its_place() {
+        for (text, said) in [
+            ("{\"a\": NaN}", "`NaN`, which JSON does not have at line 1 column 7"),
+            ("[1,\n Infinity]", "`Infinity`, which JSON does not have at line 2 column 2"),
+            ("{\"a\": [-Infinity]}", "`Infinity`, which JSON does not have at line 1 column 9"),
+            ("NaN", "`NaN`, which JSON does not have at line 1 column 1"),
+            ("[{\"a\": [0, -Infinity], \"b\": 1}]", "`Infinity`, which JSON does not have at line 1 column 13"),
+            ("{\"a\": None}", "expected value at line 1 column 7"),
+        ] {
+            assert_eq!(refusal(text.as_bytes()), said);
+            assert_eq!(from_reader(text.as_bytes()).unwrap_err().to_string(), said);
+            assert_eq!(value(text.as_bytes()).unwrap_err().line(), 1 + text.matches('\n').count());
+        }
     }
 
     #[test]

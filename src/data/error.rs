@@ -33,6 +33,9 @@ pub enum DataError {
     Wide { path: PathBuf, found: &'static str },
     #[error("expected CSV, as the file's name says, found JSON\n  --> {}, line {line}", path.display())]
     JsonInCsv { path: PathBuf, line: usize, extension: &'static str },
+    /// Over several lines.
+    #[error("expected JSON lines, a JSON array or CSV, found one JSON object that is the whole file\n  --> {}", path.display())]
+    OneObject { path: PathBuf, hint: String },
     /// A column that a row may lack, but that no row has.
     #[error("no row has the column {}\n  --> {}", shown_name(name), path.display())]
     NoSuchColumn { path: PathBuf, name: String, role: &'static str, near: String },
@@ -89,6 +92,7 @@ impl DataError {
             Self::NoGoodRows { bad_rows, .. } => bad_rows.first.first()?.hint.clone(),
             Self::UnknownFormat { .. } => Some("name the file .jsonl, .json or .csv after what it holds".to_owned()),
             Self::NotText { hint, .. } => Some((*hint).to_owned()),
+            Self::OneObject { hint, .. } => Some(hint.clone()),
             Self::Wide { path, found } => Some(format!("`{}` converts it", encoding::conversion(found, path))),
             Self::JsonInCsv { path, extension, .. } => {
                 let (old, new) = (shell::quoted_path(path), shell::quoted_path(&path.with_extension(extension)));

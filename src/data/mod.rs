@@ -15,6 +15,7 @@ pub mod error;
 pub mod history;
 pub mod load;
 pub mod loader;
+mod nested;
 pub mod prompt;
 pub mod record;
 pub mod rows;

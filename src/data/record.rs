@@ -8,10 +8,11 @@ use serde_json::{Map, Value};
 
 use super::bad_rows::{BadRowKind, Place, RowError};
 use super::column_use::{Beside, Holds};
-use super::csv::{Cells, CsvFault};
+use super::csv::{Cells, CsvFault, FaultKind};
 use super::encoding;
 use super::error::{nearest, shown_name};
 use super::history::{self, Rounds, describe};
+use super::nested;
 use super::rows::{Content, RawRow};
 use super::{Example, RowOrigin};
 use crate::json;
@@ -122,14 +123,17 @@ impl RowParser {
     }
 
     fn header_of(&self, cells: &Result<Cells, CsvFault>, row: usize) -> Result<Vec<String>, Fault> {
-        let cells = cells.as_ref().map_err(|fault| self.csv_fault(fault, row))?;
+        let cells = cells.as_ref().map_err(|fault| quoted_names(fault).unwrap_or_else(|| self.csv_fault(fault, row)))?;
         let header: Vec<String> = cells.iter().map(|name| self.utf8(name, "header").map(str::to_owned)).collect::<Result<_, _>>()?;
         let Columns { prompt, input, response, history } = &self.columns;
         let optional = [("input", input), ("history", history)].into_iter().filter_map(|(role, name)| Some((role, name.as_ref()?)));
         for (role, name) in [("prompt", prompt), ("response", response)].into_iter().chain(optional) {
             match header.iter().filter(|found| *found == name).count() {
                 1 => {}
-                0 => return Err(other_separator(&header).unwrap_or_else(|| missing(role, name, &header))),
+                0 => {
+                    let fault = excel_line(&header).or_else(|| other_separator([prompt, response], &header));
+                    return Err(fault.unwrap_or_else(|| missing(role, name, &header)));
+                }
                 n => {
                     let fault = Fault::new(BadRowKind::MissingColumn, format!("one column {}", shown_name(name)), n.to_string());
                     return Err(fault.hint("give each column a name of its own"));
@@ -169,7 +173,9 @@ impl RowParser {
             let text = error.to_string();
             let message = text.split(" at line ").next().unwrap_or_default();
             let fault = Fault::new(BadRowKind::BadJson, "JSON", format!("bad JSON at byte {}: {message}", error.column()));
-            if line.contains('\r') {
+            if text.contains(json::NOT_IN_JSON) {
+                fault.hint("write null in its place")
+            } else if line.contains('\r') {
                 let (old, new) = (shell::quoted_path(&self.file), shell::quoted_path(&encoding::beside(&self.file, "lf")));
                 fault.hint(format!("`tr '\\r' '\\n' < {old} > {new}` ends the lines with LF"))
             } else if error.is_eof() {
@@ -184,10 +190,24 @@ impl RowParser {
         let Value::Object(object) = value else {
             return Err(Fault::new(BadRowKind::NotAnObject, "a JSON object", describe(value)));
         };
-        let get = |role: &str, name: &str| object.get(name).ok_or_else(|| missing(role, name, &object.keys().cloned().collect::<Vec<_>>()));
+        let get = |role: &str, name: &str| {
+            object.get(name).ok_or_else(|| {
+                let fault = missing(role, name, &object.keys().cloned().collect::<Vec<_>>());
+                match nested::in_object(object, &self.columns) {
+                    Some(hint) => fault.hint(hint),
+                    None => fault,
+                }
+            })
+        };
         let text = |role: &str, name: &str| match get(role, name)? {
             Value::String(text) => not_empty(text, name),
-            other => Err(Fault::new(BadRowKind::WrongType, "a string", describe(other)).at(name)),
+            other => {
+                let fault = Fault::new(BadRowKind::WrongType, "a string", describe(other)).at(name);
+                Err(match nested::in_value(name, other, &self.columns) {
+                    Some(hint) => fault.hint(hint),
+                    None => fault,
+                })
+            }
         };
         let (input, history) = (entry(object, &self.columns.input), entry(object, &self.columns.history));
         let more = match input {
@@ -257,12 +277,53 @@ fn with_input(prompt: String, more: &str) -> String {
     if more.trim().is_empty() { prompt } else { format!("{prompt}\n{more}") }
 }
 
-/// A header of one cell that another separator would cut.
-fn other_separator(header: &[String]) -> Option<Fault> {
-    let [only] = header else { return None };
-    let (_, name) = [(';', "semicolons"), ('\t', "tabs"), ('|', "bars")].into_iter().find(|(separator, _)| only.contains(*separator))?;
-    let fault = Fault::new(BadRowKind::MissingColumn, "columns separated by commas", format!("one column, with {name} in its name"));
-    Some(fault.hint(format!("save the table with commas instead of {name}, or as JSON lines")))
+/// Separators that are not read, and what people call them.
+const OTHER_SEPARATORS: [(char, &str); 3] = [(';', "semicolons"), ('\t', "tabs"), ('|', "bars")];
+
+/// A header that another separator would cut: one cell with it inside, or a cell that it cuts all `wanted` columns out of.
+fn other_separator(wanted: [&str; 2], header: &[String]) -> Option<Fault> {
+    let is_cut = |separator: char| match header {
+        [only] => only.contains(separator),
+        _ => header.iter().any(|cell| wanted.iter().all(|name| cell.split(separator).any(|part| part.trim() == *name))),
+    };
+    let (_, separators) = OTHER_SEPARATORS.into_iter().find(|(separator, _)| is_cut(*separator))?;
+    Some(match header.len() {
+        1 => not_commas(separators, format!("one column, with {separators} in its name")),
+        n => not_commas(separators, format!("{n} columns, one with {separators} in its name")),
+    })
+}
+
+/// A header whose quoted names stand beside another separator: `"content";"summary"`.
+fn quoted_names(fault: &CsvFault) -> Option<Fault> {
+    // As the fault shows it.
+    let shown = |separator: char| separator.escape_debug().to_string();
+    let is_at_quote = |separator: char| match &fault.kind {
+        FaultKind::TextAfterQuote { text, .. } => text.trim_start().starts_with(&shown(separator)),
+        FaultKind::QuoteInCell { before } => before.trim_end().ends_with(&shown(separator)),
+        _ => false,
+    };
+    let (_, separators) = OTHER_SEPARATORS.into_iter().find(|(separator, _)| is_at_quote(*separator))?;
+    Some(not_commas(separators, format!("{separators} between quoted names")))
+}
+
+fn not_commas(separators: &str, found: String) -> Fault {
+    let fault = Fault::new(BadRowKind::MissingColumn, "columns separated by commas", found);
+    fault.hint(format!("save the table with commas instead of {separators}, or as JSON lines"))
+}
+
+/// The line `sep=,` that Excel takes before a header.
+fn excel_line(header: &[String]) -> Option<Fault> {
+    let separator = match header {
+        [first, rest] if rest.is_empty() && first.eq_ignore_ascii_case("sep=") => ",",
+        [only] => only.get(..4).filter(|word| word.eq_ignore_ascii_case("sep=")).map(|_| &only[4..])?,
+        _ => return None,
+    };
+    if let Some((_, separators)) = OTHER_SEPARATORS.into_iter().find(|(other, _)| separator.starts_with(*other)) {
+        return Some(not_commas(separators, format!("Excel's line `sep={}`", separator.escape_debug())));
+    }
+    let fault =
+        Fault::new(BadRowKind::MissingColumn, "the names of the columns", format!("Excel's line `sep={}`", separator.escape_debug()));
+    Some(fault.hint("delete that line: only Excel reads it"))
 }
 
 fn missing(role: &str, name: &str, names: &[String]) -> Fault {

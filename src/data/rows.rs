@@ -13,11 +13,14 @@ use super::bad_rows::{BadRows, Place};
 use super::csv::{Cells, CsvFault, CsvReader, CsvRow, MAX_ROW_BYTES};
 use super::encoding;
 use super::error::DataError;
+use super::nested;
 use super::record::{Columns, Row, RowParser};
 use crate::json;
 
 /// Bytes of a file's beginning that decide about its encoding.
 const SNIFFED_BYTES: usize = 64;
+/// A longer first line is no beginning of an object over several lines.
+const FIRST_LINE_BYTES: u64 = 1 << 12;
 /// How files that are no text begin, what they are, and what to do.
 const NO_TEXT: [(&[u8], &str, &str); 5] = [
     (b"PK\x03\x04", "a ZIP archive or an Excel table", "unpack it, or save the table as CSV in UTF-8"),
@@ -78,6 +81,12 @@ impl Rows {
         let Sniffed { format, start, first } = sniff(&mut file, path)?;
         file.seek(SeekFrom::Start(start)).map_err(read)?;
         let mut reader = BufReader::with_capacity(1 << 16, file);
+        if format == Format::JsonLines
+            && let Some(hint) = one_object(&mut reader, columns).map_err(read)?
+        {
+            return Err(DataError::OneObject { path: path.to_owned(), hint });
+        }
+        reader.seek(SeekFrom::Start(start)).map_err(read)?;
         let place = if format == Format::JsonArray { Place::Element } else { Place::Line };
         let mut parser = RowParser { file: Arc::from(path), place, columns: columns.clone(), header: Vec::new() };
         let source = match format {
@@ -199,6 +208,18 @@ fn sniff(file: &mut File, path: &Path) -> Result<Sniffed, DataError> {
         }
     };
     Ok(Sniffed { format, start, first })
+}
+
+/// What to write instead of a file that is one object over several lines, with rows or turns in it.
+fn one_object(reader: &mut BufReader<File>, columns: &Columns) -> io::Result<Option<String>> {
+    let mut line = Vec::new();
+    reader.by_ref().take(FIRST_LINE_BYTES).read_until(b'\n', &mut line)?;
+    if line.len() as u64 == FIRST_LINE_BYTES || !json::value(&line).is_err_and(|error| error.is_eof()) {
+        return Ok(None);
+    }
+    let whole = json::from_reader(line.as_slice().chain(reader));
+    let rest = whole.as_ref().ok().and_then(Value::as_object).filter(|object| !object.contains_key(&columns.prompt));
+    Ok(rest.and_then(|object| nested::in_object(object, columns)))
 }
 
 fn read_array(reader: &mut BufReader<File>, path: &Path) -> Result<Vec<Value>, DataError> {

@@ -135,6 +135,43 @@ fn missing_column_names_those_found_and_the_nearest() {
 }
 
 #[test]
+fn dialogues_and_rows_in_a_list_are_told_the_shape_that_is_read() {
+    let dir = Dir::new();
+    let turns = r#"[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]"#;
+    let of_column = |name: &str, content: String, column: &str, history: Option<&str>| {
+        let mut request = request(&dir.file(name, content));
+        request.columns.prompt = column.to_owned();
+        request.columns.history = history.map(str::to_owned);
+        dir.error(&request)
+    };
+    let all = [
+        dir.error_of("messages.jsonl", format!("{{\"messages\": {turns}}}\n")),
+        dir.error_of("sharegpt.json", r#"[{"id": 1, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]"#),
+        dir.error_of("pairs.jsonl", r#"{"conversation": [{"human": "q", "assistant": "a"}]}"#),
+        of_column("column.jsonl", format!("{{\"messages\": {turns}}}\n"), "messages", None),
+        of_column("history.jsonl", format!("{{\"messages\": {turns}}}\n"), "q", Some("h")),
+        dir.error_of("data.json", "{\"data\": [{\"content\": \"q\", \"summary\": \"a\"}]}"),
+        dir.error_of("lines.json", "{\n  \"version\": 1,\n  \"data\": [\n    {\"content\": \"q\", \"summary\": \"a\"}\n  ]\n}\n"),
+        dir.error_of("turns.json", format!("\u{feff}{{\n  \"conversations\": {turns}\n}}\n")),
+        // One row, over several lines.
+        dir.error_of("row.json", "{\n  \"content\": \"q\",\n  \"summary\": \"a\"\n}\n"),
+    ];
+    insta::assert_snapshot!("dialogues", all.join("\n\n"));
+}
+
+#[test]
+fn numbers_that_are_no_json_are_named() {
+    let dir = Dir::new();
+    let row = |score: &str| format!("{{\"content\": \"q\", \"summary\": \"a\", \"score\": {score}}}");
+    let all = [
+        dir.error_of("a.jsonl", row("NaN")),
+        dir.error_of("b.jsonl", format!("{GOOD}{}", row("-Infinity"))),
+        dir.error_of("c.json", format!("[{},\n{}]", GOOD.trim_end(), row("NaN"))),
+    ];
+    insta::assert_snapshot!("numbers_that_are_no_json", all.join("\n\n"));
+}
+
+#[test]
 fn wrong_types_and_empty_texts_say_what_was_found() {
     let dir = Dir::new();
     let row = |content: &str, summary: &str| format!("{{\"content\": {content}, \"summary\": {summary}}}");

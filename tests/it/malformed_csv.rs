@@ -70,6 +70,23 @@ fn malformed_header_is_an_error() {
 }
 
 #[test]
+fn other_separators_and_excels_line_are_told_apart_from_names() {
+    let dir = Dir::new();
+    let all = [
+        dir.error_of("quoted.csv", "\"content\";\"summary\"\n\"q\";\"a\"\n"),
+        dir.error_of("tabs.csv", "\"content\"\t\"summary\"\n\"q\"\t\"a\"\n"),
+        dir.error_of("half.csv", "content;\"summary\"\nq;\"a\"\n"),
+        dir.error_of("comma.csv", "content;summary;price, EUR\nq;a;1\n"),
+        dir.error_of("excel.csv", "\u{feff}sep=,\r\ncontent,summary\r\nq,a\r\n"),
+        dir.error_of("excel_semicolon.csv", "sep=;\ncontent;summary\nq;a\n"),
+        dir.error_of("excel_quoted.csv", "\"SEP=,\"\ncontent,summary\nq,a\n"),
+        // Not another separator.
+        dir.error_of("names.csv", "a;b,c;d\nq,a\n"),
+    ];
+    insta::assert_snapshot!("other_separators", all.join("\n\n"));
+}
+
+#[test]
 fn well_formed_csv_of_every_dialect_is_read() {
     let dir = Dir::new();
     let of = |content: &str| {
