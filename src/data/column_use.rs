@@ -17,6 +17,11 @@ const LISTED: usize = 5;
 /// Names under which data sets keep a second part of the question.
 const INPUT_NAMES: [&str; 3] = ["input", "query", "context"];
 
+/// Whether this is the number of a row in the index that pandas writes: under no name, read again under `Unnamed: 0`.
+pub(super) fn is_row_number(name: &str, is_whole_number: impl Fn() -> bool) -> bool {
+    (name.is_empty() || name.starts_with("Unnamed: ") || name.starts_with("__index_level_")) && is_whole_number()
+}
+
 /// What a cell that is not empty holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holds {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::bad_rows::{BadRowKind, Place, RowError};
-use super::column_use::{Beside, Holds};
+use super::column_use::{Beside, Holds, is_row_number};
 use super::csv::{Cells, CsvFault, FaultKind};
 use super::encoding;
 use super::error::{nearest, shown_name};
@@ -215,7 +215,8 @@ impl RowParser {
             Some((_, Value::String(text))) => text,
             Some((name, other)) => return Err(Fault::new(BadRowKind::WrongType, "a string or null", describe(other)).at(name)),
         };
-        let unused = object.iter().filter(|(name, _)| !self.is_used(name));
+        let is_number = |value: &Value| value.is_u64() || value.as_str().is_some_and(is_whole_number);
+        let unused = object.iter().filter(|(name, value)| !self.is_used(name) && !is_row_number(name, || is_number(value)));
         let beside = Beside {
             unused: unused.filter_map(|(name, value)| Some((name.clone(), Holds::of(value)?))).collect(),
             has_input: input.is_some(),
@@ -250,7 +251,9 @@ impl RowParser {
             Some(name) => history::rounds_of_text(cell("history", name)?).map_err(|found| bad_history(name, found))?,
             None => Rounds::new(),
         };
-        let unused = self.header.iter().zip(cells.iter()).filter(|(name, _)| !self.is_used(name));
+        let is_number = |cell: &[u8]| std::str::from_utf8(cell).is_ok_and(is_whole_number);
+        let is_told = |(name, cell): &(&String, &[u8])| !self.is_used(name) && !is_row_number(name, || is_number(cell));
+        let unused = self.header.iter().zip(cells.iter()).filter(is_told);
         let beside = Beside {
             unused: unused.filter_map(|(name, cell)| Some((name.clone(), Holds::of_text(&String::from_utf8_lossy(cell))?))).collect(),
             has_input: self.columns.input.is_some(),
@@ -264,6 +267,10 @@ impl RowParser {
             beside,
         })
     }
+}
+
+fn is_whole_number(text: &str) -> bool {
+    text.trim().parse::<u64>().is_ok()
 }
 
 /// A column that a key names, if the row has it.

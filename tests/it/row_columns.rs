@@ -58,6 +58,20 @@ fn unused_columns_are_told_in_every_format_from_the_cache_too() {
 }
 
 #[test]
+fn row_numbers_that_pandas_writes_are_not_told() {
+    let dir = Dir::new();
+    for (name, text) in [
+        ("nameless.csv", ",content,summary\n0,q,a\n1,r,b\n"),
+        ("unnamed.csv", "Unnamed: 0.1,Unnamed: 0,content,summary\n0,0,q,a\n1,1,r,b\n"),
+        ("rows.jsonl", "{\"Unnamed: 0\": 0, \"__index_level_0__\": 7, \"content\": \"q\", \"summary\": \"a\"}\n"),
+    ] {
+        assert_eq!(told(&dir, &request(&dir.file(name, text))).1, "", "{name}");
+    }
+    let text = told(&dir, &request(&dir.file("text.csv", ",content,summary\nx,q,a\n1,r,b\n"))).1;
+    assert_eq!(text, "DIR/text.csv: column `` (without a name) is not used and is not empty in 1 of 2 rows");
+}
+
+#[test]
 fn input_column_is_appended_where_it_is_not_empty() {
     let dir = Dir::new();
     for file in alpaca(&dir) {
