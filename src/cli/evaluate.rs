@@ -69,16 +69,18 @@ pub fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn on_rank(args: &EvaluateArgs, group: &dyn ProcessGroup) -> anyhow::Result<()> {
+    let columns = Columns {
+        prompt: args.prompt_column.clone(),
+        input: args.input_column.clone(),
+        response: args.response_column.clone(),
+        history: args.history_column.clone(),
+    };
+    together(group, || Ok(columns.expect_distinct()?))?;
     base_warnings::of_template(&args.tuned.model_name_or_path, group)?;
     let tuned = args.tuned.load(group)?;
     let request = LoadRequest {
         file: args.validation_file.clone(),
-        columns: Columns {
-            prompt: args.prompt_column.clone(),
-            input: args.input_column.clone(),
-            response: args.response_column.clone(),
-            history: args.history_column.clone(),
-        },
+        columns,
         limits: Limits {
             max_source_length: args.max_source_length.get(),
             max_target_length: args.max_target_length.get(),

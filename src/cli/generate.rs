@@ -86,10 +86,13 @@ fn examples(args: &GenerateArgs) -> Result<Vec<Example>, DataError> {
         let prompt = args.prompt.clone().unwrap_or_default();
         return Ok(vec![Example { prompt, response: String::new(), history: Vec::new(), origin }]);
     };
-    // A row needs an answer's column to be read; where none is asked for, the question's stands in and is not looked at.
-    let response = args.response_column.clone().unwrap_or_else(|| args.prompt_column.clone());
     let (prompt, input, history) = (args.prompt_column.clone(), args.input_column.clone(), args.history_column.clone());
-    let columns = Columns { prompt, input, response, history };
+    let mut columns = Columns { prompt, input, response: args.response_column.clone().unwrap_or_default(), history };
+    columns.expect_distinct()?;
+    if args.response_column.is_none() {
+        // A row needs an answer's column to be read: the question's stands in and is not looked at.
+        columns.response.clone_from(&columns.prompt);
+    }
     let mut rows = Rows::open(file, &columns)?;
     let wanted = args.rows.map_or(usize::MAX, NonZeroUsize::get);
     let (mut examples, mut column_use, mut bad_rows) = (Vec::new(), ColumnUse::default(), BadRows::default());

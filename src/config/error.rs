@@ -73,6 +73,8 @@ pub enum ConfigError {
     Needs { needs: &'static str, place: Place },
     #[error("`{}` contradicts `{other}`: {reason}", place.key)]
     Contradiction { other: &'static str, reason: String, place: Place },
+    #[error("`{}` and `{other}` are both the column `{column}`", place.key)]
+    SharedColumn { other: String, column: String, place: Place },
     #[error("`save_before_timeout` is slurm, but SLURM_JOB_END_TIME is {}", or_not_set(found))]
     NoJobEnd { found: String },
     #[error("no method of the comparison is called `{label}`")]
@@ -113,6 +115,7 @@ impl ConfigError {
             | Self::LooksLikeOption { place, .. }
             | Self::Needs { place, .. }
             | Self::Contradiction { place, .. }
+            | Self::SharedColumn { place, .. }
             | Self::UnknownLabel { place, .. }
             | Self::NoLabel { place, .. }
             | Self::BadLabel { place, .. }
@@ -139,6 +142,7 @@ impl ConfigError {
             Self::Missing { key } => format!("add `{key}` to the configuration file or give `--{key}`"),
             Self::Needs { needs, .. } => format!("give `{needs}` as well"),
             Self::Contradiction { .. } => "leave one of the two out".to_owned(),
+            Self::SharedColumn { .. } => "give each a column of its own".to_owned(),
             Self::NoJobEnd { .. } => {
                 "give the time from the start, such as 3h55m; Slurm sets the variable in its jobs since version 23.02, to seconds since 1970"
                     .to_owned()

@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use super::plan::*;
-use super::{ConfigError, Place, RunConfig, Sources};
+use super::{ConfigError, Place, RunConfig, Source, Sources};
 use crate::data::record::{PROMPT_COLUMN, RESPONSE_COLUMN};
 use crate::peft::FinetuningType;
 use crate::peft::keys::KeyError;
@@ -78,7 +78,7 @@ impl Resolver<'_> {
             self.at_most(key, length, MAX_LENGTH, "at most 1048576")?;
         }
         let rows = |key, value: Option<usize>| value.map(|n| self.positive(key, n).map(NonZeroUsize::get)).transpose();
-        Ok(DataPlan {
+        let plan = DataPlan {
             train_file: required("train_file", data.train_file.as_ref())?,
             validation_file: data.validation_file.clone(),
             prompt_column: data.prompt_column.clone().unwrap_or_else(|| PROMPT_COLUMN.to_owned()),
@@ -93,7 +93,15 @@ impl Resolver<'_> {
             max_eval_samples: rows("data.max_eval_samples", data.max_eval_samples)?,
             cache_dir: data.cache_dir.clone(),
             overwrite_cache: data.overwrite_cache.unwrap_or(false),
-        })
+        };
+        if let Some((first, second, column)) = plan.columns().shared() {
+            let (first, second) = (format!("data.{first}_column"), format!("data.{second}_column"));
+            // The one that was given, if the other is a default.
+            let is_given = self.place(&second).source != Source::Default;
+            let (key, other) = if is_given { (second, first) } else { (first, second) };
+            return Err(ConfigError::SharedColumn { other, column: column.to_owned(), place: self.place(&key) });
+        }
+        Ok(plan)
     }
 
     fn batch(&self) -> Result<BatchPlan, ConfigError> {

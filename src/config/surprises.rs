@@ -24,7 +24,22 @@ pub fn surprises(plan: &Plan, num_rows: Option<u64>) -> Vec<String> {
         lines.extend(never_due(plan, total));
     }
     lines.extend(small_steps(plan));
+    lines.extend(held_out_rows(plan));
     lines
+}
+
+/// Held-out rows that are the training rows.
+fn held_out_rows(plan: &Plan) -> Option<String> {
+    let file = plan.data.validation_file.as_ref()?;
+    let train = &plan.data.train_file;
+    let is_same = file == train || file.canonicalize().ok().is_some_and(|file| train.canonicalize().is_ok_and(|train| file == train));
+    is_same.then(|| {
+        format!(
+            "`validation_file` is `train_file` ({}): the held-out loss is that of rows that were trained on; give other rows, or leave \
+             `--validation_file` out",
+            file.display()
+        )
+    })
 }
 
 fn counted(steps: u64) -> String {

@@ -36,6 +36,9 @@ pub enum DataError {
     /// Over several lines.
     #[error("expected JSON lines, a JSON array or CSV, found one JSON object that is the whole file\n  --> {}", path.display())]
     OneObject { path: PathBuf, hint: String },
+    /// Roles of one column.
+    #[error("`{first}_column` and `{second}_column` are both {}", shown_name(name))]
+    SharedColumn { first: &'static str, second: &'static str, name: String },
     /// A column that a row may lack, but that no row has.
     #[error("no row has the column {}\n  --> {}", shown_name(name), path.display())]
     NoSuchColumn { path: PathBuf, name: String, role: &'static str, near: String },
@@ -93,6 +96,7 @@ impl DataError {
             Self::UnknownFormat { .. } => Some("name the file .jsonl, .json or .csv after what it holds".to_owned()),
             Self::NotText { hint, .. } => Some((*hint).to_owned()),
             Self::OneObject { hint, .. } => Some(hint.clone()),
+            Self::SharedColumn { .. } => Some("give each a column of its own".to_owned()),
             Self::Wide { path, found } => Some(format!("`{}` converts it", encoding::conversion(found, path))),
             Self::JsonInCsv { path, extension, .. } => {
                 let (old, new) = (shell::quoted_path(path), shell::quoted_path(&path.with_extension(extension)));

@@ -10,7 +10,7 @@ use super::bad_rows::{BadRowKind, Place, RowError};
 use super::column_use::{Beside, Holds, is_row_number};
 use super::csv::{Cells, CsvFault, FaultKind};
 use super::encoding;
-use super::error::{nearest, shown_name};
+use super::error::{DataError, nearest, shown_name};
 use super::history::{self, Rounds, describe};
 use super::nested;
 use super::rows::{Content, RawRow};
@@ -42,6 +42,29 @@ pub struct Columns {
     pub response: String,
     /// A list of [query, answer] pairs, oldest first, or a text that is one. A row may lack it.
     pub history: Option<String>,
+}
+
+impl Columns {
+    /// Two roles that one column has, and its name, if there are such.
+    pub fn shared(&self) -> Option<(&'static str, &'static str, &str)> {
+        let optional = [("input", &self.input), ("history", &self.history)];
+        let optional = optional.into_iter().filter_map(|(role, name)| Some((role, name.as_deref()?)));
+        let all: Vec<(&str, &str)> =
+            [("prompt", self.prompt.as_str()), ("response", self.response.as_str())].into_iter().chain(optional).collect();
+        all.iter().enumerate().find_map(|(i, (role, name))| {
+            let (other, _) = all[..i].iter().find(|(_, other)| other == name)?;
+            Some((*other, *role, *name))
+        })
+    }
+
+    /// # Errors
+    /// When one column has two roles: the answer would stand in the question, or the question twice.
+    pub fn expect_distinct(&self) -> Result<(), DataError> {
+        match self.shared() {
+            Some((first, second, name)) => Err(DataError::SharedColumn { first, second, name: name.to_owned() }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Turns the raw rows of one file into examples. Pure, so that threads can share it.

@@ -111,6 +111,47 @@ fn key_that_another_displaces_is_said() {
 }
 
 #[test]
+fn held_out_rows_that_are_the_training_rows_are_said() {
+    let folder = Folder::new();
+    let few = "--global_batch_size 2 --max_steps 1 --finetuning_type ia3";
+    std::fs::create_dir(folder.0.path().join("sub")).unwrap();
+    for file in ["data/train.jsonl", "./sub/../data/train.jsonl"] {
+        let said = folder.warnings(&format!("{few} --validation_file {file}"));
+        assert_eq!(
+            said,
+            format!(
+                "warning: `validation_file` is `train_file` ({file}): the held-out loss is that of rows that were trained on; give other rows, or leave `--validation_file` out\n"
+            )
+        );
+    }
+    assert_eq!(folder.warnings(&format!("{few} --validation_file data/dev.jsonl")), "");
+}
+
+#[test]
+fn column_that_is_to_be_two_things_is_refused_before_anything_is_loaded() {
+    let folder = Folder::new();
+    let run = "--model_name_or_path nowhere --train_file nowhere --output_dir out";
+    let refused = |args: &str| {
+        let ran = folder.run(args);
+        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{args}: {}", ran.stderr);
+        ran.stderr
+    };
+    std::fs::write(folder.0.path().join("c.toml"), "[data]\nhistory_column = 'content'\n").unwrap();
+    let texts = [
+        refused(&format!("plan {run} --prompt_column summary")),
+        refused(&format!("plan {run} --response_column content")),
+        refused(&format!("train {run} --input_column content")),
+        refused(&format!("train {run} --prompt_column q --input_column a --response_column a")),
+        refused(&format!("plan c.toml {run}")),
+        refused("evaluate --model_name_or_path nowhere --validation_file nowhere --response_column content"),
+        refused("generate --model_name_or_path nowhere --file nowhere --input_column content"),
+    ];
+    insta::assert_snapshot!(texts.join("\n"));
+    // A question's column that also stands where nobody asks for an answer.
+    folder.ok("generate --model_name_or_path model --file data/dev.jsonl --prompt_column summary --rows 1 --max_new_tokens 1");
+}
+
+#[test]
 fn weight_decay_that_leaves_nothing_is_refused() {
     let folder = Folder::new();
     let run = "train --model_name_or_path model --train_file data/train.jsonl --output_dir out";
