@@ -7,7 +7,7 @@ const SHOWN: usize = 5;
 /// Two names are alike from here on (Jaro-Winkler, 1 for equal names).
 const ALIKE: f64 = 0.8;
 
-/// `text` with a `~` at its beginning, `$NAME` and `${NAME}` replaced by what `env` has, as a shell does.
+/// `text` with a `~` at its beginning, `$NAME` and `${NAME}` replaced by what `env` has, as a shell does, and `$$` by `$`.
 ///
 /// # Errors
 /// The reason: a variable that is not set or empty, another user's home, or a `${` that names no variable.
@@ -26,6 +26,11 @@ pub fn expand(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<String
     };
     while let Some((before, behind)) = rest.split_once('$') {
         out.push_str(before);
+        if let Some(after) = behind.strip_prefix('$') {
+            out.push('$');
+            rest = after;
+            continue;
+        }
         let (name, after) = match behind.strip_prefix('{') {
             Some(inner) => inner.split_once('}').ok_or_else(|| format!("`${behind}` has no `}}`"))?,
             None => behind.split_at(behind.find(|c: char| !is_in_name(c)).unwrap_or(behind.len())),
@@ -42,6 +47,12 @@ pub fn expand(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<String
         }
     }
     Ok(out + rest)
+}
+
+/// `path` so that [`expand`] gives it back.
+pub fn escape(path: &str) -> String {
+    let path = path.replace('$', "$$");
+    if path.starts_with('~') { format!("./{path}") } else { path }
 }
 
 /// As [`expand`], of paths separated by commas.
@@ -173,10 +184,22 @@ mod tests {
             ("./~me", "./~me"),
             ("price$", "price$"),
             ("$5/x", "$5/x"),
+            ("a$$b", "a$b"),
+            ("$$HOME/$$$HOME", "$HOME/$/home/me"),
+            ("$$", "$"),
+            ("$${HOME}", "${HOME}"),
             ("", ""),
         ] {
             assert_eq!(expand(text, &env).as_deref(), Ok(expected), "{text}");
         }
+    }
+
+    #[test]
+    fn escaped_path_is_expanded_to_itself() {
+        for path in ["out", "/a b/c", "a$b", "$HOME", "${HOME}/$", "$$", "price$", "a~b/~"] {
+            assert_eq!(expand(&escape(path), &env).as_deref(), Ok(path));
+        }
+        assert_eq!(expand(&escape("~"), &env).as_deref(), Ok("./~"));
     }
 
     #[test]

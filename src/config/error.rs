@@ -143,6 +143,7 @@ impl ConfigError {
             Self::Needs { needs, .. } => format!("give `{needs}` as well"),
             Self::Contradiction { .. } => "leave one of the two out".to_owned(),
             Self::SharedColumn { .. } => "give each a column of its own".to_owned(),
+            Self::Path { value, .. } if value.contains('$') => "write `$$` for a `$` that is part of a name".to_owned(),
             Self::NoJobEnd { .. } => {
                 "give the time from the start, such as 3h55m; Slurm sets the variable in its jobs since version 23.02, to seconds since 1970"
                     .to_owned()

@@ -1,9 +1,12 @@
 //! A resolved plan as a configuration file, so that a run can be repeated from what it left behind.
 
+use toml::Value;
+
 use super::plan::*;
 use super::sections::*;
 use super::values::ResumeFrom;
-use super::{ConfigError, RunConfig};
+use super::{ConfigError, KeyTable, RunConfig};
+use crate::paths;
 
 impl From<&Plan> for RunConfig {
     /// Every key that `plan` fixes. The accumulation is left to follow from the rows of a step, so another number of ranks trains alike.
@@ -94,6 +97,17 @@ impl Plan {
     /// # Errors
     /// When a path is not UTF-8.
     pub fn to_toml(&self) -> Result<String, ConfigError> {
-        toml::to_string(&RunConfig::from(self)).map_err(|e| ConfigError::NotText { message: e.to_string() })
+        let not_text = |message: String| ConfigError::NotText { message };
+        let mut table = toml::Table::try_from(RunConfig::from(self)).map_err(|e| not_text(e.to_string()))?;
+        // Paths are expanded when the file is read.
+        let keys = KeyTable::new();
+        let values = table.iter_mut().filter_map(|(_, section)| section.as_table_mut()).flatten();
+        for (name, value) in values {
+            let Some(key) = keys.get(name).filter(|key| key.is_path) else { continue };
+            if let Value::String(text) = value {
+                *text = if key.is_list { text.split(',').map(paths::escape).collect::<Vec<_>>().join(",") } else { paths::escape(text) };
+            }
+        }
+        toml::to_string(&table).map_err(|e| not_text(e.to_string()))
     }
 }

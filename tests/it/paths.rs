@@ -87,6 +87,28 @@ fn tilde_and_variables_in_run_files_and_options_name_the_home() {
     assert!(kept.contains(&format!("output_dir = \"{}/home/a\"", root.display())), "{kept}");
 }
 
+/// A `$` that is part of a name: written as `$$`, and kept so that the file of a run is read back.
+#[test]
+fn dollar_that_is_part_of_a_name_is_written_twice_and_kept() {
+    let dir = setup();
+    let root = dir.path();
+    std::fs::create_dir(root.join("price$HOME")).unwrap();
+    std::fs::rename(root.join("demo/train.jsonl"), root.join("price$HOME/$x.jsonl")).unwrap();
+    let args = ["train", "--model_name_or_path=tiny", "--train_file=price$$HOME/$$x.jsonl", "--max_steps=1", "--pre_seq_len=4", "-q"];
+    let ran = at_home(root, &[&args[..], &["--output_dir=out$$"]].concat());
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let kept = std::fs::read_to_string(root.join("out$/training_args.toml")).unwrap();
+    assert!(kept.contains("train_file = \"price$$HOME/$$x.jsonl\"") && kept.contains("output_dir = \"out$$\""), "{kept}");
+    let again = at_home(root, &["train", "out$/training_args.toml", "--overwrite_output_dir", "-q"]);
+    assert_eq!(again.code, 0, "{}", again.stderr);
+    assert_eq!(
+        std::fs::read_to_string(root.join("out$/training_args.toml")).unwrap(),
+        kept.replace("overwrite_output_dir = false", "overwrite_output_dir = true")
+    );
+    let text = told(root, &at_home(root, &["plan", "--train_file=$NOWHERE/x"]));
+    assert!(text.ends_with("hint: write `$$` for a `$` that is part of a name\n"), "{text}");
+}
+
 /// Every key that is a path, in a file and on the command line, and every path of every other command.
 #[test]
 fn every_path_is_expanded_or_refused() {
