@@ -130,6 +130,7 @@ fn toml_entries(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<Table>), Con
                 }
             }
             Some(_) if is_key(name, &keys) => entries.push(entry(None, key, value)?),
+            Some(table) if !SECTIONS.contains(&name) && table.is_empty() => entries.push(entry(None, key, value)?),
             Some(_) if !SECTIONS.contains(&name) => return Err(unknown_section(path, name, line)),
             Some(table) => {
                 for (k, v) in table {
@@ -160,6 +161,7 @@ fn json_entries(path: &Path, text: &str) -> Result<Vec<Entry>, ConfigError> {
     for (key, value) in document {
         match value.as_object() {
             Some(_) if is_key(key, &keys) => push(None, key, value)?,
+            Some(table) if !SECTIONS.contains(&key.as_str()) && table.is_empty() => push(None, key, value)?,
             Some(_) if !SECTIONS.contains(&key.as_str()) => return Err(unknown_section(path, key, line_of(key))),
             Some(table) => table.iter().try_for_each(|(k, v)| push(Some(key), k, v))?,
             None => push(None, key, value)?,
@@ -237,9 +239,10 @@ fn asks_nothing(value: Option<&Value>) -> bool {
     value.is_none_or(|value| Asks::of(value) == Asks::Nothing)
 }
 
-/// What is said of a key of other programs, or why it is refused, or that nobody knows it. Null asks for nothing of anybody.
+/// What is said of a key of other programs, or why it is refused, or that nobody knows it. Null and what is empty ask for nothing of anybody.
 fn pass_over(key: &str, value: Option<Value>, keys: &KeyTable, place: Place) -> Result<Idle, ConfigError> {
     match (foreign::find(key), value) {
+        (None, value) if asks_nothing(value.as_ref()) => Ok(Idle { key: key.to_owned(), reason: None, place }),
         (_, None) => Ok(Idle { key: key.to_owned(), reason: None, place }),
         (Some(argument), Some(value)) => argument.judge(key, &value, place),
         (None, Some(_)) => Err(ConfigError::UnknownKey { key: key.to_owned(), nearest: nearest(key, keys.names()), place }),

@@ -34,6 +34,7 @@ pub(super) fn is_off(text: &str) -> bool {
 
 /// Keys that can be off, beside paths: off is their default.
 const OFF_IS_DEFAULT: &[&str] = &[
+    "input_column",
     "history_column",
     "max_train_samples",
     "max_eval_samples",
@@ -56,7 +57,7 @@ const OFF_IS_DEFAULT: &[&str] = &[
 /// Keys that can be off, and are on by default: off is 0.
 const OFF_IS_ZERO: &[&str] = &["save_steps", "audit_steps", "stall_timeout", "max_grad_norm", "prefix_dropout", "lora_dropout"];
 
-/// Keys that can be off, and for which "off" is a value: `none`.
+/// Keys that can be off, and for which "off" is a value, `none`, beside those that list it among their words.
 const OFF_IS_NONE: &[&str] = &["memory_limit"];
 
 /// Keys for which an empty list asks for something: the method judges it.
@@ -78,12 +79,12 @@ pub(super) fn meant(key: &Key, value: Value) -> Result<Option<Value>, String> {
     if asks == Asks::Off && (key.is_path || OFF_IS_DEFAULT.contains(&name)) {
         return Ok(None);
     }
+    if asks == Asks::Off && (OFF_IS_NONE.contains(&name) || key.words.iter().any(|word| word == "none")) {
+        return Ok(Some(Value::String("none".to_owned())));
+    }
     // serde's message of a word that is no text names Rust's kinds of values.
     if !(key.is_bool || key.words.is_empty() || value.is_str()) {
         return Err(format!("{} `{value}`, expected one of `{}`", value.type_str(), key.words.join("`, `")));
-    }
-    if asks == Asks::Off && OFF_IS_NONE.contains(&name) {
-        return Ok(Some(Value::String("none".to_owned())));
     }
     let value = if asks == Asks::Off && OFF_IS_ZERO.contains(&name) { zero(key) } else { value };
     check_type(key.section, name, &value).map(|()| Some(value))

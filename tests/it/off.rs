@@ -80,6 +80,7 @@ fn off_in_any_spelling_is_the_default() {
         "quantization_bit",
         "report_to",
         "validation_file",
+        "input_column",
         "history_column",
         "save_total_limit",
     ];
@@ -121,7 +122,9 @@ fn off_of_what_is_on_by_default_is_zero() {
         let plan = plan_of(&with_json(&format!(", \"overwrite_output_dir\": {spelled}")));
         assert_eq!(plan["run"]["overwrite_output_dir"], false, "{spelled}");
     }
-    assert_eq!(plan_of(&with_json(", \"recompute\": \"none\""))["model"]["recompute"], "none", "a value of its own");
+    for spelled in ["\"none\"", "\"no\"", "\"None\"", "false", "null", "[]"] {
+        assert_eq!(plan_of(&with_json(&format!(", \"recompute\": {spelled}")))["model"]["recompute"], "none", "{spelled}");
+    }
 }
 
 #[test]
@@ -135,8 +138,27 @@ fn keys_that_cannot_be_off_are_refused() {
         texts.push(ran.stderr);
     }
     texts.push(with_json(", \"mask_history\": false").stderr);
-    texts.push(with_json(", \"lerning_rate\": []").stderr);
+    texts.push(with_json(", \"lerning_rate\": false").stderr);
+    texts.push(with_json(", \"logging_steps\": \"no\"").stderr);
     insta::assert_snapshot!("never_off", texts.join("\n"));
+}
+
+/// Keys that nobody knows, as a dump of a newer program has them: what is null or empty asks for nothing.
+#[test]
+fn unknown_key_that_asks_for_nothing_is_named_and_one_that_asks_is_refused() {
+    let plain = plan_of(&with_json(""));
+    for off in ["null", "[]", "{}", "\"\""] {
+        let ran = with_json(&format!(", \"some_new_key\": {off}"));
+        assert_eq!(plan_of(&ran), plain, "{off}");
+        assert_eq!(ran.stderr, "warning: `some_new_key` does nothing here: it is off or has its default (c.json:1, key `some_new_key`)\n");
+    }
+    for off in ["[]", "{}", "''"] {
+        assert_eq!(plan_of(&with_toml(&format!("some_new_key = {off}"))), plain, "{off}");
+    }
+    for on in ["false", "0", "\"no\"", "[0]", "{\"a\": null}"] {
+        let ran = with_json(&format!(", \"some_new_key\": {on}"));
+        assert!(ran.code == 2 && ran.stderr.starts_with("error: unknown "), "{on}: {}", ran.stderr);
+    }
 }
 
 /// What the scripts of THUDM and LLaMA-Factory have.
