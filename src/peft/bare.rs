@@ -6,8 +6,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::MethodError;
-use super::export::PEFT_CONFIG;
+use super::export::{self, PEFT_CONFIG};
 use crate::model::weights::{Others, WeightSource};
 use crate::model::{ModelConfig, ModelError};
 
@@ -47,16 +49,58 @@ pub fn open_if_there(dir: &Path) -> Result<(ModelConfig, Option<WeightSource>), 
     Ok((config, source))
 }
 
+const CONFIG: &str = "config.json";
+/// How the names of files begin that hold an adapter's weights, or a fusion's.
+const ADAPTER_WEIGHTS: [&str; 4] = ["adapter_model.", "adapter_model-", "pytorch_adapter.", "pytorch_model_adapter_fusion."];
+/// Keys of config.json by which PEFT and the adapters library say what they put on a model.
+const ADAPTER_KEYS: [&str; 2] = ["peft_config", "adapters"];
+
 /// The configuration in `dir`, which holds no adapter beside it: Python's `from_pretrained` would put that on the model.
 fn alone(dir: &Path) -> Result<ModelConfig, MethodError> {
-    if !dir.join(PEFT_CONFIG).exists() {
-        return Ok(ModelConfig::load(dir)?);
+    let refused = |what: String, hint| Err(MethodError::NotBare { path: dir.to_owned(), what, hint });
+    if dir.join(PEFT_CONFIG).exists() {
+        let hint = format!(
+            "give the bare base as --model_name_or_path, and to generate and evaluate this folder as --adapter; if base and adapter share the \
+             folder, move {PEFT_CONFIG} and the adapter's weights to one of their own"
+        );
+        return refused(format!("it holds an adapter ({PEFT_CONFIG})"), hint);
     }
-    let hint = format!(
-        "give the bare base as --model_name_or_path, and to generate and evaluate this folder as --adapter; if base and adapter share the \
-         folder, move {PEFT_CONFIG} and the adapter's weights to one of their own"
-    );
-    Err(MethodError::NotBare { path: dir.to_owned(), what: format!("it holds an adapter ({PEFT_CONFIG})"), hint })
+    let names = std::fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    if let Some(weights) = names.filter(|name| ADAPTER_WEIGHTS.iter().any(|start| name.starts_with(start))).min() {
+        let hint = format!(
+            "if the adapter is to be used, put its weights and its {PEFT_CONFIG} into a folder of their own, and give that to generate and \
+             evaluate as --adapter; else move the file out of the base's folder"
+        );
+        return refused(format!("it holds an adapter's weights ({weights}), and no {PEFT_CONFIG} that says how they are used"), hint);
+    }
+    let config = ModelConfig::load(dir)?;
+    match adapter_key(dir)? {
+        None => Ok(config),
+        Some(key) => Err(MethodError::NotBare {
+            path: dir.join(CONFIG),
+            what: format!("`{key}` is there, as in the file of a model with adapters on it"),
+            hint: format!(
+                "give the bare base as --model_name_or_path; if the weights are the base's and no adapter belongs to them, remove `{key}` \
+                 from config.json"
+            ),
+        }),
+    }
+}
+
+/// The first of [`ADAPTER_KEYS`] in config.json that says something.
+fn adapter_key(dir: &Path) -> Result<Option<&'static str>, MethodError> {
+    fn says_something(value: &Value) -> bool {
+        match value {
+            Value::Null | Value::Bool(false) => false,
+            Value::String(text) => !text.trim().is_empty(),
+            Value::Array(list) => list.iter().any(says_something),
+            // The adapters library writes its tables, all empty, for a model without adapters.
+            Value::Object(object) => object.values().any(says_something),
+            _ => true,
+        }
+    }
+    let config = export::read_json(&dir.join(CONFIG))?;
+    Ok(ADAPTER_KEYS.into_iter().find(|key| config.get(*key).is_some_and(says_something)))
 }
 
 /// What to do with a folder that holds a prefix.

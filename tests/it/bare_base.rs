@@ -235,6 +235,35 @@ fn folder_of_an_adapter_given_as_a_base_is_named_as_one() {
     ");
 }
 
+/// What PEFT and the adapters library leave in a model's folder beside an adapter_config.json.
+#[test]
+fn weights_and_keys_of_an_adapter_beside_a_base_are_refused_by_name() {
+    let dir = project(8, 4);
+    let (dir, model) = (dir.path(), dir.path().join("model"));
+    let mut texts = String::new();
+    for name in ["adapter_model.safetensors", "adapter_model-00001-of-00002.safetensors", "adapter_model.bin", "pytorch_adapter.bin"] {
+        std::fs::write(model.join(name), "").unwrap();
+        let text = refused(dir, EVALUATE);
+        assert!(text.contains(&format!("({name})")), "{text}");
+        if texts.is_empty() {
+            texts = text;
+        }
+        std::fs::remove_file(model.join(name)).unwrap();
+    }
+    let empty = json!({ "adapters": {}, "config_map": {}, "fusion_config_map": {}, "fusions": {} });
+    for (key, value) in [("peft_config", json!({ "peft_type": "LORA" })), ("adapters", json!({ "adapters": { "ads": "pfeiffer" } }))] {
+        for off in [Value::Null, json!({}), empty.clone()] {
+            change_config(&model, |c| c[key] = off.clone());
+            ok(dir, EVALUATE);
+        }
+        change_config(&model, |c| c[key] = value.clone());
+        texts += &refused(dir, EVALUATE);
+        change_config(&model, |c| _ = c.as_object_mut().unwrap().remove(key));
+    }
+    ok(dir, EVALUATE);
+    insta::assert_snapshot!(texts);
+}
+
 #[test]
 fn pre_seq_len_without_a_prefix_is_refused_with_or_without_weights() {
     let dir = project(8, 4);
