@@ -75,6 +75,17 @@ pub fn model_name(name: &str) -> &str {
     }
 }
 
+/// Words of a model's name that do not tell it from others of its family: who published it, its size, the form of its files.
+const WORDS_THAT_TELL_NOTHING: [&str; 11] = ["thudm", "zhipuai", "zai", "org", "6b", "9b", "hf", "fp16", "bf16", "model", "models"];
+
+/// The model's own part of a name, without case and without what tells it from no other model: `chatglm2` of `THUDM/chatglm2-6b`, of
+/// `chatglm2_6b-hf` and of `THUDM--ChatGLM2`; `chatglm2-32k` of `chatglm2-6b-32k`.
+pub fn distinctive_name(name: &str) -> String {
+    let own = model_name(name).to_lowercase().replace(['_', '.'], "-");
+    let words: Vec<&str> = own.split('-').filter(|word| !word.is_empty() && !WORDS_THAT_TELL_NOTHING.contains(word)).collect();
+    words.join("-")
+}
+
 /// Whether a name is one of a model of the family, known or derived: `THUDM/chatglm2-6b`, `my-medical-glm`.
 pub fn is_of_family(name: &str) -> bool {
     let own = model_name(name).to_lowercase();
@@ -125,6 +136,17 @@ mod tests {
         ] {
             assert_eq!(of(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn distinctive_name_is_the_same_for_one_model_and_another_for_another() {
+        for name in ["THUDM/chatglm2-6b", "chatglm2-6b", "/models/ChatGLM2_6B", "chatglm2", "THUDM_chatglm2-6b", "chatglm2-6b-hf"] {
+            assert_eq!(distinctive_name(name), "chatglm2", "{name}");
+        }
+        for name in ["THUDM/chatglm2-6b-32k", "chatglm2-6b-int4", "chatglm3-6b", "chatglm-6b", "chatglm2-6b-medical", "chatglm2.5-6b"] {
+            assert_ne!(distinctive_name(name), "chatglm2", "{name}");
+        }
+        assert_eq!(distinctive_name("THUDM/glm-4-9b"), distinctive_name("glm-4"));
     }
 
     #[test]

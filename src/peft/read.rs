@@ -89,17 +89,16 @@ pub fn other_name(dir: &Path, base: &Path) -> Result<Option<String>, ExportError
     let own = export::read_json(&config)?;
     let own = own.get("_name_or_path").and_then(Value::as_str).unwrap_or_default();
     let folder = base.canonicalize().unwrap_or_else(|_| base.to_owned());
-    let same = |name: &str| family::model_name(name).to_lowercase().replace('_', "-");
-    let known: Vec<String> = [own, &folder.to_string_lossy()].into_iter().filter(|name| family::is_of_family(name)).map(same).collect();
-    if !family::is_of_family(&found) || known.is_empty() || known.contains(&same(&found)) {
-        return Ok(None);
-    }
+    let folder = folder.to_string_lossy();
+    let known: Vec<&str> = [own, &folder].into_iter().filter(|name| family::is_of_family(name)).collect();
+    let is_same = |name: &&str| family::distinctive_name(name) == family::distinctive_name(&found);
+    let Some(first) = known.first().filter(|_| family::is_of_family(&found) && !known.iter().any(is_same)) else { return Ok(None) };
     Ok(Some(format!(
         "{}: `{key}` is {found:?}, and the base {} calls itself {:?}: the adapter may be of another base; hold its loss against the \
          base's alone with `glmddp evaluate`",
         path.display(),
         base.display(),
-        if family::is_of_family(own) { own } else { known[0].as_str() }
+        if *first == own { own } else { family::model_name(first) }
     )))
 }
 

@@ -161,6 +161,8 @@ fn adapter_that_names_another_base_is_taken_with_a_warning() {
     for (adapter, base) in [
         (json!("THUDM/chatglm2-6b"), "/models/ChatGLM2_6B"),
         (json!("models--THUDM--chatglm2-6b/snapshots/1a2b"), "THUDM/chatglm2-6b"),
+        (json!("chatglm2"), "THUDM/chatglm2-6b"),
+        (json!("/data/THUDM_chatglm2-6b-hf"), "chatglm2-6b"),
         (json!("/models/tiny"), "THUDM/chatglm2-6b"),
         (json!("THUDM/chatglm2-6b"), ""),
         (json!(""), "THUDM/chatglm2-6b"),
