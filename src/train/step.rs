@@ -11,6 +11,7 @@ use super::requests::{Request, Wish};
 use crate::config::plan::LossMean;
 use crate::data::MicroBatch;
 use crate::dist::{self, Collectives, GradientSum, Part, Reduction, SlotScalars, StepSum};
+use crate::formats::text_of;
 use crate::kernels::elementwise::scale_;
 use crate::model::{ChatGlm2, Recompute};
 use crate::optim;
@@ -175,7 +176,7 @@ impl Trainer<'_, '_> {
         if !norm.is_finite()
             && let Some(bad) = self.optimizer.first_non_finite(grad, self.method.params().layout())?
         {
-            let what = format!("element {} of the gradient of `{}` ({})", bad.index, bad.name, bad.value);
+            let what = format!("element {} of the gradient of `{}` ({})", bad.index, bad.name, text_of(bad.value.into()));
             return Err(TrainError::NotFinite { what, slots: Vec::new() });
         }
         Ok(norm)
