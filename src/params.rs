@@ -70,6 +70,15 @@ impl Layout {
             .collect()
     }
 
+    /// As [`Self::views`], of one parameter.
+    ///
+    /// # Errors
+    /// When there is no such parameter.
+    pub fn view(&self, flat: &Tensor, name: &str) -> Result<Tensor> {
+        let Some(entry) = self.entries.get(name) else { bail!("unknown parameter `{name}`") };
+        flat.narrow(0, entry.offset, entry.num_elements())?.reshape(entry.shape.as_slice())
+    }
+
     /// The inverse of [`Self::views`]: copies `tensors` into a new flat f32 buffer.
     ///
     /// # Errors
@@ -126,8 +135,7 @@ impl ParamSet {
 
     /// One parameter, sharing memory with the flat buffer.
     pub fn get(&self, name: &str) -> Result<Tensor> {
-        let Some(e) = self.layout.get(name) else { bail!("unknown parameter `{name}`") };
-        self.flat.narrow(0, e.offset, e.num_elements())?.reshape(e.shape.as_slice())
+        self.layout.view(&self.flat, name)
     }
 
     pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {

@@ -8,6 +8,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
+use super::column_sums;
 use super::host::{F32View, tensor, with_f32_mut};
 use super::on_gpu::on_gpu;
 
@@ -58,9 +59,15 @@ pub fn add_bias_(x_TN: &Tensor, bias_N: &Tensor) -> Result<()> {
 /// # Errors
 /// When the widths differ.
 pub fn add_row_sum_(sum_N: &Tensor, x_TN: &Tensor) -> Result<()> {
-    let (_, n) = x_TN.dims2()?;
+    let (rows, n) = x_TN.dims2()?;
     if sum_N.dims() != [n] {
         bail!("add_row_sum: rows have {n} values, their sum {:?}", sum_N.dims());
+    }
+    if let Some(gpu) = on_gpu(x_TN)? {
+        let partials = gpu.result_of(column_sums::num_partials(rows, n), DType::F32)?;
+        let (sums, partials) = (gpu.at_of(sum_N, DType::F32)?, gpu.at_of(&partials, DType::F32)?);
+        let (sums, x) = (column_sums::Sums { sums, partials, rows, columns: n }, gpu.at(x_TN)?);
+        return gpu.run(|e, dtype| column_sums::add_row_sum_(e, dtype, &sums, x));
     }
     let x = F32View::new(x_TN)?;
     with_f32_mut(sum_N, "add_row_sum", |sum| {

@@ -30,3 +30,4 @@ pub mod rms_norm;
 pub mod rotary;
 pub mod simd;
 pub mod swiglu;
+pub mod tanh;

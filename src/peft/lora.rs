@@ -172,10 +172,7 @@ impl Lora {
 
     /// A and B of a target, in the type in which the model computes.
     pub(super) fn pair(&self, layer: usize, site: LinearSite) -> Result<(Tensor, Tensor)> {
-        let of = |name: String| {
-            let Some(entry) = self.params.layout().get(&name) else { bail!("LoRA has no parameter `{name}`") };
-            self.computed.narrow(0, entry.offset, entry.num_elements())?.reshape(entry.shape.as_slice())
-        };
+        let of = |name: String| self.params.layout().view(&self.computed, &name);
         Ok((of(name_of_A(layer, site))?, of(name_of_B(layer, site))?))
     }
 

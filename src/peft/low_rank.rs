@@ -3,7 +3,7 @@
 //! Shapes: r rank, T tokens; A `[r, in]`, B `[out, r]`.
 #![allow(non_snake_case, reason = "A, B and their gradients are the paper's names")]
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
 use super::lora::{Lora, name_of_A, name_of_B, name_of_magnitude};
 use super::{RowContext, TrainHooks};
@@ -38,9 +38,7 @@ impl<'a> LoraHooks<'a> {
 
     /// Where the gradient of a parameter is added up, in its shape.
     fn grad_of(&self, name: &str) -> Result<Tensor> {
-        let layout = self.method.parameters().layout();
-        let Some(entry) = layout.get(name) else { bail!("LoRA has no parameter `{name}`") };
-        self.grad.narrow(0, entry.offset, entry.num_elements())?.reshape(entry.shape.as_slice())
+        self.method.parameters().layout().view(&self.grad, name)
     }
 
     /// y += s x Aᵀ Bᵀ.

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use super::{Costs, Mode, RowContext, TrainHooks};
 use crate::kernels::host::tensor;
 use crate::kernels::prefix::{self, Dropout, Layout};
-use crate::kernels::{elementwise, matmul};
+use crate::kernels::{elementwise, matmul, tanh};
 use crate::model::ModelConfig;
 use crate::model::hooks::{Hooks, LinearSite, PrefixKv, Reach};
 use crate::model::linear::Linear;
@@ -141,11 +141,8 @@ impl PrefixEncoder {
     /// Puts the prefix on `device`, for a model that computes in `dtype`.
     ///
     /// # Errors
-    /// When there is not enough memory, or a GPU is to compute a projection.
+    /// When there is not enough memory.
     pub fn move_to(&mut self, device: &Device, dtype: DType) -> Result<()> {
-        if !device.is_cpu() && self.shape.projection.is_some() {
-            bail!("prefix: a projection is computed on a CPU alone");
-        }
         self.params.move_to(device)?;
         self.dtype = dtype;
         self.refresh()
@@ -192,11 +189,10 @@ impl PrefixEncoder {
             self.table = embedding;
             return Ok(());
         }
-        let hidden = matmul::nt(&embedding, &self.params.get(self.names.first[0])?)?;
-        elementwise::add_bias_(&hidden, &self.params.get(self.names.first[1])?)?;
-        let hidden = hidden.tanh()?;
-        self.table = matmul::nt(&hidden, &self.params.get(self.names.second[0])?)?;
-        elementwise::add_bias_(&self.table, &self.params.get(self.names.second[1])?)?;
+        let [first, first_bias] = self.names.first.map(|name| self.params.get(name));
+        let [second, second_bias] = self.names.second.map(|name| self.params.get(name));
+        let hidden = tanh::fwd(&matmul::nt_bias(&embedding, &first?, &first_bias?)?)?;
+        self.table = matmul::nt_bias(&hidden, &second?, &second_bias?)?;
         self.hidden = Some(hidden);
         Ok(())
     }
@@ -232,16 +228,15 @@ impl PrefixEncoder {
         let Some(hidden_PH) = &self.hidden else { return Ok(site_grad.clone()) };
         let dtable_PW = site_grad.reshape((self.shape.virtual_tokens, self.shape.width()))?;
         let dhidden_PH = matmul::nn(&dtable_PW, &self.params.get(self.names.second[0])?)?;
-        let dpre_PH = (dhidden_PH * hidden_PH.sqr()?.affine(-1.0, 1.0)?)?;
-        let embedding_PW = self.params.get(self.names.embedding)?;
-        let grads = BTreeMap::from([
-            (self.names.embedding.to_owned(), matmul::nn(&dpre_PH, &self.params.get(self.names.first[0])?)?),
-            (self.names.first[0].to_owned(), matmul::tn(&dpre_PH, &embedding_PW)?),
-            (self.names.first[1].to_owned(), dpre_PH.sum(0)?),
-            (self.names.second[0].to_owned(), matmul::tn(&dtable_PW, hidden_PH)?),
-            (self.names.second[1].to_owned(), dtable_PW.sum(0)?),
-        ]);
-        self.params.layout().flatten(&grads)
+        let dpre_PH = tanh::bwd(hidden_PH, &dhidden_PH)?;
+        let grads = self.params.flat().zeros_like()?;
+        let of = |name: &str| self.params.layout().view(&grads, name);
+        matmul::nn_add_(&of(self.names.embedding)?, &dpre_PH, &self.params.get(self.names.first[0])?)?;
+        matmul::tn_add_(&of(self.names.first[0])?, &dpre_PH, &self.params.get(self.names.embedding)?)?;
+        elementwise::add_row_sum_(&of(self.names.first[1])?, &dpre_PH)?;
+        matmul::tn_add_(&of(self.names.second[0])?, &dtable_PW, hidden_PH)?;
+        elementwise::add_row_sum_(&of(self.names.second[1])?, &dtable_PW)?;
+        Ok(grads)
     }
 }
 

@@ -121,6 +121,11 @@ fn swiglu() {
     check(this_test!(), "swiglu");
 }
 
+#[test]
+fn tanh() {
+    check(this_test!(), "tanh");
+}
+
 /// Of every third case: the products' own kernels are NVIDIA's, and what is held here is how they are asked for.
 #[test]
 fn products_of_the_library() {

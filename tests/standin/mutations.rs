@@ -13,6 +13,7 @@ mod non_finite;
 mod rms_norm;
 mod rotary;
 mod swiglu;
+mod tanh;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -58,6 +59,7 @@ const ALL: &[Planted] = &[
     Planted { file: "rms_norm.cu", mutations: rms_norm::RMS_NORM, survivors: &[], found_by: &["rms_norm"] },
     Planted { file: "rotary.cu", mutations: rotary::ROTARY, survivors: &[], found_by: &["rotary"] },
     Planted { file: "swiglu.cu", mutations: swiglu::SWIGLU, survivors: &[], found_by: &["swiglu"] },
+    Planted { file: "tanh.cu", mutations: tanh::TANH, survivors: &[], found_by: &["tanh"] },
 ];
 
 /// The sources of which the cases of `file` launch kernels.
@@ -259,4 +261,10 @@ fn rotary_planted_errors_are_found() {
 #[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
 fn swiglu_planted_errors_are_found() {
     check("swiglu.cu");
+}
+
+#[test]
+#[ignore = "all of them take minutes: scripts/mutate_kernels.sh"]
+fn tanh_planted_errors_are_found() {
+    check("tanh.cu");
 }

@@ -14,6 +14,7 @@ pub mod products;
 mod rms_norm;
 mod rotary;
 mod swiglu;
+mod tanh;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -33,7 +34,7 @@ use crate::rng::{KeyedRng, Stream};
 pub const COUNTS: [usize; 6] = [1, 31, 33, 64, 127, 193];
 
 /// What cases belong to: the files of kernels, and cuBLASLt's products.
-pub const FILES: [&str; 13] = [
+pub const FILES: [&str; 14] = [
     "adamw",
     "attention",
     "attention_f32",
@@ -46,6 +47,7 @@ pub const FILES: [&str; 13] = [
     "rms_norm",
     "rotary",
     "swiglu",
+    "tanh",
     "products",
 ];
 
@@ -90,6 +92,7 @@ pub fn cases() -> Vec<Case> {
         rms_norm::cases(),
         rotary::cases(),
         swiglu::cases(),
+        tanh::cases(),
     ];
     all.into_iter().flatten().collect()
 }
