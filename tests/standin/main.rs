@@ -15,6 +15,7 @@ mod mutations;
 #[path = "../it/not_run.rs"]
 mod not_run;
 mod order;
+mod passes;
 mod program;
 mod raw;
 #[path = "../it/support.rs"]

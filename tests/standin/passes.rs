@@ -1,0 +1,127 @@
+//! A slot forward and backward on the GPU that is not there: the same bits each time, and what a CPU computes.
+
+use candle_core::{DType, Device, Tensor};
+use glmddp::data::MicroBatch;
+use glmddp::digest::sha256_hex;
+use glmddp::kernels::cuda;
+use glmddp::model::{ChatGlm2, Recompute};
+use glmddp::peft::keys::MethodKeys;
+use glmddp::peft::{FinetuningType, MethodPlan, PeftMethod, create};
+use glmddp::rng::{KeyedRng, Stream};
+use glmddp::train::backprop::{SlotPass, forward_backward};
+
+use crate::golden::cases;
+use crate::golden_batch;
+use crate::libraries::{again, checked, inside, is_inside, text, this_test};
+
+/// The committed case with heads of 64.
+fn model(dtype: DType, device: &Device) -> ChatGlm2 {
+    let case = cases().into_iter().find(|case| case.name() == "case5").expect("tests/golden/case5");
+    golden_batch::model(&case, dtype, device)
+}
+
+/// Rows of several lengths, whose places in the training stream are beyond 32 bits.
+fn slot(vocabulary: u32) -> MicroBatch {
+    let rng = KeyedRng::new(3, Stream::DemoData, 0);
+    let mut batch = MicroBatch {
+        ids: Vec::new(),
+        positions: Vec::new(),
+        row_bounds: vec![0],
+        targets: Vec::new(),
+        stream_positions: vec![7, 0, (1 << 33) + 5],
+        sample_indices: vec![2, 0, 1],
+    };
+    for len in [5u32, 70, 33] {
+        let first = batch.ids.len() as u32;
+        batch.ids.extend((0..len).map(|i| rng.below(u64::from(first + i), vocabulary)));
+        batch.positions.extend(0..len);
+        batch.targets.extend((2..len).map(|i| (first + i - 1, batch.ids[(first + i) as usize])));
+        batch.row_bounds.push(batch.ids.len());
+    }
+    batch
+}
+
+/// Every method that a GPU computes, with dropout, no parameter of it 0.
+fn methods(model: &ChatGlm2) -> Vec<(&'static str, Box<dyn PeftMethod>)> {
+    let prefix = |projection| MethodKeys {
+        pre_seq_len: Some(17),
+        prefix_projection: Some(projection),
+        prefix_dropout: Some(0.2),
+        ..MethodKeys::default()
+    };
+    let lora = MethodKeys { lora_target: Some("all".to_owned()), lora_dropout: Some(0.2), ..MethodKeys::default() };
+    let all = [
+        ("prefix", FinetuningType::PtuningV2, prefix(false)),
+        ("projected prefix", FinetuningType::PtuningV2, prefix(true)),
+        ("LoRA", FinetuningType::Lora, lora),
+    ];
+    let made = all.into_iter().map(|(name, kind, keys)| {
+        let mut method = create(&MethodPlan::resolve(kind, &keys).unwrap(), model, 5).unwrap();
+        let values = KeyedRng::new(11, Stream::ParameterInit, 1).normal(method.params().layout().num_elements());
+        let values = Tensor::new(values.iter().map(|x| 0.05 * x).collect::<Vec<f32>>(), &Device::Cpu).unwrap();
+        method.params_mut().load_flat(&values).unwrap();
+        method.refresh().unwrap();
+        (name, method)
+    });
+    made.collect()
+}
+
+fn pass(model: &ChatGlm2, method: &dyn PeftMethod, recompute: Recompute) -> SlotPass {
+    forward_backward(model, method, &slot(model.config.padded_vocab_size as u32), recompute).unwrap()
+}
+
+/// The parameters' gradient.
+fn gradient(method: &dyn PeftMethod, pass: &SlotPass) -> Vec<f32> {
+    method.param_grad(&pass.site_grad).unwrap().to_vec1().unwrap()
+}
+
+fn bits(method: &dyn PeftMethod, pass: &SlotPass) -> String {
+    let values = [pass.nll.clone(), gradient(method, pass)].concat();
+    sha256_hex(&values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())
+}
+
+#[test]
+fn slot_has_the_same_bits_in_each_run_and_with_recompute() {
+    let test = this_test!();
+    if is_inside() {
+        let device = cuda::tensor_device(0).unwrap();
+        for dtype in [DType::F32, DType::BF16] {
+            let model = model(dtype, &device);
+            for (name, method) in methods(&model) {
+                let of = |recompute| bits(&*method, &pass(&model, &*method, recompute));
+                let (first, second, recomputed) = (of(Recompute::None), of(Recompute::None), of(Recompute::Block));
+                assert_eq!((&first, &first), (&second, &recomputed), "{name}, {dtype:?}");
+                println!("\n> {name}, {dtype:?}: {first}");
+            }
+        }
+        return;
+    }
+    // In any order that the driver may choose, of operations, blocks and threads.
+    let of = |seed: &str| {
+        let output = again(test, checked(), &[("GLMDDP_STANDIN_SEED", seed)]);
+        assert!(output.status.success(), "{}", text(&output));
+        text(&output).lines().filter_map(|line| line.strip_prefix("> ")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let (first, second) = (of("1"), of("2"));
+    assert_eq!((first.len(), &first), (6, &second));
+}
+
+/// Dropout's masks are the CPU's: else the gradients would have nothing to do with each other.
+#[test]
+fn slot_in_f32_is_what_a_cpu_computes() {
+    inside(this_test!(), checked(), || {
+        let (on_cpu, on_gpu) = (model(DType::F32, &Device::Cpu), model(DType::F32, &cuda::tensor_device(0).unwrap()));
+        for ((name, expected), (_, found)) in methods(&on_cpu).into_iter().zip(methods(&on_gpu)) {
+            let (of_cpu, of_gpu) = (pass(&on_cpu, &*expected, Recompute::None), pass(&on_gpu, &*found, Recompute::None));
+            for (what, a, b) in [
+                ("losses", of_cpu.nll.clone(), of_gpu.nll.clone()),
+                ("gradient", gradient(&*expected, &of_cpu), gradient(&*found, &of_gpu)),
+            ] {
+                let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+                let error = norm(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / norm(&mut a.iter().copied());
+                println!("{name}: {what} off by {error:.1e}");
+                assert!(error < 2e-6, "{name}: {what} off by {error:e}");
+            }
+        }
+    });
+}
