@@ -54,10 +54,13 @@ pub struct Rows<'a> {
 
 /// Tiles of rows on a GPU, by the prefix's length and what the backward pass gives: sent once, for all layers.
 #[derive(Debug, Default)]
-pub struct Tables(Mutex<BTreeMap<(usize, bool), (Arc<device::Tiles>, Tensor)>>);
+pub struct Tables(Mutex<BTreeMap<(usize, bool), SentTiles>>);
+
+/// Tiles, and their words on a GPU.
+type SentTiles = (Arc<device::Tiles>, Tensor);
 
 impl Tables {
-    fn of(&self, gpu: &OnGpu, bounds: &[usize], prefix_len: usize, wanted: Wanted) -> Result<(Arc<device::Tiles>, Tensor)> {
+    fn of(&self, gpu: &OnGpu, bounds: &[usize], prefix_len: usize, wanted: Wanted) -> Result<SentTiles> {
         let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (prefix_len, wanted == Wanted::All);
         if let Some(found) = tables.get(&key) {

@@ -1,4 +1,5 @@
 //! Golden values: found by discovery, compared against the noise floor that comes with them.
+#![allow(dead_code, reason = "each test program uses its own part")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -65,7 +66,6 @@ impl Case {
 
     /// As [`Self::compare`], of results in 16 bits: the error of each tensor, ||x - golden|| / ||golden||, against that of PyTorch in bfloat16. The
     /// error of a mean loss is small by luck, for errors of both signs cancel in it; so it is held against that of the losses that it is the mean of.
-    #[allow(dead_code, reason = "results in 16 bits are those of a GPU")]
     pub fn compare_in_16_bits(&self, file: &str) -> Option<Comparison<'_>> {
         let errors: BTreeMap<String, BTreeMap<String, [f64; 3]>> = serde_json::from_value(self.json("torch_bf16_vs_f64")?).unwrap();
         let errors = errors.get(file)?;

@@ -59,10 +59,6 @@ pub fn with_variant(variant: &str, parameter: &str) -> String {
     format!("{variant}.grad.{parameter}")
 }
 
-pub fn same(parameter: &str) -> String {
-    parameter.to_owned()
-}
-
 pub fn of_low_rank(_: &str, parameter: &str) -> String {
     format!("grad.{}", golden_low_rank_name(parameter))
 }
@@ -78,7 +74,9 @@ pub fn thudm_prefix(model: &ChatGlm2, golden: &Tensors) -> PtuningV2 {
     let params: Tensors =
         golden.iter().filter(|(n, _)| n.starts_with("transformer.prefix_encoder.")).map(|(n, t)| (n.clone(), t.clone())).collect();
     let shape = ptuning_v2::shape(&model.config, params[ptuning_v2::NAMES.embedding].dim(0).unwrap(), params.len() > 1);
-    PtuningV2::from_tensors(shape, 0.0, 0, &params).unwrap()
+    let mut method = PtuningV2::from_tensors(shape, 0.0, 0, &params).unwrap();
+    method.encoder.move_to(model.device(), model.dtype()).unwrap();
+    method
 }
 
 pub fn prefix(model: &ChatGlm2, golden: &Tensors, _: &str) -> Box<dyn PeftMethod> {

@@ -3,11 +3,10 @@
 use candle_core::{DType, Device};
 use glmddp::kernels::cuda;
 use glmddp::model::{ChatGlm2, Recompute};
-use glmddp::peft::PeftMethod;
 
 use crate::golden::{Case, Comparison, cases};
 use crate::golden_batch::{Batch, check_variant, eval_hooks, model};
-use crate::golden_subjects::{SUBJECTS, Subject, Tensors, lora, thudm_prefix};
+use crate::golden_subjects::{SUBJECTS, Subject};
 use crate::libraries::{checked, inside, this_test};
 
 /// Variants without padding, which a GPU does not compute.
@@ -31,15 +30,6 @@ fn subjects() -> impl Iterator<Item = &'static Subject> {
     SUBJECTS.iter().filter(|subject| subject.file.starts_with("ptuning") || subject.file.contains("lora"))
 }
 
-fn method(model: &ChatGlm2, golden: &Tensors, file: &str) -> Box<dyn PeftMethod> {
-    if file.contains("lora") {
-        return Box::new(lora(model, golden, file));
-    }
-    let mut method = thudm_prefix(model, golden);
-    method.encoder.move_to(model.device(), model.dtype()).unwrap();
-    Box::new(method)
-}
-
 /// Logits, losses and gradients of the base and of all methods, in `dtype`.
 fn check(dtype: DType) {
     fn compare<'c>(case: &'c Case, file: &str, dtype: DType) -> Option<Comparison<'c>> {
@@ -58,7 +48,7 @@ fn check(dtype: DType) {
                     println!("golden {:<12} {} NOT RUN: there is nothing to compare it with", case.name(), subject.file);
                     continue;
                 };
-                let method = method(model, &c.golden, subject.file);
+                let method = (subject.build)(model, &c.golden, subject.file);
                 for variant in subject.variants.iter().filter(|variant| VARIANTS.contains(variant)) {
                     let (hooks, batch) = (eval_hooks(&*method), Batch::new(&inputs, variant));
                     let name = |parameter: &str| (subject.gradient)(variant, parameter);

@@ -77,7 +77,7 @@ fn gradient(method: &dyn PeftMethod, pass: &SlotPass) -> Vec<f32> {
 
 fn bits(method: &dyn PeftMethod, pass: &SlotPass) -> String {
     let values = [pass.nll.clone(), gradient(method, pass)].concat();
-    sha256_hex(&values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())
+    sha256_hex(values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())
 }
 
 #[test]
