@@ -45,7 +45,7 @@ impl Heads {
 pub struct Rows<'a> {
     /// `[R + 1]` row r is tokens `bounds[r]..bounds[r + 1]`.
     pub bounds: &'a [usize],
-    /// `[T]` false on padding; none: no padding. A padded key is seen by nobody; a padded query sees the row's whole length where there is no
+    /// `[T]` false on padding; `None`: no padding. A padded key is seen by nobody; a padded query sees the row's whole length where there is no
     /// prefix, and the prefix and the earlier unpadded keys where there is one.
     pub keep: Option<&'a [bool]>,
     /// What a GPU needs to know of the rows, kept from layer to layer; `None`: it is sent each time.
@@ -217,7 +217,7 @@ impl Launched {
         wanted: Wanted,
     ) -> Result<Self> {
         if rows.keep.is_some() {
-            bail!("attention: padding is computed on a CPU alone");
+            bail!("attention: padding is supported on the CPU only");
         }
         let prefix_len = prefix.map_or(Ok(0), |prefix| prefix.k_RGPD.dim(2))?;
         let (tiles, sent) = rows.tables.unwrap_or(&Tables::default()).of(gpu, rows.bounds, prefix_len, wanted)?;

@@ -39,8 +39,11 @@ impl<'a> Rows<'a> {
     /// `[R + 1]` bounds and `[R]` places in the training stream, for masks of values on `device`.
     ///
     /// # Errors
-    /// When there is not enough memory.
+    /// When the numbers of rows differ, or there is not enough memory.
     pub fn new(bounds: &'a [usize], positions: &'a [u64], device: &Device) -> Result<Self> {
+        if bounds.len() != positions.len() + 1 {
+            bail!("dropout: {} bounds of {} rows", bounds.len(), positions.len());
+        }
         let sent = if device.is_cpu() {
             None
         } else {
@@ -53,7 +56,14 @@ impl<'a> Rows<'a> {
 
 /// A mask of values `[T, C]`: the same each time that it is applied, and whatever a row is packed with.
 #[derive(Debug)]
-pub enum Mask {
+pub struct Mask {
+    /// T and C.
+    size: (usize, usize),
+    of: MaskOf,
+}
+
+#[derive(Debug)]
+enum MaskOf {
     /// 0 or 1 / (1 - p), `[T, C]`.
     Multipliers(Vec<f32>),
     /// Computed by the kernel.
@@ -63,8 +73,9 @@ pub enum Mask {
 impl Mask {
     /// For values of `columns` channels.
     pub fn new(key: Key, rows: &Rows, columns: usize) -> Self {
+        let size = (rows.bounds.last().copied().unwrap_or(0), columns);
         if let Some([bounds, positions]) = rows.sent.clone() {
-            return Self::Keyed { key, bounds, positions };
+            return Self { size, of: MaskOf::Keyed { key, bounds, positions } };
         }
         let (kept, blocks) = (key.kept(), columns.div_ceil(4));
         let mut out = Vec::new();
@@ -76,7 +87,7 @@ impl Mask {
                 if unit(bits) < key.p { 0.0 } else { kept }
             }));
         }
-        Self::Multipliers(out)
+        Self { size, of: MaskOf::Multipliers(out) }
     }
 
     /// x `[T, C]` with the mask's values dropped and the others multiplied by 1 / (1 - p), in new memory.
@@ -85,16 +96,16 @@ impl Mask {
     /// When the sizes differ.
     pub fn apply(&self, x_TC: &Tensor) -> Result<Tensor> {
         let (t, c) = x_TC.dims2()?;
-        let (key, bounds, positions) = match self {
-            Self::Multipliers(multipliers) => {
+        if (t, c) != self.size {
+            bail!("dropout: values [{t}, {c}] and a mask of {:?}", self.size);
+        }
+        let (key, bounds, positions) = match &self.of {
+            MaskOf::Multipliers(multipliers) => {
                 let x = F32View::new(x_TC)?;
-                if multipliers.len() != x.len() {
-                    bail!("dropout: {} values and a mask of {}", x.len(), multipliers.len());
-                }
                 let values = x.par_iter().zip(multipliers).map(|(x, m)| x * m).collect();
                 return tensor(values, &[t, c]);
             }
-            Self::Keyed { key, bounds, positions } => (key, bounds, positions),
+            MaskOf::Keyed { key, bounds, positions } => (key, bounds, positions),
         };
         let Some(gpu) = on_gpu(x_TC)? else { bail!("dropout: a mask of a GPU for values of a CPU") };
         let y_TC = gpu.result((t, c))?;

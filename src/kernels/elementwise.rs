@@ -27,7 +27,7 @@ pub fn add_(acc: &Tensor, x: &Tensor) -> Result<()> {
     }
     if let Some(gpu) = on_gpu(x)? {
         let n = x.elem_count();
-        let (sum, x) = (gpu.at_of(acc, acc.dtype())?, gpu.at(x)?);
+        let (sum, x) = (gpu.at_sum(acc)?, gpu.at(x)?);
         return gpu.run(|e, dtype| match acc.dtype() {
             DType::F32 => device::add_(e, dtype, sum, x, n),
             _ => device::add_same_(e, dtype, sum, x, n),

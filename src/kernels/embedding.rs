@@ -29,11 +29,14 @@ pub fn gather(table_VH: &Tensor, ids: &[u32]) -> Result<Tensor> {
     Ok(rows_TH)
 }
 
-/// Adds row t of x `[N, H]` to row `ids[t]` of sum `[T, H]`, which is 0 there; no id comes twice.
+/// Puts row t of x `[N, H]` into row `ids[t]` of sum `[T, H]`, which must be 0; ids ascend.
 ///
 /// # Errors
-/// When the sizes differ or an id is not below T.
+/// When the sizes differ, an id is not below T, or ids do not ascend.
 pub fn put_rows_(sum_TH: &Tensor, ids: &[u32], x_NH: &Tensor) -> Result<()> {
+    if ids.windows(2).any(|pair| pair[0] >= pair[1]) {
+        bail!("put_rows: the rows do not ascend");
+    }
     let Some(gpu) = on_gpu(sum_TH)? else { return scatter_add_rows_(sum_TH, ids, x_NH) };
     let ((t, h), (n, width)) = (sum_TH.dims2()?, x_NH.dims2()?);
     if h != width || ids.len() != n || ids.iter().any(|&id| id as usize >= t) {

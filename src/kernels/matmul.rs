@@ -192,7 +192,7 @@ fn fresh_on_gpu(gpu: &OnGpu, operands: Operands, sizes: [usize; 3], factors: [&T
 
 /// sum `[M, N]`, in the operands' type or f32, += the product.
 fn add_on_gpu(gpu: &OnGpu, operands: Operands, sizes: [usize; 3], factors: [&Tensor; 2], sum: &Tensor) -> Result<()> {
-    let residual = gpu.at_of(sum, sum.dtype())?;
+    let residual = gpu.at_sum(sum)?;
     queue(gpu, operands, sizes, factors, sum, None, Some(residual))
 }
 
@@ -208,7 +208,7 @@ fn queue(
 ) -> Result<()> {
     let out_dtype = if d.dtype() == DType::F32 { KernelDtype::F32 } else { gpu.dtype };
     count(sizes);
-    let (a, b, d) = (gpu.at(a)?, gpu.at(b)?, gpu.at_of(d, d.dtype())?);
+    let (a, b, d) = (gpu.at(a)?, gpu.at(b)?, gpu.at_sum(d)?);
     gpu.product(&Product { operands, sizes, a, b, d, dtype: gpu.dtype, out_dtype, bias, residual })
 }
 

@@ -1,4 +1,4 @@
-//! Tensors on a GPU as an op launches kernels on them.
+//! How an op launches kernels on tensors of a GPU.
 //!
 //! An op is written once, for any device: `match on_gpu(x)? { None => the specification over slices, Some(gpu) => the launch }`.
 #![allow(unsafe_code, reason = "results are written by a kernel, so their memory is not cleared first")]
@@ -37,7 +37,8 @@ pub fn on_gpu(x: &Tensor) -> Result<Option<OnGpu>> {
 }
 
 impl OnGpu {
-    /// Where a tensor of this GPU begins, of the same type as the op's first.
+    /// Where a tensor of this GPU begins, of the same type as the op's first. To be used on this device's stream, before the tensor is dropped:
+    /// its memory is freed in the order of the stream.
     ///
     /// # Errors
     /// When it is on another device, not contiguous, or of another type.
@@ -48,13 +49,25 @@ impl OnGpu {
         self.at_of(x, x.dtype())
     }
 
+    /// As [`Self::at`], of a sum in f32 or in the op's type.
+    ///
+    /// # Errors
+    /// As [`Self::at`].
+    pub fn at_sum(&self, x: &Tensor) -> Result<u64> {
+        if x.dtype() == DType::F32 { self.at_of(x, DType::F32) } else { self.at(x) }
+    }
+
     /// As [`Self::at`], of `dtype`.
     ///
     /// # Errors
     /// As [`Self::at`].
     pub fn at_of(&self, x: &Tensor, dtype: DType) -> Result<u64> {
         if !x.device().same_device(&self.device) {
-            bail!("expected a tensor on {:?}, found one on {:?}", self.device.location(), x.device().location());
+            bail!(
+                "expected a tensor on {:?}, found one on {:?}, or the GPU was opened twice",
+                self.device.location(),
+                x.device().location()
+            );
         }
         if x.dtype() != dtype {
             bail!("expected {dtype:?}, found {:?}", x.dtype());
@@ -70,7 +83,7 @@ impl OnGpu {
         }
     }
 
-    /// Memory for a result of the op's type, which a kernel writes whole.
+    /// Memory for a result of the op's type, which the kernel must overwrite completely.
     ///
     /// # Errors
     /// When there is not enough.
@@ -116,9 +129,8 @@ impl OnGpu {
     /// # Errors
     /// When one is on another device, or the device fails.
     pub fn copy(&self, from: &Tensor, to: &Tensor) -> Result<()> {
-        let bytes = from.elem_count() * from.dtype().size_in_bytes();
-        let [from, to] = [self.at(from)?, self.at(to)?].map(|address| Buffer { address, bytes });
-        self.gpu.copy(from, to).map_err(Error::wrap)
+        let buffer = |x: &Tensor| Ok::<_, Error>(Buffer { address: self.at(x)?, bytes: x.elem_count() * x.dtype().size_in_bytes() });
+        self.gpu.copy(buffer(from)?, buffer(to)?).map_err(Error::wrap)
     }
 
     /// # Errors

@@ -101,7 +101,7 @@ impl Dropout {
 /// # Errors
 /// When the sizes differ, or the table is not on a supported device.
 pub fn expand(table_PW: &Tensor, layout: Layout, layer: usize, dropout: &Dropout, dtype: DType) -> Result<(Tensor, Tensor)> {
-    check(table_PW, layout)?;
+    check(table_PW, layout, layer)?;
     let Layout { virtual_tokens, groups, head_dim, .. } = layout;
     let rows = dropout.num_rows();
     let shape = (rows, groups, virtual_tokens, head_dim);
@@ -140,7 +140,7 @@ pub fn expand(table_PW: &Tensor, layout: Layout, layer: usize, dropout: &Dropout
 /// # Errors
 /// As [`expand`].
 pub fn sum_(grad_PW: &Tensor, layout: Layout, layer: usize, [dk, dv]: [&Tensor; 2], dropout: &Dropout) -> Result<()> {
-    check(grad_PW, layout)?;
+    check(grad_PW, layout, layer)?;
     let Layout { virtual_tokens, groups, head_dim, .. } = layout;
     let rows = dk.dim(0)?;
     let expected = [rows, groups, virtual_tokens, head_dim];
@@ -175,9 +175,9 @@ pub fn sum_(grad_PW: &Tensor, layout: Layout, layer: usize, [dk, dv]: [&Tensor; 
     Ok(())
 }
 
-fn check(table_PW: &Tensor, layout: Layout) -> Result<()> {
-    if table_PW.dims() != [layout.virtual_tokens, layout.width()] {
-        bail!("prefix: a table of {:?}, expected {layout:?}", table_PW.dims());
+fn check(table_PW: &Tensor, layout: Layout, layer: usize) -> Result<()> {
+    if table_PW.dims() != [layout.virtual_tokens, layout.width()] || layer >= layout.layers {
+        bail!("prefix: layer {layer} of a table of {:?}, expected {layout:?}", table_PW.dims());
     }
     Ok(())
 }

@@ -226,7 +226,7 @@ pub struct SublayerGrad {
     pub dx_TH: Option<Tensor>,
 }
 
-/// One method's hands in the passes over one micro-batch. The default is identity and costs nothing.
+/// Callbacks by which a tuning method takes part in forward and backward of one micro-batch; the defaults do nothing.
 ///
 /// The forward part of a block may run twice (recompute): a hook gives the same answer both times.
 pub trait Hooks {
@@ -261,7 +261,15 @@ pub trait Hooks {
         true
     }
 
+    /// Whether [`Self::linear`] of this layer is anything but the base's.
+    fn changes_linear(&self, _layer: usize, _site: LinearSite) -> bool {
+        true
+    }
+
     /// As [`Self::linear`], with `residual` `[T, out]` added to y, and rounded once where the device can.
+    ///
+    /// # Errors
+    /// As [`Self::linear`].
     fn linear_onto(
         &self,
         layer: usize,
@@ -270,6 +278,9 @@ pub trait Hooks {
         x: &Tensor,
         residual: &Tensor,
     ) -> Result<(Tensor, Option<Tensor>)> {
+        if !self.changes_linear(layer, site) {
+            return Ok((base.forward_onto(x, residual)?, None));
+        }
         let (y, kept) = self.linear(layer, site, base, x)?;
         elementwise::add_(&y, residual)?;
         Ok((y, kept))
@@ -317,14 +328,7 @@ impl Hooks for NoHooks {
         false
     }
 
-    fn linear_onto(
-        &self,
-        _layer: usize,
-        _site: LinearSite,
-        base: &Linear,
-        x: &Tensor,
-        residual: &Tensor,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        Ok((base.forward_onto(x, residual)?, None))
+    fn changes_linear(&self, _layer: usize, _site: LinearSite) -> bool {
+        false
     }
 }

@@ -1,6 +1,6 @@
 //! Head and loss: logits exist only at target positions, a chunk at a time, and turn into their own gradient.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::chatglm2::ChatGlm2;
 use super::hooks::{BaseWeight, Hooks};
@@ -38,6 +38,9 @@ pub fn nll(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Resu
 /// # Errors
 /// As [`nll`].
 pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)], hooks: &mut dyn Hooks) -> Result<(Vec<f32>, Tensor)> {
+    if targets.windows(2).any(|pair| pair[0].0 >= pair[1].0) {
+        bail!("targets do not ascend: a token would predict twice");
+    }
     let mut losses = Vec::with_capacity(targets.len());
     let dx_TH = hidden_TH.zeros_like()?;
     for chunk in targets.chunks(LOGITS_CHUNK) {

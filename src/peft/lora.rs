@@ -101,7 +101,7 @@ impl Lora {
             None
         };
         if magnitudes.is_some() && !base.device().is_cpu() {
-            bail!("DoRA is computed on a CPU alone");
+            bail!("DoRA is supported on the CPU only");
         }
         let num_layers = base.config.num_layers;
         let mut params = ParamSet::new(&tensors)?;

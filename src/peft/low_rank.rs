@@ -1,4 +1,4 @@
-//! LoRA's and DoRA's hands in a pass. `lora.rs` has the formulas.
+//! How LoRA and DoRA take part in a pass. `lora.rs` has the formulas.
 //!
 //! Shapes: r rank, T tokens; A `[r, in]`, B `[out, r]`.
 #![allow(non_snake_case, reason = "A, B and their gradients are the paper's names")]
@@ -87,20 +87,8 @@ impl Hooks for LoraHooks<'_> {
         false
     }
 
-    fn linear_onto(
-        &self,
-        layer: usize,
-        site: LinearSite,
-        base: &Linear,
-        x: &Tensor,
-        residual: &Tensor,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        if !self.method.is_target(layer, site) {
-            return Ok((base.forward_onto(x, residual)?, None));
-        }
-        let (y, kept) = self.linear(layer, site, base, x)?;
-        elementwise::add_(&y, residual)?;
-        Ok((y, kept))
+    fn changes_linear(&self, layer: usize, site: LinearSite) -> bool {
+        self.method.is_target(layer, site)
     }
 
     fn linear(&self, layer: usize, site: LinearSite, base: &Linear, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {

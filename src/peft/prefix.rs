@@ -14,7 +14,6 @@ use crate::kernels::prefix::{self, Dropout, Layout};
 use crate::kernels::{elementwise, matmul, tanh};
 use crate::model::ModelConfig;
 use crate::model::hooks::{Hooks, LinearSite, PrefixKv, Reach};
-use crate::model::linear::Linear;
 use crate::params::ParamSet;
 use crate::rng::{KeyedRng, Stream, name_key};
 
@@ -255,15 +254,8 @@ impl Hooks for PrefixHooks<'_> {
         false
     }
 
-    fn linear_onto(
-        &self,
-        _layer: usize,
-        _site: LinearSite,
-        base: &Linear,
-        x: &Tensor,
-        residual: &Tensor,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        Ok((base.forward_onto(x, residual)?, None))
+    fn changes_linear(&self, _layer: usize, _site: LinearSite) -> bool {
+        false
     }
 
     fn prefix_kv(&self, layer: usize) -> Result<Option<PrefixKv>> {

@@ -64,16 +64,16 @@ impl Case {
         Some(Comparison { case: self, file: file.to_owned(), golden, limits: None, worst, num_compared: 0, faults: Vec::new() })
     }
 
-    /// As [`Self::compare`], of results in 16 bits: the error of each tensor, ||x - golden|| / ||golden||, against that of PyTorch in bfloat16. The
-    /// error of a mean loss is small by luck, for errors of both signs cancel in it; so it is held against that of the losses that it is the mean of.
-    pub fn compare_in_16_bits(&self, file: &str) -> Option<Comparison<'_>> {
+    /// As [`Self::compare`], of results in 16 bits: the error of each tensor, ||x - golden|| / ||golden||, against `share` of that of PyTorch in
+    /// bfloat16. The error of a mean loss is small by luck, for errors of both signs cancel in it; so it is held against that of the losses that it is the mean of.
+    pub fn compare_in_16_bits(&self, file: &str, share: f64) -> Option<Comparison<'_>> {
         let errors: BTreeMap<String, BTreeMap<String, [f64; 3]>> = serde_json::from_value(self.json("torch_bf16_vs_f64")?).unwrap();
         let errors = errors.get(file)?;
         let limit = |name: &String| {
             let losses = name.strip_suffix(".loss").map(|variant| format!("{variant}.token_loss"));
             errors[losses.filter(|losses| errors.contains_key(losses)).as_ref().unwrap_or(name)][0]
         };
-        let limits = errors.keys().map(|name| (name.clone(), limit(name))).collect();
+        let limits = errors.keys().map(|name| (name.clone(), share * limit(name))).collect();
         Some(Comparison { limits: Some(limits), ..self.compare(file)? })
     }
 }
@@ -124,9 +124,9 @@ impl Comparison<'_> {
         let (a, b) = (flat(ours), flat(golden));
         if let Some(limits) = &self.limits {
             let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
-            let error = norm(&mut a.iter().zip(&b).map(|(x, y)| x - y)) / norm(&mut b.iter().copied());
-            // On the scale of the other ratios: ALLOWED is the limit.
-            return self.record(name, ALLOWED * error / limits[name]);
+            let (error, size) = (norm(&mut a.iter().zip(&b).map(|(x, y)| x - y)), norm(&mut b.iter().copied()));
+            // On the scale of the other ratios: ALLOWED is the limit. What is 0 must be 0.
+            return self.record(name, if error == 0.0 { 0.0 } else { ALLOWED * (error / size) / limits[name] });
         }
         let (noise, largest) = self.case.noise[&self.file][name];
         let floor = noise.max(largest * ROUNDING);
@@ -158,6 +158,8 @@ impl Comparison<'_> {
 
     fn record(&mut self, name: &str, ratio: f64) {
         self.num_compared += 1;
+        // A NaN is worse than any number.
+        let ratio = if ratio.is_nan() { f64::INFINITY } else { ratio };
         if ratio >= self.worst.0 {
             self.worst = (ratio, name.to_owned());
         }
@@ -182,7 +184,7 @@ impl Comparison<'_> {
         let Self { case, file, limits, worst: (ratio, name), num_compared, faults, .. } = self;
         let worst = match limits {
             None => format!("{ratio:>6.2} x noise floor"),
-            Some(_) => format!("{:>6.2} x PyTorch's error", ratio / ALLOWED),
+            Some(_) => format!("{:>6.2} of what is allowed", ratio / ALLOWED),
         };
         println!("golden {:<12} {file:<24} {num_compared:>4} compared, worst {worst} ({name})", case.name());
         assert!(num_compared > 0, "{} {file}: nothing was compared", case.name());

@@ -235,7 +235,7 @@ int cublasLtMatmul(void*, const Description* d, const float* alpha, const void* 
                    const float* beta, const void* c, const Layout* c_layout, void* to, const Layout* to_layout, const Algorithm* algorithm,
                    void* workspace, size_t workspace_bytes, void* stream) {
     LOCKED;
-    if (fault) return EXECUTION_FAILED;
+    if (standin_begin("cublasLtMatmul")) return EXECUTION_FAILED;
     Problem problem, chosen;
     if (int code = describe(*d, *a_layout, *b_layout, *c_layout, *to_layout, problem)) return code;
     if (!algorithm) return deny(INVALID, "a product without an algorithm");

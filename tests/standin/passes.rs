@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use glmddp::data::MicroBatch;
 use glmddp::digest::sha256_hex;
-use glmddp::kernels::cuda;
+use glmddp::kernels::{cuda, elementwise, matmul};
 use glmddp::model::{ChatGlm2, Recompute};
 use glmddp::peft::keys::MethodKeys;
 use glmddp::peft::{FinetuningType, MethodPlan, PeftMethod, create};
@@ -123,5 +123,18 @@ fn slot_in_f32_is_what_a_cpu_computes() {
                 assert!(error < 2e-6, "{name}: {what} off by {error:e}");
             }
         }
+    });
+}
+
+/// The driver wants a context in each thread.
+#[test]
+fn op_that_allocates_nothing_runs_on_a_thread_of_its_own() {
+    inside(this_test!(), checked(), || {
+        let device = cuda::tensor_device(0).unwrap();
+        let of = |value: f32| Tensor::from_vec(vec![value; 64], (8, 8), &device).unwrap();
+        let (sum, a, b) = (of(0.5), of(2.0), of(3.0));
+        std::thread::scope(|scope| scope.spawn(|| matmul::tn_add_(&sum, &a, &b)).join().unwrap()).unwrap();
+        std::thread::scope(|scope| scope.spawn(|| elementwise::assign_(&a, &sum)).join().unwrap()).unwrap();
+        assert_eq!(a.to_vec2::<f32>().unwrap(), vec![vec![0.5 + 8.0 * 6.0; 8]; 8]);
     });
 }

@@ -13,7 +13,7 @@ pub fn build() -> Option<Build> {
 }
 
 /// # Errors
-/// Always: nobody is asked.
+/// Always: this build has no CUDA.
 pub fn driver() -> Result<Driver, CudaError> {
     Err(CudaError::NotBuilt)
 }

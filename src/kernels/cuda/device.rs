@@ -10,8 +10,8 @@ use candle_core::cuda_backend::CudaDType;
 use candle_core::{CudaDevice, CudaStorage, DType, Storage, Tensor, bail};
 use cudarc::driver::{DevicePtr, DriverError, result, sys};
 
-use super::executor::locked;
-use super::{Build, CUBLAS, CURAND, CudaError, CudaExecutor, DRIVER, Device, Driver, Library, Version, images};
+use super::executor::{locked, usable};
+use super::{Build, CUBLAS, CUBLAS_LT, CURAND, CudaError, CudaExecutor, DRIVER, Device, Driver, Library, Version, images};
 use crate::kernels::gpu::Gpu;
 
 /// Those that run kernels for tensors, by the stream of the tensors' device. A process opens a device or two, and keeps them.
@@ -45,8 +45,9 @@ pub fn tensor_device(ordinal: usize) -> Result<candle_core::Device, CudaError> {
     // candle makes a handle of both, and cudarc panics where a library is missing.
     load(&CUBLAS)?;
     load(&CURAND)?;
-    let device =
-        CudaDevice::new_with_stream(ordinal).map_err(|error| CudaError::call_failed("candle's CUDA device", &error.to_string(), ""))?;
+    load(&CUBLAS_LT)?;
+    usable(ordinal)?;
+    let device = CudaDevice::new_with_stream(ordinal).map_err(|error| CudaError::Tensors { reason: error.to_string() })?;
     let stream = device.cuda_stream();
     let key = stream.cu_stream() as usize;
     let executor = Arc::new(CudaExecutor::of_stream(ordinal, stream)?);

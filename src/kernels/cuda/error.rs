@@ -28,6 +28,8 @@ pub enum CudaError {
     NoKernel { kernel: String },
     #[error("kernel `{kernel}` asks for {bytes} bytes of shared memory, and a block has at most {limit} on {device}")]
     SharedMemory { kernel: String, bytes: u32, device: Device, limit: u32 },
+    #[error("no device for tensors could be made: {reason}")]
+    Tensors { reason: String },
     #[error("{device} was not opened for tensors by glmddp")]
     ForeignDevice { device: String },
     #[error("{call} failed: {name}: {text}")]
@@ -61,7 +63,7 @@ impl CudaError {
                 device.capability.0, device.capability.1
             )),
             Self::NoKernel { .. } => Some("the names of kernels come from src/kernels/*.cu: build again".into()),
-            Self::SharedMemory { .. } | Self::ForeignDevice { .. } | Self::Call { .. } => None,
+            Self::SharedMemory { .. } | Self::ForeignDevice { .. } | Self::Tensors { .. } | Self::Call { .. } => None,
         }
     }
 

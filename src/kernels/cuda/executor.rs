@@ -105,6 +105,12 @@ impl CudaExecutor {
         Ok(())
     }
 
+    /// Makes the GPU's context that of the calling thread, which may be any.
+    pub(super) fn bind(&self, kernel: &str) -> Result<(), LaunchError> {
+        let failed = |e| LaunchError::Kernel { kernel: kernel.to_owned(), reason: failed("cuCtxSetCurrent", e).to_string() };
+        self.context.bind_to_thread().map_err(failed)
+    }
+
     /// An error of memory; it may be that of a kernel that was started before.
     pub(super) fn memory_error(&self, buffer: Buffer, call: &'static str, error: DriverError) -> LaunchError {
         let last = locked(&self.last);
@@ -115,7 +121,7 @@ impl CudaExecutor {
 }
 
 /// Device `ordinal`, and what this binary was built with, if its kernels run there.
-fn usable(ordinal: usize) -> Result<(Device, Build), CudaError> {
+pub(super) fn usable(ordinal: usize) -> Result<(Device, Build), CudaError> {
     let build = build().ok_or(CudaError::NotBuilt)?;
     let device = driver()?.device(ordinal, build.toolkit)?.clone();
     Ok((device, build))
@@ -186,15 +192,15 @@ impl Executor for CudaExecutor {
             return Err(kernel_error(format!("its argument has {expected} bytes, and it was given {}", args.len())));
         }
         self.allow_shared(name, launch.shared_bytes)?;
-        self.context.bind_to_thread().map_err(|e| kernel_error(failed("cuCtxSetCurrent", e).to_string()))?;
+        self.bind(name)?;
         // `args` may lack the alignment of the kernel's struct.
         let mut words = vec![0u128; args.len().div_ceil(size_of::<u128>())];
         bytemuck::cast_slice_mut(&mut words)[..args.len()].copy_from_slice(args);
         let grid = (launch.grid[0], launch.grid[1], launch.grid[2]);
         let mut params = [words.as_mut_ptr().cast::<c_void>()];
         let (function, stream) = (kernel.cu_function(), self.stream.cu_stream());
-        // SAFETY: the driver copies the one argument, which has as many bytes as the kernel's struct; addresses in it are those of buffers that live
-        // as long as this executor, by the caller's word.
+        // SAFETY: the driver copies the one argument, which has as many bytes as the kernel's struct; addresses in it are of memory of this stream, by
+        // the caller's word: whoever frees it queues the free behind this launch.
         unsafe { result::launch_kernel(function, grid, (launch.threads, 1, 1), launch.shared_bytes, stream, &mut params) }
             .map_err(|e| kernel_error(format!("{launch:?}: {}", failed("cuLaunchKernel", e))))?;
         name.clone_into(&mut locked(&self.last));

@@ -170,6 +170,7 @@ impl Gpu for CudaExecutor {
         }
         let (bias_at, residual_at) = (bias.unwrap_or(0), residual.unwrap_or(0));
         require_aligned("matrix product", &[a, b, d, bias_at, residual_at])?;
+        self.bind("matrix product")?;
         let mut blas = locked(&self.blas);
         let blas = match &mut *blas {
             Some(blas) => blas,
@@ -211,7 +212,8 @@ impl Gpu for CudaExecutor {
         let pointer = |address: u64| address as *const c_void;
         let workspace = blas.workspace.device_ptr(&self.stream).0 as *mut c_void;
         *locked(&self.last) = format!("matrix product {operands:?} {:?}", product.sizes);
-        // SAFETY: the addresses are of buffers of these sizes, which live as long as this executor, by the caller's word; the rest lives here.
+        // SAFETY: the addresses are of memory of this stream and these sizes, by the caller's word: whoever frees it queues the free behind this
+        // product. The rest lives here.
         unsafe {
             result::matmul(
                 blas.handle,
@@ -240,7 +242,8 @@ impl Gpu for CudaExecutor {
             let reason = format!("{} bytes are copied into it", from.bytes);
             return Err(LaunchError::Memory { name: format!("at {:#x}", to.address), bytes: to.bytes, reason });
         }
-        // SAFETY: both are buffers of this executor, as long as they say.
+        self.bind("copy")?;
+        // SAFETY: both are memory of this stream, as long as they say: whoever frees it queues the free behind this copy.
         unsafe { cudarc::driver::result::memcpy_dtod_async(to.address, from.address, from.bytes, self.stream.cu_stream()) }
             .map_err(|e| self.memory_error(to, "cuMemcpyDtoDAsync", e))
     }

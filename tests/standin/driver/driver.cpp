@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <map>
 #include <vector>
 
@@ -121,6 +122,16 @@ std::vector<Device>& devices() {
     return *all;
 }
 
+// Says at the end which failures were asked for and did not come: a misspelt name would let a test pass for nothing.
+struct Asked {
+    std::string text = variable("GLMDDP_STANDIN_FAIL");
+    size_t num_asked = text.empty() ? 0 : size_t(1 + std::count(text.begin(), text.end(), ';')), num_given = 0;
+    ~Asked() {
+        if (num_given < num_asked)
+            fprintf(stderr, "stand-in driver: %zu of %zu failures came of GLMDDP_STANDIN_FAIL=%s\n", num_given, num_asked, text.c_str());
+    }
+} asked;
+
 // What a call begins with: the error that it was told to give, or that of a context that is lost.
 Result begin(const char* call, bool needs_context = true) {
     static std::map<std::string, unsigned long> calls;
@@ -138,6 +149,7 @@ Result begin(const char* call, bool needs_context = true) {
         }
         if (call == std::string(name) && calls[call] == number) {
             if (text_of(code)->is_sticky) fault = code;
+            asked.num_given++;
             return code;
         }
         left = end == std::string::npos ? "" : left.substr(end + 1);
@@ -238,12 +250,13 @@ Result allocate(Address* to, size_t bytes, void* stream) {
     Device& device = *current;
     if (bytes == 0) return refuse(INVALID_VALUE, "an allocation of 0 bytes");
     if (bytes > device.bytes - device.allocated) return OUT_OF_MEMORY;
-    while (memory::num_held() > device.allocated + HELD_MOST && streams::num_queued() > 0 && !fault) streams::progress();
+    while (memory::num_held() > device.allocated + HELD_MOST && !fault && streams::progress()) {
+    }
     const Address at = memory::allocate(bytes);
-    if (!at) return OUT_OF_MEMORY;
+    if (!at) return refuse(OUT_OF_MEMORY, "its addresses are used up, not the device's memory");
     std::shared_ptr<Op> op;
     if (Result result = queue(stream, "allocation" + size_of(bytes), nullptr, &op)) return result;
-    memory::allocated_by(at, op->id);
+    memory::allocated_by(at, op->id, &device);
     device.allocated += bytes;
     counts::allocation(bytes, device.allocated);
     *to = at;
@@ -254,8 +267,9 @@ Result release(Address at, void* stream) {
     memory::Allocation* found = memory::find(at);
     if (!found || found->start != at || found->free_is_queued) return refuse(INVALID_VALUE, "freeing what is not allocated: " + memory::describe(at));
     found->free_is_queued = true;
-    current->allocated -= found->bytes;
-    counts::release(current->allocated);
+    Device& device = *static_cast<Device*>(found->device);
+    device.allocated -= found->bytes;
+    counts::release(device.allocated);
     return queue(stream, "free of allocation " + std::to_string(found->number), [=] { return memory::release(at); });
 }
 
@@ -453,6 +467,8 @@ Result cuLaunchKernel(void* of, unsigned grid_x, unsigned grid_y, unsigned grid_
     op->never_ends = is_named("GLMDDP_STANDIN_HANG", function.name);
     return SUCCESS;
 }
+
+Result standin_begin(const char* call) { return begin(call); }
 
 // Not of the driver: for tests. 0 ascending, 1 descending, more shuffled.
 void standin_set_thread_order(int order) {

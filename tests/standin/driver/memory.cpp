@@ -71,13 +71,16 @@ Address allocate(size_t bytes) {
         memset(reinterpret_cast<void*>(at), POISON, size + GAP);
     }
     const uint32_t number = uint32_t(a.allocations.size());
-    a.allocations.push_back({number, at, bytes, 0, 0, false});
+    a.allocations.push_back({number, at, bytes, 0, 0, false, nullptr});
     for (size_t i = 0; i < size / STEP; i++) a.owners[(at - a.start()) / STEP + i] = number;
     a.held += size;
     return at;
 }
 
-void allocated_by(Address at, uint32_t op) { find(at)->op = op; }
+void allocated_by(Address at, uint32_t op, void* device) {
+    find(at)->op = op;
+    find(at)->device = device;
+}
 
 Allocation* find(Address at) {
     Arena& a = arena();

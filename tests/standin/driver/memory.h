@@ -35,12 +35,14 @@ struct Allocation {
     // The operations that allocated and freed it; the latter once it has run.
     uint32_t op, freed_by;
     bool free_is_queued;
+    // Of which device.
+    void* device;
 };
 
 // Memory that nobody has written, multiples of 256 bytes apart; 0 when the arena is full.
 Address allocate(size_t bytes);
 // Whose operation allocates it.
-void allocated_by(Address at, uint32_t op);
+void allocated_by(Address at, uint32_t op, void* device);
 // The allocation that `at` lies in, or, freed but not used again, did; null if in none.
 Allocation* find(Address at);
 // "allocation 3, of 256 bytes", with where `at` is in it, or where it would be.

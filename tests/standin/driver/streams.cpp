@@ -156,11 +156,14 @@ Result wait_for(void* handle, const std::shared_ptr<Op>& op) {
 
 void host_knows(const Op& op) { join(host, op.clock); }
 
-void progress() {
-    if (auto op = next()) run(*op);
+bool progress() {
+    auto op = next();
+    if (op) run(*op);
+    return op != nullptr;
 }
 
-Result complete(const std::shared_ptr<Op>& op) {
+// By value: while the lock is released, who gave it may change or go.
+Result complete(std::shared_ptr<Op> op) {
     while (op && !op->is_done) {
         if (auto next_op = next()) {
             run(*next_op);

@@ -60,6 +60,9 @@ extern Result fault;
 // Says on stderr what was wrong: the driver's codes say little.
 Result refuse(Result code, const std::string& why);
 
+// What a call begins with: the error that it was told to give, that of a context that is lost, or that of a thread without one.
+extern "C" Result standin_begin(const char* call);
+
 namespace streams {
 
 // Handles: null and 1 are the legacy stream, which waits for all streams that do not opt out, and they for it; 2 is another stream in each thread.
@@ -72,11 +75,11 @@ std::shared_ptr<Op> queue(void* stream, const std::string& what, std::function<s
 Result wait_for(void* stream, const std::shared_ptr<Op>& op);
 
 // Runs what must run before `op` is done, and then the host knows that it is. Returns the fault, if there is one.
-Result complete(const std::shared_ptr<Op>& op);
+Result complete(std::shared_ptr<Op> op);
 Result complete_stream(void* stream);
 Result complete_all();
-// Runs one operation, if one may run.
-void progress();
+// Runs one operation, if one may run: whether one did.
+bool progress();
 // What the host knows to be done.
 void host_knows(const Op& op);
 size_t num_queued();
