@@ -78,14 +78,15 @@ impl Mask {
             return Self { size, of: MaskOf::Keyed { key, bounds, positions } };
         }
         let (kept, blocks) = (key.kept(), columns.div_ceil(4));
-        let mut out = Vec::new();
+        let mut out = vec![0f32; size.0 * columns];
         for (bounds, &position) in rows.bounds.windows(2).zip(rows.positions) {
             let rng = KeyedRng::new(key.seed, key.stream, (position << 12) + u64::from(key.place));
-            out.par_extend((0..(bounds[1] - bounds[0]) * columns).into_par_iter().map(|i| {
-                let (token, channel) = (i / columns, i % columns);
-                let bits = rng.block((token * blocks + channel / 4) as u32)[channel % 4];
-                if unit(bits) < key.p { 0.0 } else { kept }
-            }));
+            out[bounds[0] * columns..bounds[1] * columns].par_chunks_mut(columns).enumerate().for_each(|(token, out)| {
+                for (block, four) in out.chunks_mut(4).enumerate() {
+                    let bits = rng.block((token * blocks + block) as u32);
+                    four.iter_mut().zip(bits).for_each(|(m, bits)| *m = if unit(bits) < key.p { 0.0 } else { kept });
+                }
+            });
         }
         Self { size, of: MaskOf::Multipliers(out) }
     }

@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::host::{F32View, with_f32_mut};
+use super::launch::NO_REPORT;
 use super::on_gpu::on_gpu;
 
 /// table `[V, H]` -> its rows at `ids`, `[T, H]`.
@@ -15,12 +16,12 @@ pub fn gather(table_VH: &Tensor, ids: &[u32]) -> Result<Tensor> {
         bail!("embedding: id {bad} is not below {v}");
     }
     let Some(gpu) = on_gpu(table_VH)? else { return table_VH.index_select(&Tensor::new(ids, table_VH.device())?, 0) };
-    let (rows_TH, ids_T, fault) = (gpu.result((ids.len(), h))?, gpu.upload(ids)?, gpu.no_fault()?);
+    let (rows_TH, ids_T) = (gpu.result((ids.len(), h))?, gpu.upload(ids)?);
     let gather = device::Gather {
         table: gpu.at(table_VH)?,
         ids: gpu.at_of(&ids_T, DType::U32)?,
         rows: gpu.at(&rows_TH)?,
-        fault: gpu.at_of(&fault, DType::U32)?,
+        fault: NO_REPORT,
         vocabulary: v,
         tokens: ids.len(),
         columns: h,
@@ -75,7 +76,8 @@ pub mod device {
 
     const THREADS: u32 = 256;
 
-    /// Addresses, contiguous: table `[V, H]`, ids `[T]` u32, rows `[T, H]`; the fault's 8 bytes, which get the lowest token whose id is not below V.
+    /// Addresses, contiguous: table `[V, H]`, ids `[T]` u32, rows `[T, H]`; the fault's 8 bytes, which get the lowest token whose id is not
+    /// below V, or [`NO_REPORT`](super::NO_REPORT).
     #[derive(Clone, Copy, Debug)]
     pub struct Gather {
         pub table: u64,

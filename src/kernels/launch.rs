@@ -121,6 +121,9 @@ pub struct Bytes {
 /// What a fault's 8 bytes hold before a kernel may report one: the lowest position of something that it cannot go on with.
 pub const NO_FAULT: u64 = u64::MAX;
 
+/// The address of a fault that nobody asks for: the host has looked at what the kernel would report.
+pub const NO_REPORT: u64 = 0;
+
 /// The address of new memory with `bytes` in it.
 ///
 /// # Errors

@@ -17,6 +17,9 @@ use super::host::{self, F32View};
 use super::launch::KernelDtype;
 use super::on_gpu::{OnGpu, on_gpu};
 
+/// Columns of a sum that leave most of a register unused.
+const NARROW: usize = 16;
+
 static FLOPS: AtomicU64 = AtomicU64::new(0);
 
 /// Floating point operations (2 m n k a product) of all matrix products of this process so far.
@@ -29,10 +32,7 @@ pub fn flops() -> u64 {
 /// # Errors
 /// When the inner sizes differ or the tensors are not on a supported device.
 pub fn nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
-    if k != k2 {
-        bail!("matmul: x is [{m}, {k}] and w is [{n}, {k2}]: the inner sizes differ");
-    }
+    let [m, n, k] = nt_sizes(x, w)?;
     if let Some(gpu) = on_gpu(x)? {
         return fresh_on_gpu(&gpu, Operands::Nt, [m, n, k], [x, w], None);
     }
@@ -48,11 +48,9 @@ pub fn nt(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`nt`], or when the bias has another width.
 pub fn nt_bias(x: &Tensor, w: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
+    let [m, n, k] = nt_sizes(x, w)?;
+    expect_dims("bias", bias, &[n])?;
     if let Some(gpu) = on_gpu(x)? {
-        if k != k2 || bias.dims() != [n] {
-            bail!("matmul: x is [{m}, {k}], w is [{n}, {k2}] and the bias {:?}", bias.dims());
-        }
         return fresh_on_gpu(&gpu, Operands::Nt, [m, n, k], [x, w], Some(bias));
     }
     let y = nt(x, w)?;
@@ -65,15 +63,14 @@ pub fn nt_bias(x: &Tensor, w: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`nt`], or when the bias or the residual has another size.
 pub fn nt_onto(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, residual: &Tensor) -> Result<Tensor> {
+    let [m, n, k] = nt_sizes(x, w)?;
+    expect_dims("residual", residual, &[m, n])?;
+    bias.map_or(Ok(()), |bias| expect_dims("bias", bias, &[n]))?;
     let Some(gpu) = on_gpu(x)? else {
         let y = bias.map_or_else(|| nt(x, w), |bias| nt_bias(x, w, bias))?;
         elementwise::add_(&y, residual)?;
         return Ok(y);
     };
-    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
-    if k != k2 || residual.dims() != [m, n] || bias.is_some_and(|bias| bias.dims() != [n]) {
-        bail!("matmul: x is [{m}, {k}], w [{n}, {k2}], the residual {:?} and the bias {:?}", residual.dims(), bias.map(Tensor::dims));
-    }
     let y = gpu.result((m, n))?;
     let bias = bias.map(|bias| gpu.at(bias)).transpose()?;
     queue(&gpu, Operands::Nt, [m, n, k], [x, w], &y, bias, Some(gpu.at(residual)?))?;
@@ -85,11 +82,8 @@ pub fn nt_onto(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, residual: &Tensor)
 /// # Errors
 /// As [`nt`].
 pub fn nt_f32(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
+    let [m, n, k] = nt_sizes(x, w)?;
     let Some(gpu) = on_gpu(x)? else { return nt(x, w) };
-    if k != k2 {
-        bail!("matmul: x is [{m}, {k}] and w is [{n}, {k2}]: the inner sizes differ");
-    }
     let d = gpu.result_of((m, n), DType::F32)?;
     queue(&gpu, Operands::Nt, [m, n, k], [x, w], &d, None, None)?;
     Ok(d)
@@ -100,11 +94,9 @@ pub fn nt_f32(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`nt`].
 pub fn nt_add_(y: &Tensor, x: &Tensor, w: &Tensor) -> Result<()> {
-    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
+    let [m, n, k] = nt_sizes(x, w)?;
+    expect_dims("sum", y, &[m, n])?;
     if let Some(gpu) = on_gpu(x)? {
-        if k != k2 || y.dims() != [m, n] {
-            bail!("matmul: x is [{m}, {k}], w is [{n}, {k2}] and the sum {:?}", y.dims());
-        }
         return add_on_gpu(&gpu, Operands::Nt, [m, n, k], [x, w], y);
     }
     elementwise::add_(y, &nt(x, w)?)
@@ -115,11 +107,9 @@ pub fn nt_add_(y: &Tensor, x: &Tensor, w: &Tensor) -> Result<()> {
 /// # Errors
 /// As [`nn`].
 pub fn nn_add_(dx: &Tensor, dy: &Tensor, w: &Tensor) -> Result<()> {
-    let ((m, n), (n2, k)) = (dy.dims2()?, w.dims2()?);
+    let [m, n, k] = nn_sizes(dy, w)?;
+    expect_dims("sum", dx, &[m, k])?;
     if let Some(gpu) = on_gpu(dy)? {
-        if n != n2 || dx.dims() != [m, k] {
-            bail!("matmul: dy is [{m}, {n}], w is [{n2}, {k}] and the sum {:?}", dx.dims());
-        }
         return add_on_gpu(&gpu, Operands::Nn, [m, k, n], [dy, w], dx);
     }
     elementwise::add_(dx, &nn(dy, w)?)
@@ -130,10 +120,7 @@ pub fn nn_add_(dx: &Tensor, dy: &Tensor, w: &Tensor) -> Result<()> {
 /// # Errors
 /// When the inner sizes differ or the tensors are not on a supported device.
 pub fn nn(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let ((m, n), (n2, k)) = (dy.dims2()?, w.dims2()?);
-    if n != n2 {
-        bail!("matmul: dy is [{m}, {n}] and w is [{n2}, {k}]: the inner sizes differ");
-    }
+    let [m, n, k] = nn_sizes(dy, w)?;
     if let Some(gpu) = on_gpu(dy)? {
         return fresh_on_gpu(&gpu, Operands::Nn, [m, k, n], [dy, w], None);
     }
@@ -149,10 +136,7 @@ pub fn nn(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When the numbers of rows differ or the tensors are not on a supported device.
 pub fn tn(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let ((k, m), (k2, n)) = (a.dims2()?, b.dims2()?);
-    if k != k2 {
-        bail!("matmul: a is [{k}, {m}] and b is [{k2}, {n}]: the numbers of rows differ");
-    }
+    let [m, n, k] = tn_sizes(a, b)?;
     if let Some(gpu) = on_gpu(a)? {
         return fresh_on_gpu(&gpu, Operands::Tn, [m, n, k], [a, b], None);
     }
@@ -168,18 +152,60 @@ pub fn tn(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When the sizes do not fit or the tensors are not on a supported device.
 pub fn tn_add_(out: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
-    let ((k, m), (k2, n)) = (a.dims2()?, b.dims2()?);
-    if k != k2 || out.dims() != [m, n] {
-        bail!("matmul: a is [{k}, {m}], b is [{k2}, {n}] and the sum {:?}", out.dims());
-    }
+    let [m, n, k] = tn_sizes(a, b)?;
+    expect_dims("sum", out, &[m, n])?;
     if let Some(gpu) = on_gpu(a)? {
         return add_on_gpu(&gpu, Operands::Tn, [m, n, k], [a, b], out);
+    }
+    if n <= NARROW && n < m {
+        // The other way round its rows are long, as the CPU's product wants them. The sums are the same.
+        let transposed = tn(b, a)?;
+        let transposed = F32View::new(&transposed)?;
+        return host::with_f32_mut(out, "matmul", |out| {
+            for (i, row) in out.chunks_exact_mut(n).enumerate() {
+                row.iter_mut().enumerate().for_each(|(j, sum)| *sum += transposed[j * m + i]);
+            }
+        });
     }
     let (a, b) = (F32View::new(a)?, F32View::new(b)?);
     let threads = rayon::current_num_threads();
     host::with_f32_mut(out, "matmul", |out| {
         run(Mat::rows(&a, m).t(), Mat::rows(&b, n), MatMut::rows(out, n), (m, n, k), Write::Add, threads);
     })
+}
+
+/// M, N, K of x `[m, k]` wᵀ, w `[n, k]`.
+fn nt_sizes(x: &Tensor, w: &Tensor) -> Result<[usize; 3]> {
+    let ((m, k), (n, k2)) = (x.dims2()?, w.dims2()?);
+    if k != k2 {
+        bail!("matmul: x is [{m}, {k}] and w is [{n}, {k2}]: the inner sizes differ");
+    }
+    Ok([m, n, k])
+}
+
+/// m, n, k of dy `[m, n]` w, w `[n, k]`.
+fn nn_sizes(dy: &Tensor, w: &Tensor) -> Result<[usize; 3]> {
+    let ((m, n), (n2, k)) = (dy.dims2()?, w.dims2()?);
+    if n != n2 {
+        bail!("matmul: dy is [{m}, {n}] and w is [{n2}, {k}]: the inner sizes differ");
+    }
+    Ok([m, n, k])
+}
+
+/// M, N, K of aᵀ b, a `[k, m]`, b `[k, n]`.
+fn tn_sizes(a: &Tensor, b: &Tensor) -> Result<[usize; 3]> {
+    let ((k, m), (k2, n)) = (a.dims2()?, b.dims2()?);
+    if k != k2 {
+        bail!("matmul: a is [{k}, {m}] and b is [{k2}, {n}]: the numbers of rows differ");
+    }
+    Ok([m, n, k])
+}
+
+fn expect_dims(what: &str, x: &Tensor, dims: &[usize]) -> Result<()> {
+    if x.dims() != dims {
+        bail!("matmul: the {what} is {:?}, expected {dims:?}", x.dims());
+    }
+    Ok(())
 }
 
 /// A product `[M, N]` in the operands' type.

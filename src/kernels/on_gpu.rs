@@ -138,12 +138,4 @@ impl OnGpu {
     pub fn product(&self, product: &Product) -> Result<()> {
         self.gpu.product(product).map_err(Error::wrap)
     }
-
-    /// 8 bytes for the first position that a kernel cannot go on with ([`super::launch::NO_FAULT`]).
-    ///
-    /// # Errors
-    /// When there is not enough memory.
-    pub fn no_fault(&self) -> Result<Tensor> {
-        self.upload(&[u32::MAX; 2])
-    }
 }
