@@ -112,6 +112,7 @@ const WRONG: &[(&str, Host)] = &[
     ("pinned memory is changed behind a wait for another stream", |raw| {
         let (x, pinned) = (raw.alloc(raw.a), raw.pinned(1));
         raw.up(x, pinned, raw.a)?;
+        raw.filled(1, raw.b);
         raw.synchronize(raw.b)?;
         pinned[7] = 2;
         raw.end()
@@ -120,6 +121,15 @@ const WRONG: &[(&str, Host)] = &[
         let ([_, y], pinned) = (started(raw), raw.pinned(0));
         raw.down(pinned, y, raw.a)?;
         // SAFETY: it is memory of this process. The compiler must not know better.
+        assert_eq!(unsafe { std::ptr::read_volatile(&raw const pinned[9]) }, 1);
+        raw.end()
+    }),
+    ("pinned memory is read behind a wait for another stream", |raw| {
+        let ([_, y], pinned) = (started(raw), raw.pinned(0));
+        raw.down(pinned, y, raw.a)?;
+        raw.filled(1, raw.b);
+        raw.synchronize(raw.b)?;
+        // SAFETY: as above.
         assert_eq!(unsafe { std::ptr::read_volatile(&raw const pinned[9]) }, 1);
         raw.end()
     }),
@@ -179,6 +189,15 @@ const RIGHT: &[(&str, Host)] = &[
         pinned.fill(2);
         assert_eq!(back, [1; BYTES]);
         raw.unpin(pinned)
+    }),
+    ("a copy to pinned memory is copied on, behind it", |raw| {
+        let (x, y, pinned) = (raw.filled(1, raw.a), raw.filled(2, raw.a), raw.pinned(0));
+        raw.down(pinned, x, raw.a)?;
+        raw.up(y, pinned, raw.a)?;
+        let mut bytes = [0; BYTES];
+        raw.down(&mut bytes, y, raw.a)?;
+        assert_eq!(bytes, [1; BYTES]);
+        raw.end()
     }),
     ("freed memory is allocated again", |raw| {
         for _ in 0..100 {

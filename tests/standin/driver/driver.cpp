@@ -196,18 +196,22 @@ T symbol(const std::string& name) {
 
 Result up(void* stream, Address to, const void* from, size_t bytes) {
     if (!memory::is_allocated(to, bytes)) return refuse(INVALID_VALUE, "a copy to memory that is not allocated: " + memory::describe(to));
-    const auto* first = static_cast<const unsigned char*>(from);
-    auto source = std::make_shared<std::vector<unsigned char>>(first, first + bytes);
     const bool is_pinned = memory::is_pinned(from, bytes);
     counts::copy(is_pinned ? counts::UP_PINNED : counts::UP_PAGEABLE, bytes);
+    // Pageable memory is read now. Pinned memory is read when the copy runs: the host may not write to it before, but a copy may.
+    const auto* first = static_cast<const unsigned char*>(from);
+    auto source = std::make_shared<std::vector<unsigned char>>(first, is_pinned ? first : first + bytes);
     void* host = const_cast<void*>(from);
     std::shared_ptr<Op> op;
     const auto run = [=]() -> std::string {
-        if (is_pinned) memory::release_host(host, streams::running()->id);
-        if (is_pinned && memcmp(host, source->data(), bytes)) return "the host changed pinned memory before it waited for this";
         std::string problem = memory::touch(to, bytes, true);
-        if (problem.empty()) memcpy(reinterpret_cast<void*>(to), source->data(), bytes);
-        return problem;
+        if (!problem.empty()) return problem;
+        if (is_pinned) {
+            memory::copy_from_host(reinterpret_cast<void*>(to), host, bytes);
+        } else {
+            memcpy(reinterpret_cast<void*>(to), source->data(), bytes);
+        }
+        return "";
     };
     if (Result result = queue(stream, "copy to the GPU" + size_of(bytes), run, &op)) return result;
     if (is_pinned) memory::lend_host(host, bytes, op->id, false);
@@ -220,10 +224,14 @@ Result down(void* stream, void* to, Address from, size_t bytes, const char* call
     counts::copy(is_pinned ? counts::DOWN_PINNED : counts::DOWN_PAGEABLE, bytes);
     std::shared_ptr<Op> op;
     const auto run = [=]() -> std::string {
-        if (is_pinned) memory::release_host(to, streams::running()->id);
         std::string problem = memory::touch(from, bytes, false);
-        if (problem.empty()) memcpy(to, reinterpret_cast<const void*>(from), bytes);
-        return problem;
+        if (!problem.empty()) return problem;
+        if (is_pinned) {
+            memory::copy_to_host(to, reinterpret_cast<const void*>(from), bytes);
+        } else {
+            memcpy(to, reinterpret_cast<const void*>(from), bytes);
+        }
+        return "";
     };
     if (Result result = queue(stream, "copy to the host" + size_of(bytes), run, &op)) return result;
     if (is_pinned) {

@@ -194,25 +194,44 @@ std::vector<Lent> lent;
 struct sigaction before;
 const uintptr_t PAGE = 4096;
 
-void protect(const Lent& range, int access) {
-    const uintptr_t first = uintptr_t(range.at) / PAGE * PAGE, end = (uintptr_t(range.at) + range.bytes + PAGE - 1) / PAGE * PAGE;
-    mprotect(reinterpret_cast<void*>(first), end - first, access);
+bool overlap(const Lent& range, uintptr_t at, size_t bytes) { return uintptr_t(range.at) < at + bytes && at < uintptr_t(range.at) + range.bytes; }
+
+// Calls `of` with each page that holds a part of these bytes.
+template <typename F>
+void each_page(const void* at, size_t bytes, F of) {
+    for (uintptr_t page = uintptr_t(at) / PAGE * PAGE; page < uintptr_t(at) + bytes; page += PAGE) of(page);
+}
+
+void set(uintptr_t page, int access) { mprotect(reinterpret_cast<void*>(page), PAGE, access); }
+
+// What the host may do with these bytes' pages, as far as pages can say it.
+void protect(const void* at, size_t bytes) {
+    each_page(at, bytes, [](uintptr_t page) {
+        int access = PROT_READ | PROT_WRITE;
+        for (const Lent& range : lent)
+            if (overlap(range, page, PAGE)) access &= range.is_written ? PROT_NONE : PROT_READ;
+        set(page, access);
+    });
+}
+
+void unprotect(const void* at, size_t bytes) {
+    each_page(at, bytes, [](uintptr_t page) { set(page, PROT_READ | PROT_WRITE); });
 }
 
 void on_fault(int signal, siginfo_t* info, void* context) {
     const uintptr_t at = uintptr_t(info->si_addr);
+    bool is_page = false;
     for (const Lent& range : lent) {
-        if (!range.is_written || at < uintptr_t(range.at) / PAGE * PAGE || at >= uintptr_t(range.at) + range.bytes + PAGE) continue;
-        if (at - uintptr_t(range.at) < range.bytes) {
+        if (overlap(range, at, 1)) {
             const std::string text = "stand-in driver: the host touches byte " + std::to_string(at - uintptr_t(range.at)) +
                                      " of pinned memory before it waited for " + streams::describe(range.op) + "\n";
             if (write(2, text.data(), text.size()) < 0) _exit(3);
             _exit(3);
         }
-        // Something else on the same page: from now on the page is not watched.
-        protect(range, PROT_READ | PROT_WRITE);
-        return;
+        is_page |= overlap(range, at / PAGE * PAGE, PAGE);
     }
+    // Something else on the same page: until the page's next copy it is not watched.
+    if (is_page) return set(at / PAGE * PAGE, PROT_READ | PROT_WRITE);
     if (before.sa_flags & SA_SIGINFO && before.sa_sigaction) return before.sa_sigaction(signal, info, context);
     sigaction(signal, &before, nullptr);
 }
@@ -254,20 +273,32 @@ bool is_pinned(const void* at, size_t bytes) {
 }
 
 void lend_host(void* at, size_t bytes, uint32_t op, bool is_written) {
+    if (is_written) {
+        unprotect(at, bytes);
+        memset(at, POISON, bytes);
+    }
     lent.push_back({static_cast<unsigned char*>(at), bytes, op, is_written});
-    if (!is_written) return;
-    // Another copy may have the same page.
-    protect(lent.back(), PROT_READ | PROT_WRITE);
-    memset(at, POISON, bytes);
-    protect(lent.back(), PROT_NONE);
+    protect(at, bytes);
 }
 
-void release_host(void* at, uint32_t op) {
-    for (size_t i = 0; i < lent.size(); i++) {
-        if (lent[i].at != at || lent[i].op != op) continue;
-        if (lent[i].is_written) protect(lent[i], PROT_READ | PROT_WRITE);
+void copy_to_host(void* to, const void* from, size_t bytes) {
+    unprotect(to, bytes);
+    memcpy(to, from, bytes);
+    protect(to, bytes);
+}
+
+void copy_from_host(void* to, const void* from, size_t bytes) {
+    unprotect(from, bytes);
+    memcpy(to, from, bytes);
+    protect(from, bytes);
+}
+
+void take_back() {
+    for (size_t i = lent.size(); i-- > 0;) {
+        const Lent range = lent[i];
+        if (!streams::host_knows_of(range.op)) continue;
         lent.erase(lent.begin() + long(i));
-        return;
+        protect(range.at, range.bytes);
     }
 }
 

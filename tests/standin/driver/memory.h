@@ -75,8 +75,13 @@ void mark(Cell& cell, bool is_write);
 void* pin(size_t bytes);
 Result unpin(void* at);
 bool is_pinned(const void* at, size_t bytes);
-// From now on until `release_host` an operation that is queued uses it. Bytes that it will write are poison; who touches them ends the program.
+// From now on until the host knows that `op` is done it uses these bytes. Those that it will write are poison. A host that touches them, or writes
+// what the operation reads, ends the program.
 void lend_host(void* at, size_t bytes, uint32_t op, bool is_written);
-void release_host(void* at, uint32_t op);
+// What the operation that runs does with bytes that it was lent.
+void copy_to_host(void* to, const void* from, size_t bytes);
+void copy_from_host(void* to, const void* from, size_t bytes);
+// Takes back what operations used that the host knows to be done.
+void take_back();
 
 }  // namespace memory

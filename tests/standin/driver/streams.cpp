@@ -1,5 +1,7 @@
 #include "streams.h"
 
+#include "memory.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -154,7 +156,15 @@ Result wait_for(void* handle, const std::shared_ptr<Op>& op) {
     return SUCCESS;
 }
 
-void host_knows(const Op& op) { join(host, op.clock); }
+void host_knows(const Op& op) {
+    join(host, op.clock);
+    memory::take_back();
+}
+
+bool host_knows_of(uint32_t id) {
+    const Past& op = past[id];
+    return size_t(op.stream) < host.size() && op.place <= host[size_t(op.stream)];
+}
 
 bool progress() {
     auto op = next();

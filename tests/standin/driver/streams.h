@@ -80,8 +80,10 @@ Result complete_stream(void* stream);
 Result complete_all();
 // Runs one operation, if one may run: whether one did.
 bool progress();
-// What the host knows to be done.
+// The host has seen that `op` is done, and so is all that comes before it.
 void host_knows(const Op& op);
+// Has it seen that of operation `id`?
+bool host_knows_of(uint32_t id);
 size_t num_queued();
 
 // The operation that runs.
