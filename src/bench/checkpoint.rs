@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::checkpoint::{self, CheckpointError, Disk, Flat, Header, Identity, Part};
 use crate::formats::tensor_bytes;
-use crate::optim::{AdamW, AdamWConfig};
+use crate::optim::{self, AdamW, AdamWConfig, Norm};
 use crate::params::Layout;
 use crate::rng::{KeyedRng, Stream};
 use crate::train::TrainError;
@@ -156,7 +156,8 @@ fn trained(n: usize) -> Result<(Tensor, AdamW), TrainError> {
     let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
     let (parameters, mut adamw) = (normal(0)?, AdamW::new(config, 0..n, &Device::Cpu)?);
     for step in 1..=STEPS {
-        adamw.step(&parameters, &normal(step)?, 1e-3)?;
+        let grads = normal(step)?;
+        adamw.step(&parameters, &grads, &Norm::new(&optim::chunk_square_sums(&grads)?, None)?, 1e-3)?;
     }
     Ok((parameters, adamw))
 }

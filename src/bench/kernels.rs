@@ -295,22 +295,12 @@ pub fn entries(executor: &dyn Executor, shape: &Shape) -> Result<Vec<Entry>, Lau
         Work::Bytes(4 * parameters as u64),
         &[],
         Box::new(move |e| {
-            adamw::device::chunk_square_sums(e, g, parameters, sums, fault)?;
+            adamw::device::chunk_square_sums(e, g, parameters, sums)?;
             adamw::device::norm(e, sums, num_chunks, 1.0, of_norm, factor)
         }),
     );
     let update = adamw::Update { weight1: 0.1, keep2: 0.999, weight2: 1e-3, keep: 1.0, step_size: -1e-6, correction: 1.0, epsilon: 1e-8 };
-    let state = adamw::device::Buffers {
-        params: p,
-        exp_avg: m,
-        exp_avg_sq: v,
-        grads: g,
-        rounded: None,
-        factor,
-        faults: fault,
-        num_faults: 1,
-        n: parameters,
-    };
+    let state = adamw::device::Buffers { params: p, exp_avg: m, exp_avg_sq: v, grads: g, rounded: None, factor, n: parameters };
     // Its moments come to rest at the gradient's, so nothing has to be restored.
     push("adamw", least("adamw", tokens), &[], Box::new(move |e| adamw::device::step(e, &update, &state)));
     push("non_finite", Work::Bytes(4 * parameters as u64), &[], Box::new(move |e| non_finite::device::first(e, g, parameters, fault)));

@@ -36,7 +36,7 @@ pub fn step(shape: &Shape, num_layers: usize) -> Vec<Traffic> {
     let rotary_bytes = asked(rotary::device::bytes(DTYPE, tokens, turned, head_dim));
     let rotary_least = turned * head_dim / 2 * 2 * s + 2 * head_dim;
     let loss = cross_entropy::device::bytes(DTYPE, chunk, vocabulary, Logits::ToGradient);
-    let adamw = adamw::device::step_bytes(parameters, 1, false);
+    let adamw = adamw::device::step_bytes(parameters, false);
     let statistics = 4 * num_heads;
     vec![
         entry("embedding", 1, 2 * s * hidden, asked(embedding::device::gather_bytes(DTYPE, tokens, hidden))),

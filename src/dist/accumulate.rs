@@ -5,7 +5,8 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 
 use super::slots::{Node, SlotTree};
-use super::{DistError, ProcessGroup, Reduction, gather_words, host};
+use super::{DistError, ProcessGroup, Reduction, gather_words};
+use crate::kernels::elementwise;
 
 /// The sum of some neighbouring slots.
 #[derive(Debug)]
@@ -41,10 +42,11 @@ impl Fold {
     pub(super) fn push(&mut self, mut right: Partial) -> candle_core::Result<()> {
         while let Some(node) = self.partials.last().and_then(|left| self.joined(left.node, right.node)) {
             let Some(left) = self.partials.pop() else { break };
+            let add_into = |sum: Tensor, other: &Tensor| elementwise::add_(&sum, other).map(|()| sum);
             let sum = match (left.owned, right.owned) {
-                (true, _) => host::add_into(left.sum, &right.sum)?,
-                (false, true) => host::add_into(right.sum, &left.sum)?,
-                (false, false) => host::add(&left.sum, &right.sum)?,
+                (true, _) => add_into(left.sum, &right.sum)?,
+                (false, true) => add_into(right.sum, &left.sum)?,
+                (false, false) => elementwise::add(&left.sum, &right.sum)?,
             };
             right = Partial { node, sum, owned: true };
         }

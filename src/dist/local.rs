@@ -6,10 +6,11 @@ use std::fmt::Display;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::abort::payload_text;
 use super::{Aborter, Collectives, DistError, Duplicate, ProcessGroup, host};
+use crate::kernels::elementwise;
 
 /// Runs `rank_main` on `world_size` threads, each with its own rank; results are ordered by rank.
 ///
@@ -166,9 +167,10 @@ impl Local {
     /// All ranks' tensors, ordered by rank; they are copies, so that a rank may change its own at once.
     fn exchange_tensors(&self, collective: &'static str, mine: &Tensor) -> Result<Vec<Tensor>, DistError> {
         let copy = host::with_slice(collective, mine, <[f32]>::to_vec)?;
-        let gifts = self.exchange(collective, Payload::Tensor(host::tensor(copy, mine.dims())?))?;
-        let tensors: Vec<Tensor> =
-            gifts.iter().filter_map(|g| if let Payload::Tensor(t) = &g.payload { Some(t.clone()) } else { None }).collect();
+        let gifts = self.exchange(collective, Payload::Tensor(host::tensor(copy, mine.dims(), &Device::Cpu)?))?;
+        let tensors =
+            gifts.iter().filter_map(|g| if let Payload::Tensor(t) = &g.payload { Some(t.to_device(mine.device())) } else { None });
+        let tensors: Vec<Tensor> = tensors.collect::<candle_core::Result<_>>()?;
         match tensors.iter().position(|t| t.dims() != tensors[0].dims()) {
             Some(rank) => Err(DistError::Diverged {
                 rank,
@@ -238,10 +240,10 @@ impl Collectives for Local {
 
     fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
         host::check_parts(parts, send, receive, self.world_size())?;
-        let parts = host::with_slice("all_to_all_v", parts, |parts| {
+        let own = host::with_slice("all_to_all_v", parts, |parts| {
             host::starts(send).into_iter().zip(send).map(|(start, len)| parts[start..start + len].to_vec()).collect()
         })?;
-        let gifts = self.exchange("all_to_all_v", Payload::Parts(parts))?;
+        let gifts = self.exchange("all_to_all_v", Payload::Parts(own))?;
         let mut received = Vec::with_capacity(receive.iter().sum());
         for ((rank, gift), &len) in gifts.iter().enumerate().zip(receive) {
             let Payload::Parts(parts) = &gift.payload else { continue };
@@ -252,13 +254,15 @@ impl Collectives for Local {
             received.extend_from_slice(&parts[self.rank]);
         }
         let n = received.len();
-        host::tensor(received, n)
+        host::tensor(received, n, parts.device())
     }
 
     fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError> {
         host::num_columns("all_reduce", mine, None)?;
         let all = self.exchange_tensors("all_reduce", mine)?;
-        all[1..].iter().try_fold(all[0].copy()?, |sum, t| Ok(host::add_into(sum, t)?))
+        let sum = all[0].copy()?;
+        all[1..].iter().try_for_each(|other| elementwise::add_(&sum, other))?;
+        Ok(sum)
     }
 
     fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError> {
@@ -280,7 +284,6 @@ impl Collectives for Local {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     fn filled(n: usize, value: f32) -> Tensor {
         Tensor::full(value, n, &Device::Cpu).unwrap()
@@ -394,7 +397,7 @@ mod tests {
     fn result_of_a_collective_changed_in_place_leaves_other_ranks_alone() {
         let all = run(2, |g| {
             let sum = g.broadcast(&filled(4, 1.0), 0)?;
-            let sum = host::add_into(sum, &filled(4, g.rank() as f32))?;
+            elementwise::add_(&sum, &filled(4, g.rank() as f32))?;
             g.barrier()?;
             Ok::<_, DistError>(sum.to_vec1::<f32>()?)
         });

@@ -117,7 +117,7 @@ impl Collectives for Mpi {
         let all = host::with_slice("all_gather", mine, |mine| {
             pieces::all_gather(mine, self.world_size, self.piece(), |part, out| self.world.all_gather_into(part, out))
         })?;
-        host::tensor(all, (self.world_size, n))
+        host::tensor(all, (self.world_size, n), mine.device())
     }
 
     fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
@@ -146,7 +146,7 @@ impl Collectives for Mpi {
             }
             received
         })?;
-        host::tensor(received, total)
+        host::tensor(received, total, parts.device())
     }
 
     fn all_reduce(&self, mine: &Tensor) -> Result<Tensor, DistError> {
@@ -158,7 +158,7 @@ impl Collectives for Mpi {
             }
             sum
         })?;
-        host::tensor(sum, n)
+        host::tensor(sum, n, mine.device())
     }
 
     fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError> {
@@ -168,7 +168,7 @@ impl Collectives for Mpi {
         for part in data.chunks_mut(MAX_COUNT) {
             self.root(root).broadcast_into(part);
         }
-        host::tensor(data, n)
+        host::tensor(data, n, mine.device())
     }
 
     fn duplicate(&self) -> Duplicate {

@@ -15,7 +15,7 @@ use candle_core::{DType, Tensor};
 use super::accumulate::{Fold, Partial, SlotAccumulator};
 use super::reduce::{Source, sum_pieces};
 use super::shards::Shards;
-use super::{Collectives, DistError, ProcessGroup};
+use super::{Collectives, DistError, ProcessGroup, host};
 
 /// A thread that moves sums between ranks beside the computation, one at a time.
 #[derive(Debug)]
@@ -195,9 +195,7 @@ impl Task {
             for range in stage {
                 for at in range.clone().step_by(shards.bucket) {
                     let (at, sum) = self.bucket(tensors, shards, at..range.end.min(at + shards.bucket))?;
-                    if sum.elem_count() > 0 {
-                        shard.slice_set(&sum, 0, at - own.start)?;
-                    }
+                    host::put(&shard, at - own.start, &sum)?;
                 }
             }
         }

@@ -28,9 +28,7 @@ pub(super) fn reduce(tensors: &dyn Collectives, accumulator: SlotAccumulator) ->
     let whole = Tensor::zeros(parts.num_elements, DType::F32, &parts.device)?;
     let shards = Shards::new(parts.num_elements, group.world_size(), 1);
     let shard = parts.reduce_scatter(tensors, &shards)?;
-    if shard.elem_count() > 0 {
-        whole.slice_set(&shard, 0, shards.range(group.rank()).start)?;
-    }
+    host::put(&whole, shards.range(group.rank()).start, &shard)?;
     all_gather_shards(tensors, &whole, &shards, Wire::F32)?;
     Ok(whole)
 }
@@ -110,9 +108,7 @@ impl Parts {
         for pieces in shards.buckets() {
             let at = pieces[tensors.group().rank()].start;
             let sum = sum_pieces(tensors, &self.fold, &pieces, &self.sources, &self.device)?;
-            if sum.elem_count() > 0 {
-                shard.slice_set(&sum, 0, at - own.start)?;
-            }
+            host::put(&shard, at - own.start, &sum)?;
         }
         Ok(shard)
     }

@@ -89,7 +89,7 @@ impl Wire {
                 };
                 let mut words: Vec<f32> = host::with_slice("all_gather_shards", piece, |piece| piece.chunks(2).map(word).collect())?;
                 words.resize(len.div_ceil(2), 0.0);
-                host::tensor(words, len.div_ceil(2))
+                host::tensor(words, len.div_ceil(2), piece.device())
             }
         }
     }
@@ -103,7 +103,7 @@ impl Wire {
                 let pair = |word: &f32| [element(word.to_bits()), element(word.to_bits() >> 16)];
                 let elements: Vec<f32> =
                     host::with_slice("all_gather_shards", words, |words| words.iter().flat_map(pair).take(len).collect())?;
-                host::tensor(elements, len)
+                host::tensor(elements, len, words.device())
             }
         }
     }
@@ -122,7 +122,7 @@ pub fn all_gather_shards(tensors: &dyn Collectives, flat: &Tensor, shards: &Shar
         let rows = tensors.all_gather(&wire.encode(&flat.narrow(0, own.start, own.len())?, len)?)?;
         // What is its own is in its place.
         for (rank, piece) in pieces.iter().enumerate().filter(|(rank, piece)| *rank != group.rank() && !piece.is_empty()) {
-            flat.slice_set(&wire.decode(&rows.get(rank)?, piece.len())?, 0, piece.start)?;
+            host::put(flat, piece.start, &wire.decode(&rows.get(rank)?, piece.len())?)?;
         }
     }
     Ok(())
@@ -178,16 +178,12 @@ mod tests {
                 let all = local::run(world_size, |g| {
                     let own = shards.range(g.rank());
                     let flat = Tensor::zeros(n, DType::F32, &Device::Cpu)?;
-                    if !own.is_empty() {
-                        flat.slice_set(&ramp(own.clone()), 0, own.start)?;
-                    }
+                    host::put(&flat, own.start, &ramp(own.clone()))?;
                     let view = flat.reshape((n, 1))?;
                     all_gather_shards(g, &flat, &shards, Wire::F32)?;
                     // Below 128, halves are bf16's.
                     let half = Tensor::zeros(n, DType::F32, &Device::Cpu)?;
-                    if !own.is_empty() {
-                        half.slice_set(&ramp(own.clone()), 0, own.start)?;
-                    }
+                    host::put(&half, own.start, &ramp(own.clone()))?;
                     all_gather_shards(g, &half, &shards, Wire::Bf16)?;
                     assert_eq!(half.to_vec1::<f32>()?, flat.to_vec1::<f32>()?);
                     Ok::<_, DistError>(view.flatten_all()?.to_vec1::<f32>()?)

@@ -144,7 +144,7 @@ impl StepSum<'_> {
 mod tests {
     use super::super::accumulate::tests::{bits, grad};
     use super::super::reduce::tests::split;
-    use super::super::{Solo, local};
+    use super::super::{Solo, host, local};
     use super::*;
 
     /// `n` elements as the stages of a model of two layers: the head's are at both ends, and a stage has none.
@@ -167,7 +167,7 @@ mod tests {
             let running = Tensor::full(f32::NAN, n, &Device::Cpu)?;
             for (i, stage) in stages(n).into_iter().enumerate() {
                 for part in stage.into_iter().filter(|part| !part.is_empty()) {
-                    running.slice_set(&grad(slot, n).narrow(0, part.start, part.len())?.force_contiguous()?, 0, part.start)?;
+                    host::put(&running, part.start, &grad(slot, n).narrow(0, part.start, part.len())?.force_contiguous()?)?;
                 }
                 sum.stage(slot, i + 1, &running)?;
             }

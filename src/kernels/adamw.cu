@@ -14,9 +14,8 @@ constexpr int LANES = 8;
 constexpr int SUM_THREADS = 128;
 
 struct SquareSumsArgs {
-    const float* x;             // [n]
-    double* sums;               // [chunks]
-    unsigned long long* fault;  // lowest index of a NaN or an infinity
+    const float* x;  // [n]
+    double* sums;    // [chunks]
     int64_t n;
 };
 
@@ -27,24 +26,18 @@ KERNEL(square_sums_f32, SquareSumsArgs, SUM_THREADS, 8) {
     const int len = left < CHUNK ? int(left) : CHUNK;  // not above 0 behind the last chunk
     const float* x = args.x + start;
     double sum = 0.0;
-    int bad = CHUNK;
 #pragma unroll 8
     for (int i = lane; i < len / LANES * LANES; i += LANES) {
         const float value = x[i];
         sum += double(value) * double(value);
-        if (!is_finite(value) && bad == CHUNK) bad = i;
     }
     double total = 0.0;
     for (int i = 0; i < LANES; i++) total += __shfl_sync(ALL_LANES, sum, int(threadIdx.x) % WARP / LANES * LANES + i);
     if (lane == 0 && len > 0) {
         double rest = 0.0;
-        for (int i = len / LANES * LANES; i < len; i++) {
-            rest += double(x[i]) * double(x[i]);
-            if (!is_finite(x[i]) && bad == CHUNK) bad = i;
-        }
+        for (int i = len / LANES * LANES; i < len; i++) rest += double(x[i]) * double(x[i]);
         args.sums[chunk] = total + rest;
     }
-    if (bad < CHUNK) report(args.fault, start + bad);
 }
 
 constexpr int NORM_THREADS = 256;
@@ -53,7 +46,7 @@ constexpr int STAGED = 1024;
 struct NormArgs {
     const double* sums;  // [chunks], in their order; of all shards
     double* norm;        // [1]
-    float* factor;       // [1]: what the gradient is to be multiplied by, at most 1
+    float* factor;       // [1]: what the gradient is to be multiplied by, at most 1; NaN where the norm is not finite
     int64_t chunks;
     double max_norm;     // infinity: no clipping
 };
@@ -74,23 +67,22 @@ KERNEL(norm_f64, NormArgs, NORM_THREADS, 1) {
         const double norm = sqrt_exact(total);
         const double factor = div_exact(args.max_norm, norm + 1e-6);
         *args.norm = norm;
-        *args.factor = factor < 1.0 ? float(factor) : 1.0f;
+        *args.factor = norm < double(INFINITY) ? (factor < 1.0 ? float(factor) : 1.0f) : not_a_number();
     }
 }
 
 constexpr int STEP_THREADS = 256;
 
 struct AdamWArgs {
-    float* p;                          // [n], the masters where there are
-    float* m;                          // [n]
-    float* v;                          // [n]
-    const float* g;                    // [n], not yet clipped
-    bf16* rounded;                     // [n]: the masters rounded; null in adamw_step_f32
-    const float* factor;               // [1], of clipping
-    const unsigned long long* faults;  // [num_faults]; a step that finds one changes nothing
+    float* p;             // [n], the masters where there are
+    float* m;             // [n]
+    float* v;             // [n]
+    const float* g;       // [n], not yet clipped
+    bf16* rounded;        // [n]: the masters rounded; null in adamw_step_f32
+    const float* factor;  // [1], of clipping; where it is NaN nothing changes
     int64_t n;
     float weight1, keep2, weight2, keep, step_size, correction, epsilon;
-    int num_faults;
+    uint32_t padding;
 };
 
 DEVICE void adamw_element(const AdamWArgs& args, float factor, float& p, float& m, float& v, float g) {
@@ -104,9 +96,8 @@ DEVICE void adamw_element(const AdamWArgs& args, float factor, float& p, float& 
 
 template <bool MASTERS>
 DEVICE void adamw_step(const AdamWArgs& args) {
-    for (int i = 0; i < args.num_faults; i++)
-        if (args.faults[i] != NO_FAULT) return;
     const float factor = *args.factor;
+    if (!is_finite(factor)) return;
     const int64_t at = (int64_t(blockIdx.x) * STEP_THREADS + threadIdx.x) * 4;
     if (at + 4 <= args.n) {
         auto p = load<4>(args.p + at), m = load<4>(args.m + at), v = load<4>(args.v + at);

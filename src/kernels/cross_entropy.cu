@@ -64,8 +64,10 @@ DEVICE void cross_entropy(const CrossEntropyArgs& args) {
             auto x = load<WIDE<T>>(logits + at);
 #pragma unroll
             for (int j = 0; j < WIDE<T>; j++) {
-                const float p = fast_exp(to_f32(x.v[j]) - shift) * inverse;
-                x.v[j] = from_f32<T>((at + j == target ? p - 1.0f : p) * args.scale);
+                const float value = to_f32(x.v[j]);
+                const float p = fast_exp(value - shift) * inverse;
+                const float at_target = is_finite(value) ? p - 1.0f : not_a_number();
+                x.v[j] = from_f32<T>((at + j == target ? at_target : p) * args.scale);
             }
             store(logits + at, x);
         }

@@ -11,7 +11,7 @@ use super::simd::{exp_sum, max, vectorize};
 /// What becomes of the logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Logits {
-    /// They become d(sum of losses)/d logits = softmax - onehot(target).
+    /// They become d(sum of losses)/d logits = softmax - onehot(target). Where a loss is not finite its gradient is not either.
     ToGradient,
     /// They become e^(logit - max) and are of no further use.
     Discard,
@@ -63,7 +63,7 @@ fn row_nll(row: &mut [f32], target: usize, logits: Logits) -> f32 {
     if logits == Logits::ToGradient {
         let scale = 1.0 / sum;
         row.iter_mut().for_each(|p| *p *= scale);
-        row[target] -= 1.0;
+        row[target] = if target_logit.is_finite() { row[target] - 1.0 } else { f32::NAN };
     }
     sum.ln() - (target_logit - shift)
 }

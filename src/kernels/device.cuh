@@ -157,6 +157,7 @@ DEVICE float fma_exact(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 constexpr unsigned long long NO_FAULT = ~0ull;
 
 DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 // A minimum of integers, so the order of threads does not show. Null: nobody asks.
 DEVICE void report(unsigned long long* fault, int64_t at) {
     if (fault) atomicMin(fault, static_cast<unsigned long long>(at));

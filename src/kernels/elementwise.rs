@@ -39,6 +39,26 @@ pub fn add_(acc: &Tensor, x: &Tensor) -> Result<()> {
     })
 }
 
+/// a + b, elementwise, in new memory; same shape, both f32.
+///
+/// # Errors
+/// When the shapes differ.
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if a.dims() != b.dims() {
+        bail!("add: shapes {:?} and {:?} differ", a.dims(), b.dims());
+    }
+    if let Some(gpu) = on_gpu(a)? {
+        let sum = gpu.result_of(a.shape(), DType::F32)?;
+        gpu.copy(a, &sum)?;
+        add_(&sum, b)?;
+        return Ok(sum);
+    }
+    let (a_values, b_values) = (F32View::new(a)?, F32View::new(b)?);
+    let mut sum = Vec::new();
+    a_values.par_iter().with_min_len(CHUNK).zip(&*b_values).map(|(a, b)| a + b).collect_into_vec(&mut sum);
+    tensor(sum, a.dims())
+}
+
 /// x `[T, n]` += bias `[n]` on each row.
 ///
 /// # Errors

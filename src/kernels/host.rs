@@ -5,6 +5,8 @@ use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, StorageRef, Tensor, bail};
 
+use super::on_gpu::on_gpu;
+
 /// A CPU f32 tensor's values, read in place. Holds the tensor's read lock.
 pub struct F32View<'a> {
     storage: StorageRef<'a>,
@@ -74,6 +76,25 @@ pub fn with_3_f32_mut([a, b, c]: [&Tensor; 3], name: &'static str, f: impl Fn(&m
         }
     })?;
     inner.into_inner()
+}
+
+/// The values of f32 tensors of one device, on the host: from a GPU by one copy and one wait.
+///
+/// # Errors
+/// When one is not f32, or the device fails.
+pub fn read(tensors: &[&Tensor]) -> Result<Vec<Vec<f32>>> {
+    let values = |x: &Tensor| x.flatten_all()?.to_vec1();
+    let Some(gpu) = tensors.first().map(|x| on_gpu(x)).transpose()?.flatten() else { return tensors.iter().map(|x| values(x)).collect() };
+    let lens: Vec<usize> = tensors.iter().map(|x| x.elem_count()).collect();
+    let all = gpu.result_of(lens.iter().sum::<usize>(), DType::F32)?;
+    let mut at = 0;
+    for (x, &len) in tensors.iter().zip(&lens) {
+        gpu.copy(&x.flatten_all()?, &all.narrow(0, at, len)?)?;
+        at += len;
+    }
+    // sync: all of them are read here.
+    let mut all = values(&all)?.into_iter();
+    Ok(lens.into_iter().map(|len| all.by_ref().take(len).collect()).collect())
 }
 
 /// Hands `values` to a tensor without a copy.

@@ -1,25 +1,54 @@
 //! The search for what is not finite.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
-use super::host::F32View;
+use super::host::{F32View, tensor};
+use super::launch::NO_FAULT;
+use super::on_gpu::on_gpu;
 
 /// Elements a task looks at.
 const CHUNK: usize = 1 << 14;
 
-/// The first element of a flat buffer that is not finite: its place and value.
+/// Where the first element of a buffer is that is not finite: `[2]`, a u64 as two f32 words on the buffer's device, for [`place`].
 ///
 /// # Errors
-/// When the buffer is not contiguous f32 on the CPU.
-pub fn first_non_finite(flat: &Tensor) -> Result<Option<(usize, f32)>> {
-    let data = F32View::new(flat)?;
-    let first = |data: &[f32]| {
-        let chunk = data.par_chunks(CHUNK).position_first(|chunk| chunk.iter().any(|x| !x.is_finite()))?;
-        let at = chunk * CHUNK + data[chunk * CHUNK..].iter().position(|x| !x.is_finite())?;
-        Some((at, data[at]))
-    };
-    Ok(first(&data))
+/// When the buffer is not contiguous f32.
+pub fn search(buffer: &Tensor) -> Result<Tensor> {
+    if let Some(gpu) = on_gpu(buffer)? {
+        let place = gpu.upload_f32(&words(NO_FAULT))?;
+        let (x, fault) = (gpu.at_of(buffer, DType::F32)?, gpu.at_of(&place, DType::F32)?);
+        gpu.run(|e, _| device::first(e, x, buffer.elem_count(), fault))?;
+        return Ok(place);
+    }
+    tensor(words(first(&F32View::new(buffer)?).map_or(NO_FAULT, |at| at as u64)).to_vec(), &[2])
+}
+
+/// What [`search`] found, from its words.
+pub fn place(words: &[f32]) -> Option<usize> {
+    let place = words.first_chunk::<2>().map_or(NO_FAULT, |pair| bytemuck::cast(*pair));
+    (place != NO_FAULT).then_some(place as usize)
+}
+
+/// The first element of a buffer that is not finite: its place and value.
+///
+/// # Errors
+/// When the buffer is not contiguous f32.
+pub fn first_non_finite(buffer: &Tensor) -> Result<Option<(usize, f32)>> {
+    // sync: the place is read here.
+    let Some(at) = place(&search(buffer)?.to_vec1()?) else { return Ok(None) };
+    let value = buffer.flatten_all()?.narrow(0, at, 1)?.to_vec1()?;
+    Ok(value.first().map(|value| (at, *value)))
+}
+
+fn first(data: &[f32]) -> Option<usize> {
+    let chunk = data.par_chunks(CHUNK).position_first(|chunk| chunk.iter().any(|x| !x.is_finite()))?;
+    let at = data[chunk * CHUNK..].iter().position(|x| !x.is_finite())?;
+    Some(chunk * CHUNK + at)
+}
+
+fn words(place: u64) -> [f32; 2] {
+    bytemuck::cast(place)
 }
 
 /// The kernel of `non_finite.cu`.
@@ -40,8 +69,7 @@ pub mod device {
         n: i64,
     }
 
-    /// As [`super::first_non_finite`] of x `[n]` f32, losses for example: the index goes to `fault`, 8 bytes, unless that holds a lower one.
-    /// Gradients need no pass of their own: [`adamw::device::chunk_square_sums`](crate::kernels::adamw::device::chunk_square_sums) looks too.
+    /// As [`super::search`] of x `[n]` f32: the index goes to `fault`, 8 bytes, unless that holds a lower one.
     ///
     /// # Errors
     /// When the address is no multiple of 16 bytes, or the launch fails.

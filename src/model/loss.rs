@@ -19,17 +19,18 @@ pub fn logits(model: &ChatGlm2, hidden_NH: &Tensor) -> Result<Tensor> {
     model.output_layer().forward_f32(&model.final_norm(hidden_NH)?.0)
 }
 
-/// Negative log-likelihoods of `targets` = (index of the predicting token, id), without a gradient.
+/// Negative log-likelihoods of `targets` = (index of the predicting token, id), without a gradient, in their order: one tensor `[N]` f32 for each
+/// [`LOGITS_CHUNK`] of them.
 ///
 /// # Errors
 /// When a target's index or id is out of range.
-pub fn nll(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Result<Vec<f32>> {
-    let mut losses = Vec::with_capacity(targets.len());
+pub fn nll(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Result<Vec<Tensor>> {
+    let mut losses = Vec::with_capacity(targets.len().div_ceil(LOGITS_CHUNK));
     for chunk in targets.chunks(LOGITS_CHUNK) {
         let (index, ids) = split(chunk);
         losses.push(cross_entropy::nll_(&logits(model, &embedding::gather(hidden_TH, &index)?)?, &ids, Logits::Discard)?);
     }
-    read(&losses)
+    Ok(losses)
 }
 
 /// As [`nll`], and the gradient of their sum towards the hidden states, `[T, H]`; the hooks receive that of the head and the final norm, where they
@@ -37,11 +38,16 @@ pub fn nll(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)]) -> Resu
 ///
 /// # Errors
 /// As [`nll`].
-pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u32)], hooks: &mut dyn Hooks) -> Result<(Vec<f32>, Tensor)> {
+pub fn nll_and_gradient(
+    model: &ChatGlm2,
+    hidden_TH: &Tensor,
+    targets: &[(u32, u32)],
+    hooks: &mut dyn Hooks,
+) -> Result<(Vec<Tensor>, Tensor)> {
     if targets.windows(2).any(|pair| pair[0].0 >= pair[1].0) {
         bail!("targets do not ascend: a token would predict twice");
     }
-    let mut losses = Vec::with_capacity(targets.len());
+    let mut losses = Vec::with_capacity(targets.len().div_ceil(LOGITS_CHUNK));
     let dx_TH = hidden_TH.zeros_like()?;
     for chunk in targets.chunks(LOGITS_CHUNK) {
         let (index, ids) = split(chunk);
@@ -59,7 +65,7 @@ pub fn nll_and_gradient(model: &ChatGlm2, hidden_TH: &Tensor, targets: &[(u32, u
         }
         embedding::put_rows_(&dx_TH, &index, &model.final_norm_backward(dh_NH, &x_NH, rstd.as_ref())?)?;
     }
-    Ok((read(&losses)?, dx_TH))
+    Ok((losses, dx_TH))
 }
 
 /// KL(p || q) in nats at each of `targets` = (index of the predicting token, id): p what `base` predicts from its hidden states, q what
@@ -75,12 +81,6 @@ pub fn kl(base: (&ChatGlm2, &Tensor), tuned: (&ChatGlm2, &Tensor), targets: &[(u
         divergences.extend(kl::rows(&logits_NV(base)?, &logits_NV(tuned)?)?);
     }
     Ok(divergences)
-}
-
-/// The losses of all chunks, on the host.
-fn read(losses: &[Tensor]) -> Result<Vec<f32>> {
-    // sync: the losses are read here.
-    losses.iter().map(Tensor::to_vec1).collect::<Result<Vec<_>>>().map(|chunks| chunks.concat())
 }
 
 fn split(targets: &[(u32, u32)]) -> (Vec<u32>, Vec<u32>) {

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::kernels::adamw::Update;
+use crate::kernels::adamw::{Norm, Update};
 use crate::kernels::bf16;
 
 /// The kinds of state a parameter has, as a checkpoint calls them; the last only where there are masters.
@@ -99,17 +99,18 @@ impl AdamW {
         self.num_steps
     }
 
-    /// Changes `params` in place by one step along `grads` (both the shard's, `[shard.len()]` f32).
+    /// Changes `params` in place by one step along `grads` (both the shard's, `[shard.len()]` f32), clipped as the `norm` of the whole gradient
+    /// says. Where that is NaN or infinite neither parameters nor moments change.
     ///
     /// # Source
     /// torch's `_single_tensor_adamw`: p *= 1 - lr wd; m = lerp(m, g, 1 - beta1); v = beta2 v + (1 - beta2) g^2;
     /// p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps). Scalars in f64, elements as [`Update`] has them.
-    pub fn step(&mut self, params: &Tensor, grads: &Tensor, lr: f64) -> Result<(), OptimError> {
+    pub fn step(&mut self, params: &Tensor, grads: &Tensor, norm: &Norm, lr: f64) -> Result<(), OptimError> {
         self.check("the parameter buffer", params)?;
         self.check("the gradient", grads)?;
         self.num_steps += 1;
         let update = self.config.update(self.num_steps, lr);
-        update.apply(self.masters.as_ref().unwrap_or(params), &self.exp_avg, &self.exp_avg_sq, grads)?;
+        update.apply(self.masters.as_ref().unwrap_or(params), &self.exp_avg, &self.exp_avg_sq, grads, norm.factor())?;
         if let Some(masters) = &self.masters {
             bf16::round_into_(params, masters)?;
         }
@@ -163,13 +164,18 @@ impl AdamW {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::optim::CHUNK;
+    use crate::optim::{CHUNK, chunk_square_sums};
 
     const DEFAULT: AdamWConfig = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
     const OTHER: AdamWConfig = AdamWConfig { beta1: 0.3, beta2: 0.95, epsilon: 1e-6, weight_decay: 0.1 };
 
     fn tensor(data: &[f32]) -> Tensor {
         Tensor::new(data, &Device::Cpu).unwrap()
+    }
+
+    /// A norm that clips nothing.
+    fn unclipped() -> Norm {
+        Norm::new(&chunk_square_sums(&tensor(&[1.0])).unwrap(), None).unwrap()
     }
 
     fn start() -> Tensor {
@@ -185,7 +191,7 @@ mod tests {
     fn train(config: AdamWConfig) -> (Tensor, AdamW) {
         let (params, mut adamw) = (start(), AdamW::new(config, 0..9, &Device::Cpu).unwrap());
         for t in 0..5 {
-            adamw.step(&params, &grad(t), 1e-2 * f64::from(5 - t) / 5.0).unwrap();
+            adamw.step(&params, &grad(t), &unclipped(), 1e-2 * f64::from(5 - t) / 5.0).unwrap();
         }
         (params, adamw)
     }
@@ -227,8 +233,8 @@ mod tests {
         let (plain, mut reference) = (params.copy().unwrap(), AdamW::new(OTHER, 0..9, &Device::Cpu).unwrap());
         let mut adamw = AdamW::new(OTHER, 0..9, &Device::Cpu).unwrap().with_masters(&params).unwrap();
         for t in 0..5 {
-            reference.step(&plain, &grad(t), 1e-2).unwrap();
-            adamw.step(&params, &grad(t), 1e-2).unwrap();
+            reference.step(&plain, &grad(t), &unclipped(), 1e-2).unwrap();
+            adamw.step(&params, &grad(t), &unclipped(), 1e-2).unwrap();
             assert_eq!(adamw.masters.as_ref().unwrap().to_vec1::<f32>().unwrap(), plain.to_vec1::<f32>().unwrap(), "step {t}");
             assert_eq!(params.to_vec1::<f32>().unwrap(), rounded(&plain), "step {t}");
         }
@@ -241,7 +247,7 @@ mod tests {
         let params = tensor(&[1.0]);
         let mut adamw = AdamW::new(DEFAULT, 0..1, &Device::Cpu).unwrap().with_masters(&params).unwrap();
         let mut after = |num_steps: usize| {
-            (0..num_steps).for_each(|_| adamw.step(&params, &tensor(&[-1.0]), 2f64.powi(-12)).unwrap());
+            (0..num_steps).for_each(|_| adamw.step(&params, &tensor(&[-1.0]), &unclipped(), 2f64.powi(-12)).unwrap());
             params.to_vec1::<f32>().unwrap()[0]
         };
         assert_eq!(after(4), 1.0);
@@ -249,7 +255,7 @@ mod tests {
         let alone = tensor(&[1.0]);
         let mut rounding = AdamW::new(DEFAULT, 0..1, &Device::Cpu).unwrap();
         for _ in 0..17 {
-            rounding.step(&alone, &tensor(&[-1.0]), 2f64.powi(-12)).unwrap();
+            rounding.step(&alone, &tensor(&[-1.0]), &unclipped(), 2f64.powi(-12)).unwrap();
             bf16::round_(&alone).unwrap();
         }
         assert_eq!(alone.to_vec1::<f32>().unwrap(), [1.0], "without masters all steps are lost");
@@ -260,7 +266,7 @@ mod tests {
         let fresh = || AdamW::new(OTHER, 0..9, &Device::Cpu).unwrap();
         let params = tensor(&[1.0; 9]);
         let mut first = fresh().with_masters(&params).unwrap();
-        first.step(&params, &grad(0), 1e-3).unwrap();
+        first.step(&params, &grad(0), &unclipped(), 1e-3).unwrap();
         let state = |adamw: &AdamW| adamw.state(adamw.shard()).unwrap().into_iter().collect::<BTreeMap<_, _>>();
         let masters = |adamw: &AdamW| state(adamw)["master"].to_vec1::<f32>().unwrap();
         let saved: BTreeMap<_, _> = state(&first).into_iter().map(|(kind, flat)| (kind, flat.copy().unwrap())).collect();
@@ -269,7 +275,7 @@ mod tests {
         let mut second = fresh().with_masters(&copy).unwrap();
         second.restore(&saved, 1).unwrap();
         for adamw in [(&mut first, &params), (&mut second, &copy)] {
-            adamw.0.step(adamw.1, &grad(1), 1e-3).unwrap();
+            adamw.0.step(adamw.1, &grad(1), &unclipped(), 1e-3).unwrap();
         }
         assert_eq!(params.to_vec1::<f32>().unwrap(), copy.to_vec1::<f32>().unwrap());
         assert_eq!(masters(&second), masters(&first));
@@ -284,7 +290,7 @@ mod tests {
     fn first_step_moves_each_parameter_by_the_rate_against_its_gradient() {
         let params = tensor(&[1.0, 1.0, 1.0]);
         let mut adamw = AdamW::new(DEFAULT, 0..3, &Device::Cpu).unwrap();
-        adamw.step(&params, &tensor(&[5.0, -1e-3, 0.0]), 0.1).unwrap();
+        adamw.step(&params, &tensor(&[5.0, -1e-3, 0.0]), &unclipped(), 0.1).unwrap();
         let moved = params.to_vec1::<f32>().unwrap();
         assert!((moved[0] - 0.9).abs() < 1e-6 && (moved[1] - 1.1).abs() < 2e-6 && moved[2] == 1.0, "{moved:?}");
         assert_eq!(adamw.num_steps(), 1);
@@ -293,7 +299,7 @@ mod tests {
     #[test]
     fn weight_decay_without_gradient_shrinks_by_rate_times_decay() {
         let params = tensor(&[2.0]);
-        AdamW::new(OTHER, 0..1, &Device::Cpu).unwrap().step(&params, &tensor(&[0.0]), 0.5).unwrap();
+        AdamW::new(OTHER, 0..1, &Device::Cpu).unwrap().step(&params, &tensor(&[0.0]), &unclipped(), 0.5).unwrap();
         assert_eq!(params.to_vec1::<f32>().unwrap(), [1.9]);
     }
 
@@ -306,7 +312,7 @@ mod tests {
                 let params = Tensor::from_iter((0..n).map(|i| (i % 101) as f32 * 0.01), &Device::Cpu).unwrap();
                 let grads = Tensor::from_iter((0..n).map(|i| (i % 97) as f32 * 0.003 - 0.1), &Device::Cpu).unwrap();
                 let mut adamw = AdamW::new(DEFAULT, 0..n, &Device::Cpu).unwrap();
-                (0..3).for_each(|_| adamw.step(&params, &grads, 1e-2).unwrap());
+                (0..3).for_each(|_| adamw.step(&params, &grads, &unclipped(), 1e-2).unwrap());
                 params.to_vec1::<f32>().unwrap()
             })
         };
@@ -326,8 +332,8 @@ mod tests {
         let copy = params.copy().unwrap();
         let mut second = AdamW::new(OTHER, 0..9, &Device::Cpu).unwrap();
         second.restore(&state, first.num_steps()).unwrap();
-        first.step(&params, &grad(5), 1e-3).unwrap();
-        second.step(&copy, &grad(5), 1e-3).unwrap();
+        first.step(&params, &grad(5), &unclipped(), 1e-3).unwrap();
+        second.step(&copy, &grad(5), &unclipped(), 1e-3).unwrap();
         assert_eq!(params.to_vec1::<f32>().unwrap(), copy.to_vec1::<f32>().unwrap());
     }
 
@@ -336,12 +342,12 @@ mod tests {
         let (params, mut whole) = train(OTHER);
         let copy = params.copy().unwrap();
         let states = [0..4, 4..4, 4..9].map(|shard| (saved(&whole, shard.clone()), shard));
-        whole.step(&params, &grad(5), 1e-3).unwrap();
+        whole.step(&params, &grad(5), &unclipped(), 1e-3).unwrap();
         for (state, shard) in states {
             let mut adamw = AdamW::new(OTHER, shard.clone(), &Device::Cpu).unwrap();
             adamw.restore(&state, 5).unwrap();
             let part = |flat: &Tensor| flat.narrow(0, shard.start, shard.len()).unwrap();
-            adamw.step(&part(&copy), &part(&grad(5)), 1e-3).unwrap();
+            adamw.step(&part(&copy), &part(&grad(5)), &unclipped(), 1e-3).unwrap();
             assert_eq!(adamw.exp_avg.to_vec1::<f32>().unwrap(), part(&whole.exp_avg).to_vec1::<f32>().unwrap());
         }
         assert_eq!(params.to_vec1::<f32>().unwrap(), copy.to_vec1::<f32>().unwrap());
@@ -369,8 +375,32 @@ mod tests {
     #[test]
     fn step_with_a_gradient_of_another_length_is_refused() {
         let mut adamw = AdamW::new(DEFAULT, 0..9, &Device::Cpu).unwrap();
-        let text = adamw.step(&start(), &tensor(&[1.0]), 0.1).unwrap_err().to_string();
+        let text = adamw.step(&start(), &tensor(&[1.0]), &unclipped(), 0.1).unwrap_err().to_string();
         assert_eq!(text, "the gradient has shape [1], expected [9]");
         assert_eq!(adamw.num_steps(), 0);
+    }
+
+    #[test]
+    fn step_of_a_gradient_that_is_not_finite_changes_nothing_and_one_that_is_clipped_is_that_of_the_clipped_one() {
+        let fresh = || {
+            let params = tensor(&[0.5, -1.0, 2.0]);
+            (params.copy().unwrap(), AdamW::new(OTHER, 0..3, &Device::Cpu).unwrap().with_masters(&params).unwrap())
+        };
+        let after = |grads: &Tensor, norm: &Norm| {
+            let (params, mut adamw) = fresh();
+            adamw.step(&params, grads, norm, 0.1).unwrap();
+            let state = adamw.state(0..3).unwrap().into_iter().map(|(_, t)| t.to_vec1::<f32>().unwrap());
+            state.chain([params.to_vec1::<f32>().unwrap()]).collect::<Vec<_>>()
+        };
+        let norm_of = |grads: &Tensor, max_norm| Norm::new(&chunk_square_sums(grads).unwrap(), max_norm).unwrap();
+        let before = vec![vec![0.0; 3], vec![0.0; 3], vec![0.5, -1.0, 2.0], vec![0.5, -1.0, 2.0]];
+        for bad in [f32::NAN, f32::INFINITY] {
+            let grads = tensor(&[1.0, bad, 1.0]);
+            assert_eq!(after(&grads, &norm_of(&grads, Some(1.0))), before);
+        }
+        let grads = tensor(&[3.0, -4.0, 12.0]);
+        let clipped = tensor(&[3.0, -4.0, 12.0].map(|g: f32| g * crate::kernels::adamw::clip_factor(13.0, 2.0)));
+        assert_eq!(after(&grads, &norm_of(&grads, Some(2.0))), after(&clipped, &unclipped()));
+        assert_ne!(after(&grads, &norm_of(&grads, Some(2.0))), after(&grads, &unclipped()));
     }
 }

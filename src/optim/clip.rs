@@ -1,26 +1,10 @@
-//! The norm of the whole gradient, clipping to it, and the search for what is not finite.
+//! The norm of the whole gradient, what it is clipped by, and where it is not finite.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 
-use crate::kernels::adamw::clip_factor;
-pub use crate::kernels::adamw::{chunk_square_sums, norm_of_chunks};
-use crate::kernels::elementwise;
+pub use crate::kernels::adamw::{Norm, chunk_square_sums};
 pub use crate::kernels::non_finite::first_non_finite;
 use crate::params;
-
-/// The 2-norm of a flat f32 buffer, summed in f64 over fixed chunks.
-pub fn global_norm(flat: &Tensor) -> Result<f64> {
-    Ok(norm_of_chunks(chunk_square_sums(flat)?))
-}
-
-/// Scales a flat gradient, or a shard of one, in place so that the norm of the whole, which is `norm` now, is at most `max_norm`.
-///
-/// # Errors
-/// When the gradient is not contiguous f32 on the CPU.
-pub fn clip_grad(grads: &Tensor, norm: f64, max_norm: f64) -> Result<()> {
-    let factor = clip_factor(norm, max_norm);
-    if factor < 1.0 { elementwise::scale_(grads, factor) } else { Ok(()) }
-}
 
 /// An element that is NaN or infinite.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,7 +34,16 @@ mod tests {
 
     use super::*;
     use crate::optim::CHUNK;
-    use candle_core::Device;
+    use candle_core::{Device, Tensor};
+
+    fn norm_of(square_sums: &Tensor, max_norm: Option<f64>) -> (f64, f32) {
+        let norm = Norm::new(square_sums, max_norm).unwrap();
+        (Norm::value(&norm.words().to_vec1::<f32>().unwrap()), norm.factor().to_vec1::<f32>().unwrap()[0])
+    }
+
+    fn global_norm(flat: &Tensor) -> f64 {
+        norm_of(&chunk_square_sums(flat).unwrap(), None).0
+    }
 
     fn tensor(data: Vec<f32>) -> Tensor {
         let n = data.len();
@@ -59,48 +52,52 @@ mod tests {
 
     #[test]
     fn norm_of_known_vectors_is_exact() {
-        assert_eq!(global_norm(&tensor(vec![3., -4., 12.])).unwrap(), 13.0);
-        assert_eq!(global_norm(&tensor(vec![2.0; 4 * CHUNK])).unwrap(), 2.0 * (4.0 * CHUNK as f64).sqrt());
-        assert_eq!(global_norm(&tensor(vec![])).unwrap(), 0.0);
+        assert_eq!(global_norm(&tensor(vec![3., -4., 12.])), 13.0);
+        assert_eq!(global_norm(&tensor(vec![2.0; 4 * CHUNK])), 2.0 * (4.0 * CHUNK as f64).sqrt());
+        assert_eq!(global_norm(&tensor(vec![])), 0.0);
     }
 
     #[test]
     fn norm_with_any_number_of_threads_has_the_same_bits() {
         let data = tensor((0..5 * CHUNK + 7).map(|i| ((i * 7919) % 1013) as f32 * 0.013 - 6.0).collect());
-        let norm = |threads| {
-            rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| global_norm(&data).unwrap().to_bits())
-        };
+        let norm = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| global_norm(&data).to_bits());
         assert!((2..5).all(|threads| norm(threads) == norm(1)));
     }
 
     #[test]
     fn norm_from_the_chunks_of_aligned_shards_has_the_bits_of_the_whole() {
         let data = tensor((0..5 * CHUNK + 7).map(|i| ((i * 7919) % 1013) as f32 * 0.013 - 6.0).collect());
-        let shard = |from: usize, to: usize| chunk_square_sums(&data.narrow(0, from, to - from).unwrap()).unwrap();
-        let sums =
-            [shard(0, 2 * CHUNK), shard(2 * CHUNK, 2 * CHUNK), shard(2 * CHUNK, 5 * CHUNK), shard(5 * CHUNK, 5 * CHUNK + 7)].concat();
-        assert_eq!(norm_of_chunks(sums).to_bits(), global_norm(&data).unwrap().to_bits());
+        let shard = |from: usize, to: usize| {
+            let sums = chunk_square_sums(&data.narrow(0, from, to - from).unwrap()).unwrap();
+            // As ranks exchange them.
+            sums.pad_with_zeros(0, 0, 10 - sums.elem_count()).unwrap()
+        };
+        let shards = [shard(0, 2 * CHUNK), shard(2 * CHUNK, 2 * CHUNK), shard(2 * CHUNK, 5 * CHUNK), shard(5 * CHUNK, 5 * CHUNK + 7)];
+        let (norm, _) = norm_of(&Tensor::cat(&shards, 0).unwrap(), None);
+        assert_eq!(norm.to_bits(), global_norm(&data).to_bits());
     }
 
     #[test]
-    fn clip_above_the_limit_equals_torch() {
-        let grads = tensor(vec![3., -4., 12., 0.5]);
-        let norm = global_norm(&grads).unwrap();
-        clip_grad(&grads, norm, 1.0).unwrap();
+    fn factor_above_the_limit_equals_torch() {
+        let (norm, factor) = norm_of(&chunk_square_sums(&tensor(vec![3., -4., 12., 0.5])).unwrap(), Some(1.0));
         assert!((norm - 169.25f64.sqrt()).abs() < 1e-12);
         let torch = [0x3e6c_2212, 0xbe9d_6c0c, 0x3f6c_2212, 0x3d1d_6c0c].map(f32::from_bits);
-        for (x, t) in grads.to_vec1::<f32>().unwrap().into_iter().zip(torch) {
+        for (x, t) in [3., -4., 12., 0.5].into_iter().zip(torch) {
+            let x: f32 = x * factor;
             assert!((x - t).abs() <= f32::EPSILON * t.abs(), "{x} {t}");
         }
     }
 
     #[test]
-    fn clip_below_the_limit_changes_nothing() {
-        let grads = tensor(vec![0.3, -0.4]);
-        let norm = global_norm(&grads).unwrap();
-        clip_grad(&grads, norm, 1.0).unwrap();
-        assert!((norm - 0.5).abs() < 1e-7);
-        assert_eq!(grads.to_vec1::<f32>().unwrap(), [0.3, -0.4]);
+    fn factor_is_one_below_the_limit_and_nan_where_a_norm_is_not_finite() {
+        let (norm, factor) = norm_of(&chunk_square_sums(&tensor(vec![0.3, -0.4])).unwrap(), Some(1.0));
+        assert!((norm - 0.5).abs() < 1e-7 && factor == 1.0);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for max_norm in [None, Some(1.0)] {
+                let (norm, factor) = norm_of(&chunk_square_sums(&tensor(vec![0.3, bad])).unwrap(), max_norm);
+                assert!(!norm.is_finite() && factor.is_nan(), "{bad}");
+            }
+        }
     }
 
     #[test]

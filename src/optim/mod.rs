@@ -9,5 +9,5 @@ mod schedule;
 
 pub use crate::kernels::adamw::CHUNK;
 pub use adamw::{AdamW, AdamWConfig, OptimError};
-pub use clip::{NonFinite, chunk_square_sums, clip_grad, first_non_finite, global_norm, norm_of_chunks};
+pub use clip::{NonFinite, Norm, chunk_square_sums, first_non_finite};
 pub use schedule::{Schedule, SchedulerType, Warmup};

@@ -4,23 +4,27 @@ use candle_core::{Result, Tensor};
 
 use crate::data::MicroBatch;
 use crate::kernels::attention::Rows;
+use crate::kernels::{embedding, host};
 use crate::model::chatglm2::{Keep, Tokens};
 use crate::model::hooks::{Hooks, NoHooks, Stage};
 use crate::model::{ChatGlm2, Recompute, loss};
 use crate::peft::{Mode, PeftMethod, RowContext};
 
-/// What one micro-batch contributes.
+/// What one micro-batch contributes, on the model's device.
 pub struct SlotPass {
-    /// Negative log-likelihood of each target, in the order of `MicroBatch::targets`.
-    pub nll: Vec<f32>,
-    /// Gradient of their sum at the method's sites, `[site_len]`.
+    /// Negative log-likelihood of each target, in the order of `MicroBatch::targets`, in parts `[N]` f32.
+    pub nll: Vec<Tensor>,
+    /// Gradient of their sum at the method's sites, `[site_len]`. Where a loss is not finite it is not either.
     pub site_grad: Tensor,
 }
 
 impl SlotPass {
-    /// Sum of the losses, in order, in f64.
-    pub fn nll_sum(&self) -> f64 {
-        sum(&self.nll)
+    /// The losses, on the host.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn read_nll(&self) -> Result<Vec<f32>> {
+        read(&self.nll)
     }
 }
 
@@ -67,7 +71,7 @@ pub fn forward(model: &ChatGlm2, method: Option<&dyn PeftMethod>, batch: &MicroB
         None => Box::new(NoHooks),
     };
     let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
-    Ok(sum(&loss::nll(model, &hidden, &batch.targets)?))
+    Ok(sum(&read(&loss::nll(model, &hidden, &batch.targets)?)?))
 }
 
 /// As [`forward`], and the logits behind the tokens `at` of the micro-batch, one list a token.
@@ -77,8 +81,8 @@ pub fn forward(model: &ChatGlm2, method: Option<&dyn PeftMethod>, batch: &MicroB
 pub fn forward_with_logits(model: &ChatGlm2, method: &dyn PeftMethod, batch: &MicroBatch, at: &[u32]) -> Result<(f64, Vec<Vec<f32>>)> {
     let hooks = method.hooks(rows(batch, Mode::Eval))?;
     let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
-    let nll_sum = sum(&loss::nll(model, &hidden, &batch.targets)?);
-    let logits = loss::logits(model, &hidden.index_select(&Tensor::new(at, hidden.device())?, 0)?)?;
+    let nll_sum = sum(&read(&loss::nll(model, &hidden, &batch.targets)?)?);
+    let logits = loss::logits(model, &embedding::gather(&hidden, at)?)?;
     Ok((nll_sum, logits.to_vec2()?))
 }
 
@@ -101,6 +105,11 @@ fn tokens(batch: &MicroBatch) -> Tokens<'_> {
     Tokens { ids: &batch.ids, positions: &batch.positions, rows: Rows { bounds: &batch.row_bounds, keep: None, tables: None } }
 }
 
-fn sum(losses: &[f32]) -> f64 {
+fn read(losses: &[Tensor]) -> Result<Vec<f32>> {
+    Ok(host::read(&losses.iter().collect::<Vec<_>>())?.concat())
+}
+
+/// Of losses, in their order.
+pub(super) fn sum(losses: &[f32]) -> f64 {
     losses.iter().map(|&l| f64::from(l)).sum()
 }

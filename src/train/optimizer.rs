@@ -13,7 +13,7 @@ use candle_core::{Device, Tensor};
 use super::TrainError;
 use crate::dist::{self, Collectives, Shards, Solo, Wire};
 use crate::kernels::bf16;
-use crate::optim::{self, AdamW, AdamWConfig, NonFinite};
+use crate::optim::{self, AdamW, AdamWConfig, NonFinite, Norm};
 use crate::params::Layout;
 
 /// AdamW with the ranks that share its state. Its methods are collectives of these ranks, but for those that say so.
@@ -88,21 +88,25 @@ impl<'g> Optimizer<'g> {
         Ok(Some(NonFinite::locate(at as usize, f32::from_bits(value as u32), layout)?))
     }
 
-    /// The norm of the gradient, from each rank's `shard` of it: the bits of [`optim::global_norm`] of the whole.
+    /// The norm of the gradient, from each rank's `shard` of it, to be clipped to `max_norm`: the bits that it has on one rank.
     ///
     /// # Errors
     /// When a collective fails.
-    pub fn global_norm(&self, shard: &Tensor) -> Result<f64, TrainError> {
-        let mine: Vec<u64> = optim::chunk_square_sums(shard)?.into_iter().map(f64::to_bits).collect();
-        Ok(optim::norm_of_chunks(self.gather_words(&mine)?.into_iter().map(f64::from_bits)))
+    pub fn norm(&self, shard: &Tensor, max_norm: Option<f64>) -> Result<Norm, TrainError> {
+        let mine = optim::chunk_square_sums(shard)?;
+        // Zeros add nothing.
+        let longest = 2 * self.shards.longest().div_ceil(optim::CHUNK);
+        let mine = mine.pad_with_zeros(0, 0, longest - mine.elem_count())?;
+        Ok(Norm::new(&self.peers.all_gather(&mine)?.flatten_all()?, max_norm)?)
     }
 
-    /// Changes this rank's shard of the flat parameters by one step along its `shard` of the gradient. Not collective.
+    /// Changes this rank's shard of the flat parameters by one step along its `shard` of the gradient, of which the whole has this `norm`; nothing
+    /// changes where that is NaN or infinite. Not collective.
     ///
     /// # Errors
     /// When a size does not fit.
-    pub fn step(&mut self, params: &Tensor, shard: &Tensor, lr: f64) -> Result<(), TrainError> {
-        Ok(self.adamw.step(&self.shard_of(params)?, shard, lr)?)
+    pub fn step(&mut self, params: &Tensor, shard: &Tensor, norm: &Norm, lr: f64) -> Result<(), TrainError> {
+        Ok(self.adamw.step(&self.shard_of(params)?, shard, norm, lr)?)
     }
 
     /// Brings the others' shards of the flat parameters up to date, in place.
@@ -231,11 +235,10 @@ mod tests {
             }
             let grad = sum.finish()?;
             assert_eq!(optimizer.first_non_finite(&grad, &layout(n))?, None);
-            let norm = optimizer.global_norm(&grad)?;
-            optim::clip_grad(&grad, norm, 1.0)?;
-            optimizer.step(&params, &grad, 1e-2)?;
+            let norm = optimizer.norm(&grad, Some(1.0))?;
+            optimizer.step(&params, &grad, &norm, 1e-2)?;
             optimizer.gather(&params)?;
-            norms.push(norm.to_bits());
+            norms.push(Norm::value(&norm.words().to_vec1::<f32>()?).to_bits());
         }
         let moments = optimizer.state(optimizer.shard())?.into_iter().collect();
         Ok(Run { params, moments, norms })

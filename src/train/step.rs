@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use super::TrainError;
-use super::backprop;
+use super::backprop::{self, SlotPass};
 use super::optimizer::Optimizer;
 use super::requests::{Request, Wish};
 use crate::config::plan::LossMean;
@@ -13,8 +13,9 @@ use crate::data::MicroBatch;
 use crate::dist::{self, Collectives, GradientSum, Part, Reduction, SlotScalars, StepSum};
 use crate::formats::text_of;
 use crate::kernels::elementwise::scale_;
+use crate::kernels::{host, non_finite};
 use crate::model::{ChatGlm2, Recompute};
-use crate::optim;
+use crate::optim::Norm;
 use crate::peft::PeftMethod;
 use crate::telemetry::{Phase, PhaseTimer};
 
@@ -35,7 +36,7 @@ pub struct StepOutcome {
     /// Before clipping.
     pub grad_norm: f64,
     pub num_targets: u64,
-    /// What the ranks were asked for up to the middle of this step.
+    /// What the ranks were asked for up to the end of this step.
     pub request: Request,
 }
 
@@ -65,59 +66,74 @@ pub struct Trainer<'a, 'g> {
     pub optimizer: &'a mut Optimizer<'g>,
     pub sum: &'a GradientSum<'a>,
     pub settings: StepSettings,
-    /// What this rank is asked for; called once a step, when its gradients are there.
+    /// What this rank is asked for; called once a step, when it is done.
     pub wish: &'a dyn Fn() -> Wish,
 }
 
-/// What the slots of all ranks say together.
-struct Losses {
-    loss: f64,
-    /// What the summed gradient is divided by.
-    denominator: f64,
+/// What a slot leaves on the device.
+struct Computed {
+    slot: usize,
     num_targets: u64,
+    nll: Vec<Tensor>,
+    /// Where its gradient is not finite, as [`non_finite::search`] has it.
+    bad: Tensor,
 }
 
 impl Trainer<'_, '_> {
-    /// Computes this rank's slots, sums over all, and updates the parameters.
+    /// Computes this rank's slots, sums over all, and updates the parameters. The host queues all of it and then waits once for the device, so what
+    /// stands for a step that must not be taken is the norm of its gradient: where that is not finite an update changes nothing.
     ///
     /// # Errors
-    /// The same on every rank, before the update, when a loss or a gradient is not finite or no token is in the loss.
+    /// The same on every rank, with parameters as they were, when a loss or a gradient is not finite or no token is in the loss.
     pub fn step(&mut self, slots: &[(usize, MicroBatch)], lr: f64, timer: &PhaseTimer) -> Result<StepOutcome, TrainError> {
+        let denominator = timer.time(Phase::Comm, || self.denominator(slots))?;
         let mut sum = timer.time(Phase::Comm, || self.sum.begin(range(slots)))?;
-        let scalars = timer.time(Phase::ForwardBackward, || self.sum_slots(slots, &mut sum))?;
-        let note = (self.wish)().to_byte();
-        let (all, notes) = timer.time(Phase::Comm, || dist::gather_slots_and_notes(self.sum.group(), &scalars, note))?;
-        let Losses { loss, denominator, num_targets } = self.losses(&all)?;
-
+        let computed = timer.time(Phase::ForwardBackward, || self.sum_slots(slots, &mut sum))?;
         let site_grad = timer.time(Phase::Comm, || sum.finish())?;
-        let grad_norm = timer.time(Phase::Optim, || {
+        let (grad, norm) = timer.time(Phase::Optim, || {
             let grad = self.mean(site_grad, denominator)?;
-            let norm = self.finite_norm(&grad)?;
-            if let Some(max_norm) = self.settings.max_grad_norm {
-                optim::clip_grad(&grad, norm, max_norm)?;
-            }
-            self.optimizer.step(self.method.params().flat(), &grad, lr)?;
-            Ok::<_, TrainError>(norm)
+            let norm = self.optimizer.norm(&grad, self.settings.max_grad_norm)?;
+            self.optimizer.step(self.method.params().flat(), &grad, &norm, lr)?;
+            Ok::<_, TrainError>((grad, norm))
         })?;
         timer.time(Phase::Comm, || self.optimizer.gather(self.method.params().flat()))?;
         timer.time(Phase::Optim, || self.method.refresh())?;
-        Ok(StepOutcome { loss, grad_norm, num_targets, request: Request::of(&notes) })
+
+        let (scalars, grad_norm) = timer.time(Phase::ForwardBackward, || read(&computed, &norm))?;
+        let note = (self.wish)().to_byte();
+        let (all, notes) = timer.time(Phase::Comm, || dist::gather_slots_and_notes(self.sum.group(), &scalars, note))?;
+        let loss = self.loss(&all, denominator)?;
+        if !grad_norm.is_finite() {
+            return Err(self.not_finite(&grad, grad_norm)?);
+        }
+        Ok(StepOutcome { loss, grad_norm, num_targets: all.iter().map(|s| s.num_targets).sum(), request: Request::of(&notes) })
+    }
+
+    /// What the sum of all slots' gradients is divided by. A collective.
+    fn denominator(&self, slots: &[(usize, MicroBatch)]) -> Result<f64, TrainError> {
+        let mine: Vec<u64> = slots.iter().map(|(_, batch)| batch.targets.len() as u64).collect();
+        let all = dist::gather_words(self.sum.group(), "the number of its targets", &mine)?.concat();
+        let num_targets: u64 = all.iter().sum();
+        match self.settings.loss_mean {
+            _ if num_targets == 0 => Err(TrainError::NoTargets),
+            LossMean::Token => Ok(num_targets as f64),
+            LossMean::MicroBatch => Ok(all.len() as f64),
+        }
     }
 
     /// Adds this rank's slots to `sum`; what is final of one's gradient before the whole is may move at once.
-    fn sum_slots(&self, slots: &[(usize, MicroBatch)], sum: &mut StepSum) -> Result<Vec<SlotScalars>, TrainError> {
-        let scalars = slots.iter().map(|(slot, batch)| {
-            let num_targets = batch.targets.len() as u64;
-            let (nll_sum, grad) = self.slot(*slot, batch, sum)?;
-            let finite = nll_sum.is_finite() && optim::global_norm(&grad)?.is_finite();
-            sum.slot(*slot, grad)?;
-            Ok(SlotScalars { slot: *slot, nll_sum, num_targets, finite })
+    fn sum_slots(&self, slots: &[(usize, MicroBatch)], sum: &mut StepSum) -> Result<Vec<Computed>, TrainError> {
+        let computed = slots.iter().map(|(slot, batch)| {
+            let SlotPass { nll, site_grad } = self.slot(*slot, batch, sum)?;
+            let bad = non_finite::search(&site_grad)?;
+            sum.slot(*slot, site_grad)?;
+            Ok(Computed { slot: *slot, num_targets: batch.targets.len() as u64, nll, bad })
         });
-        scalars.collect()
+        computed.collect()
     }
 
-    /// One slot -> (the sum of its losses, its share of the site gradient's sum).
-    fn slot(&self, slot: usize, batch: &MicroBatch, sum: &mut StepSum) -> Result<(f64, Tensor), TrainError> {
+    /// One slot's losses, and its share of the site gradient's sum.
+    fn slot(&self, slot: usize, batch: &MicroBatch, sum: &mut StepSum) -> Result<SlotPass, TrainError> {
         let factor = match (self.settings.loss_mean, batch.targets.len()) {
             (LossMean::MicroBatch, num_targets) if num_targets > 0 => Some((1.0 / num_targets as f64) as f32),
             _ => None,
@@ -137,27 +153,20 @@ impl Trainer<'_, '_> {
         if let (Some(factor), 0) = (factor, num_scaled) {
             scale_(&pass.site_grad, factor)?;
         }
-        Ok((pass.nll_sum(), pass.site_grad))
+        Ok(pass)
     }
 
-    /// Loss and denominator of the step, where every slot's loss and gradient are finite.
-    fn losses(&self, slots: &[SlotScalars]) -> Result<Losses, TrainError> {
+    /// The loss of the step, where every slot's loss and gradient are finite.
+    fn loss(&self, slots: &[SlotScalars], denominator: f64) -> Result<f64, TrainError> {
         let bad: Vec<usize> = slots.iter().filter(|s| !s.finite).map(|s| s.slot).collect();
         if !bad.is_empty() {
             return Err(TrainError::NotFinite { what: "loss or gradient".to_owned(), slots: bad });
         }
-        let num_targets: u64 = slots.iter().map(|s| s.num_targets).sum();
-        if num_targets == 0 {
-            return Err(TrainError::NoTargets);
-        }
-        let (sum, denominator) = match self.settings.loss_mean {
-            LossMean::Token => (slots.iter().map(|s| s.nll_sum).sum::<f64>(), num_targets as f64),
-            LossMean::MicroBatch => {
-                let means = slots.iter().filter(|s| s.num_targets > 0).map(|s| s.nll_sum / s.num_targets as f64);
-                (means.sum::<f64>(), slots.len() as f64)
-            }
+        let sum: f64 = match self.settings.loss_mean {
+            LossMean::Token => slots.iter().map(|s| s.nll_sum).sum(),
+            LossMean::MicroBatch => slots.iter().filter(|s| s.num_targets > 0).map(|s| s.nll_sum / s.num_targets as f64).sum(),
         };
-        Ok(Losses { loss: sum / denominator, denominator, num_targets })
+        Ok(sum / denominator)
     }
 
     /// The summed gradient at the sites, divided -> this rank's shard of the parameters' gradient.
@@ -169,18 +178,33 @@ impl Trainer<'_, '_> {
         self.optimizer.shard_of(&self.method.param_grad(&site_grad)?)
     }
 
-    /// The norm of the whole gradient, from each rank's shard of it. A collective of the optimizer's ranks.
-    fn finite_norm(&self, grad: &Tensor) -> Result<f64, TrainError> {
-        let norm = self.optimizer.global_norm(grad)?;
-        // Squares of f32 values cannot overflow a sum in f64: a norm that is finite vouches for every element.
-        if !norm.is_finite()
-            && let Some(bad) = self.optimizer.first_non_finite(grad, self.method.params().layout())?
-        {
-            let what = format!("element {} of the gradient of `{}` ({})", bad.index, bad.name, text_of(bad.value.into()));
-            return Err(TrainError::NotFinite { what, slots: Vec::new() });
-        }
-        Ok(norm)
+    /// The error that a gradient makes whose norm is not finite, though each slot's is. A collective of the optimizer's ranks.
+    fn not_finite(&self, grad: &Tensor, norm: f64) -> Result<TrainError, TrainError> {
+        // Squares of f32 values cannot overflow a sum in f64: an element is to blame.
+        let what = match self.optimizer.first_non_finite(grad, self.method.params().layout())? {
+            Some(bad) => format!("element {} of the gradient of `{}` ({})", bad.index, bad.name, text_of(bad.value.into())),
+            None => format!("the norm of the gradient ({})", text_of(norm)),
+        };
+        Ok(TrainError::NotFinite { what, slots: Vec::new() })
     }
+}
+
+/// The step's one wait for the device.
+fn read(computed: &[Computed], norm: &Norm) -> Result<(Vec<SlotScalars>, f64), TrainError> {
+    let mut tensors = vec![norm.words()];
+    for Computed { nll, bad, .. } in computed {
+        tensors.push(bad);
+        tensors.extend(nll);
+    }
+    let mut values = host::read(&tensors)?.into_iter();
+    let mut next = || values.next().unwrap_or_default();
+    let norm = Norm::value(&next());
+    let scalars = computed.iter().map(|Computed { slot, num_targets, nll, .. }| {
+        let is_finite = non_finite::place(&next()).is_none();
+        let nll_sum = backprop::sum(&nll.iter().flat_map(|_| next()).collect::<Vec<_>>());
+        SlotScalars { slot: *slot, nll_sum, num_targets: *num_targets, finite: nll_sum.is_finite() && is_finite }
+    });
+    Ok((scalars.collect(), norm))
 }
 
 /// The slots of a rank's share, which are neighbours.

@@ -56,7 +56,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("checkpoint", &["digest", "formats", "json", "params", "paths"]),
     ("optim", &["kernels", "params"]),
     ("telemetry", &["json"]),
-    ("dist", &[]),
+    ("dist", &["kernels"]),
     ("kernels", &["digest", "rng"]),
     ("formats", &["json"]),
     ("params", &["kernels"]),

@@ -54,7 +54,7 @@ fn assert_slope(model: &ChatGlm2, method: &mut dyn PeftMethod, batch: &MicroBatc
     let mut loss_at = |step: f64| {
         let moved = start.iter().zip(&gradient).map(|(&x, &g)| (f64::from(x) + step * f64::from(g) / norm) as f32).collect();
         set(&mut *method, moved);
-        forward_backward(model, &*method, batch, Recompute::None).unwrap().nll_sum()
+        forward_backward(model, &*method, batch, Recompute::None).unwrap().read_nll().unwrap().into_iter().map(f64::from).sum::<f64>()
     };
     let step = 0.05 / norm;
     let slope = (loss_at(step) - loss_at(-step)) / (2.0 * step);
@@ -98,7 +98,7 @@ fn factors_of_one_change_no_bit_and_their_gradient_is_the_slope_of_the_loss() {
 fn low_rank_dropout_of_a_row_does_not_depend_on_what_it_is_packed_with() {
     let (model, [both, first, second]) = two_rows();
     let method = lora(&model);
-    let nll = |batch| forward_backward(&model, &*method, batch, Recompute::None).unwrap().nll;
+    let nll = |batch| forward_backward(&model, &*method, batch, Recompute::None).unwrap().read_nll().unwrap();
     assert_eq!(nll(&both), [nll(&first), nll(&second)].concat());
     let mut elsewhere = first.clone();
     elsewhere.stream_positions[0] += 1;

@@ -49,6 +49,10 @@ pub fn cases() -> Vec<Case> {
         }
     }
     cases.push(Case::new("cross_entropy", "targets out of the vocabulary".to_owned(), bad_targets));
+    for dtype in KernelDtype::ALL {
+        let name = format!("the loss of an impossible target in {}", dtype.suffix());
+        cases.push(Case::new("cross_entropy", name, move |check| impossible_target(check, dtype)));
+    }
     let rows = device::Rows { logits: 0, targets: 0, losses: 0, fault: 0, rows: 1, columns: 12 };
     cases.push(Case::refused(
         "cross_entropy",
@@ -106,4 +110,27 @@ fn bad_targets(check: &mut Check) -> Result<(), CheckError> {
     let is_zero: Vec<u8> = losses.iter().map(|&loss| u8::from(loss == 0.0)).collect();
     let zeros = check.bytes("which losses are 0", &is_zero)?;
     check.expect_bits("which losses are 0", zeros, &[1u8, 0, 1, 0, 1])
+}
+
+/// The gradient alone tells that a loss is infinite.
+fn impossible_target(check: &mut Check, dtype: KernelDtype) -> Result<(), CheckError> {
+    let (rows, vocabulary, targets) = (2, 16, [3u32, 9]);
+    let mut x = random(1, rows * vocabulary, 1.0, dtype);
+    x[3] = f32::NEG_INFINITY;
+    let expected = tensor(&x, rows)?;
+    let losses = values(&cross_entropy::nll_(&expected, &targets, Logits::ToGradient)?)?;
+    let on_device = device::Rows {
+        logits: check.input("logits", dtype, &x)?,
+        targets: check.bytes("targets", bytemuck::cast_slice(&targets))?,
+        losses: check.output("losses", KernelDtype::F32, rows)?,
+        fault: check.fault()?,
+        rows,
+        columns: vocabulary,
+    };
+    device::nll_(check.executor, dtype, &on_device, Logits::ToGradient, 1.0)?;
+    check.expect("losses", on_device.losses, KernelDtype::F32, &losses, Tolerance::rounded_once(KernelDtype::F32))?;
+    let is_nan = |values: &[f32]| values.iter().map(|x| u8::from(x.is_nan())).collect::<Vec<_>>();
+    let found = is_nan(&check.read(on_device.logits, dtype, rows * vocabulary)?);
+    let found = check.bytes("which gradients are NaN", &found)?;
+    check.expect_bits("which gradients are NaN", found, &is_nan(&values(&expected)?))
 }

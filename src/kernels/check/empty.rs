@@ -51,7 +51,7 @@ pub fn cases() -> Vec<Case> {
             elementwise::device::scale_(e, dtype, NOWHERE, 0, 2.0)?;
             elementwise::device::scale_columns(e, dtype, [NOWHERE; 3], 0, COLUMNS)
         }),
-        case("adamw", |e, _| adamw::device::chunk_square_sums(e, NOWHERE, 0, NOWHERE, NOWHERE)),
+        case("adamw", |e, _| adamw::device::chunk_square_sums(e, NOWHERE, 0, NOWHERE)),
         Case::new("non_finite", "without values".to_owned(), |check| {
             let fault = check.fault()?;
             non_finite::device::first(check.executor, NOWHERE, 0, fault)?;
