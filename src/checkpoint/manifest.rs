@@ -59,6 +59,20 @@ pub struct Probe {
     pub loss: f64,
     /// Of each row, behind its last token but one: the logits of the row's first ids, eight at most.
     pub logits: Vec<f64>,
+    /// What computed it: `cpu` or `cuda`. Earlier versions computed on a CPU, in float32.
+    #[serde(default = "cpu")]
+    pub device: String,
+    /// The type of values in the computation.
+    #[serde(default = "float32")]
+    pub compute_dtype: String,
+}
+
+fn cpu() -> String {
+    "cpu".to_owned()
+}
+
+fn float32() -> String {
+    "float32".to_owned()
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

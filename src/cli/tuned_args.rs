@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{base_warnings, report};
-use crate::config::values::{MemoryLimit, named};
+use crate::config::values::{DeviceChoice, MemoryLimit, named};
 use crate::dist::{self, ProcessGroup};
-use crate::model::RopeTable;
+use crate::model::{ComputeDtype, RopeTable};
 use crate::train::TrainError;
+use crate::train::device::Wish;
 use crate::train::tuned::Tuned;
 
 #[derive(Clone, Debug, Args)]
@@ -24,6 +25,13 @@ pub struct TunedArgs {
     /// In which arithmetic the rotary angles are computed [default: exact]
     #[arg(long, value_name = "WHICH", value_parser = named::<RopeTable>(&["exact", "published"]))]
     pub rope_table: Option<RopeTable>,
+    /// What to compute on: auto takes a GPU where there is one that the adapter's method runs on, else the CPU; cuda takes the GPU of a rank's
+    /// number on its machine, cuda:N GPU N [default: auto]
+    #[arg(long, value_name = "auto|cpu|cuda[:N]")]
+    pub device: Option<DeviceChoice>,
+    /// The type of values in the model's computation; sums are f32 [default: bfloat16 on a GPU, float32 on a CPU]
+    #[arg(long, value_name = "TYPE", value_parser = named::<ComputeDtype>(&["float32", "bfloat16"]))]
+    pub compute_dtype: Option<ComputeDtype>,
     /// Memory that the ranks of this machine may take together, such as 20GiB: a model that is larger is refused before it is loaded; none
     /// does not look [default: what is free, with swap, under the limits of the container or job]
     #[arg(long, value_name = "SIZE|none")]
@@ -44,7 +52,8 @@ impl TunedArgs {
         dist::install_thread_pool(threads.count)?;
         let dir = &self.model_name_or_path;
         let rope_table = self.rope_table.unwrap_or(RopeTable::Exact);
-        let tuned = Tuned::load(dir, self.adapter.as_deref(), rope_table, self.memory_limit, group)?;
+        let wish = Wish { device: self.device.unwrap_or_default(), dtype: self.compute_dtype };
+        let tuned = Tuned::load(dir, self.adapter.as_deref(), rope_table, wish, self.memory_limit, group)?;
         if let (Some(adapter), Some(method)) = (&self.adapter, &tuned.method)
             && let Some(reason) = method.without_effect()?
         {

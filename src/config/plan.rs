@@ -5,12 +5,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use super::values::{MemoryLimit, Span, TimeLimit};
+pub use super::values::{DeviceChoice, MemoryLimit, Span, TimeLimit};
 pub use crate::data::prompt::Truncation;
 use crate::data::record::Columns;
 pub use crate::data::record::OnBadRow;
 pub use crate::dist::Reduction;
-pub use crate::model::{Recompute, RopeTable, WeightDtype};
+pub use crate::model::{ComputeDtype, Recompute, RopeTable, WeightDtype};
 pub use crate::optim::{SchedulerType, Warmup};
 pub use crate::peft::MethodPlan;
 
@@ -33,6 +33,16 @@ pub struct ModelPlan {
     pub rope_table: RopeTable,
     /// Where it is bfloat16, weights of the base are trained, and the optimizer holds their f32 masters.
     pub torch_dtype: WeightDtype,
+    /// A checkpoint has what it was; those of earlier versions do not, and were computed on a CPU.
+    #[serde(default = "cpu")]
+    pub device: DeviceChoice,
+    /// `None`: what suits the device.
+    #[serde(default)]
+    pub compute_dtype: Option<ComputeDtype>,
+}
+
+fn cpu() -> DeviceChoice {
+    DeviceChoice::Cpu
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -64,6 +64,8 @@ impl Resolver<'_> {
             recompute,
             rope_table: model.rope_table.unwrap_or(RopeTable::Exact),
             torch_dtype: model.torch_dtype.unwrap_or_default(),
+            device: model.device.unwrap_or_default(),
+            compute_dtype: model.compute_dtype,
         })
     }
 

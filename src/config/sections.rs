@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::plan::{LossMean, OnBadRow, OnSaveError, Recompute, Reduction, RopeTable, SchedulerType, Truncation, WeightDtype};
-use super::values::{MemoryLimit, ResumeFrom, Span, TimeLimit, named};
+use super::plan::{ComputeDtype, LossMean, OnBadRow, OnSaveError, Recompute, Reduction, RopeTable, SchedulerType, Truncation, WeightDtype};
+use super::values::{DeviceChoice, MemoryLimit, ResumeFrom, Span, TimeLimit, named};
 pub use crate::peft::keys::MethodKeys as MethodConfig;
 
 /// `[model]`
@@ -34,6 +34,14 @@ pub struct ModelConfig {
     /// them, dealt to the ranks with its moments; a CPU holds the rounded weights as f32 still [default: float32]
     #[arg(long, value_name = "TYPE", value_parser = named::<WeightDtype>(&["float32", "bfloat16"]))]
     pub torch_dtype: Option<WeightDtype>,
+    /// What to compute on: auto takes a GPU where there is one that the method runs on, else the CPU; cuda takes the GPU of a rank's number
+    /// on its machine, cuda:N GPU N [default: auto]
+    #[arg(long, value_name = "auto|cpu|cuda[:N]")]
+    pub device: Option<DeviceChoice>,
+    /// The type of values in the model's computation; sums are f32, and so are the trained parameters [default: bfloat16 on a GPU, float32
+    /// on a CPU]
+    #[arg(long, value_name = "TYPE", value_parser = named::<ComputeDtype>(&["float32", "bfloat16"]))]
+    pub compute_dtype: Option<ComputeDtype>,
 }
 
 /// `[data]`

@@ -183,6 +183,46 @@ impl fmt::Display for MemoryLimit {
     }
 }
 
+/// `device`: what a run computes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU where there is one that the run can use, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    /// This GPU, counted from 0 among those that the process sees; `None`: that of the rank's number on its machine.
+    Cuda(Option<usize>),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.to_ascii_lowercase().as_str() {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(None)),
+            other => {
+                let ordinal = other.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+                ordinal
+                    .map(|ordinal| Self::Cuda(Some(ordinal)))
+                    .ok_or_else(|| "expected auto, cpu, cuda, or a GPU such as cuda:0".to_owned())
+            }
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(None) => f.write_str("cuda"),
+            Self::Cuda(Some(ordinal)) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
 /// In a file, and in a stored plan, as the command line has it.
 macro_rules! as_text {
     ($type:ty) => {
@@ -204,6 +244,7 @@ macro_rules! as_text {
 as_text!(Span);
 as_text!(TimeLimit);
 as_text!(MemoryLimit);
+as_text!(DeviceChoice);
 
 #[cfg(test)]
 mod tests {
@@ -228,6 +269,22 @@ mod tests {
             assert_eq!(limit.to_string().parse(), Ok(limit));
         }
         assert_eq!("tomorrow".parse::<TimeLimit>(), Err(format!("expected {SPAN_FORM}, or slurm")));
+    }
+
+    #[test]
+    fn devices_survive_their_text() {
+        for (text, device) in [
+            ("auto", DeviceChoice::Auto),
+            ("cpu", DeviceChoice::Cpu),
+            ("cuda", DeviceChoice::Cuda(None)),
+            ("cuda:3", DeviceChoice::Cuda(Some(3))),
+        ] {
+            assert_eq!((text.parse(), device.to_string().as_str()), (Ok(device), text));
+        }
+        assert_eq!("CUDA:0".parse(), Ok(DeviceChoice::Cuda(Some(0))));
+        for text in ["", "gpu", "cuda:", "cuda:-1", "cuda 0", "0"] {
+            assert_eq!(text.parse::<DeviceChoice>(), Err("expected auto, cpu, cuda, or a GPU such as cuda:0".to_owned()), "{text}");
+        }
     }
 
     #[test]

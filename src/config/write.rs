@@ -27,6 +27,8 @@ impl From<&Plan> for RunConfig {
                 gradient_checkpointing: None,
                 rope_table: Some(model.rope_table),
                 torch_dtype: Some(model.torch_dtype),
+                device: Some(model.device),
+                compute_dtype: model.compute_dtype,
             },
             data: DataConfig {
                 train_file: Some(data.train_file.clone()),

@@ -97,6 +97,14 @@ pub fn read(tensors: &[&Tensor]) -> Result<Vec<Vec<f32>>> {
     Ok(lens.into_iter().map(|len| all.by_ref().take(len).collect()).collect())
 }
 
+/// The tensor in the host's memory: itself if it is there.
+///
+/// # Errors
+/// When the device fails.
+pub fn on_host(tensor: &Tensor) -> Result<Tensor> {
+    tensor.to_device(&Device::Cpu)
+}
+
 /// Hands `values` to a tensor without a copy.
 ///
 /// # Errors

@@ -92,10 +92,18 @@ pub enum Keep {
 }
 
 impl ChatGlm2 {
+    /// The weights of `source` on `device`, as `dtype`.
+    ///
     /// # Errors
     /// When a weight is missing or has another shape than config.json says.
-    pub fn load(config: ModelConfig, source: &WeightSource, rope: RopeTable, device: &Device) -> std::result::Result<Self, ModelError> {
-        Self::from_tensors(config, rope, |name, shape| source.get(name, shape, DType::F32, device))
+    pub fn load(
+        config: ModelConfig,
+        source: &WeightSource,
+        rope: RopeTable,
+        dtype: DType,
+        device: &Device,
+    ) -> std::result::Result<Self, ModelError> {
+        Self::from_tensors(config, rope, |name, shape| source.get(name, shape, dtype, device))
     }
 
     /// A model of the weights that `get` gives for a name and a shape.

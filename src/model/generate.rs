@@ -8,8 +8,9 @@ use super::linear::Linear;
 use super::loss;
 use crate::formats::text_of;
 use crate::kernels::attention::Rows;
-use crate::kernels::cross_entropy;
+use crate::kernels::host::on_host;
 use crate::kernels::non_finite::first_non_finite;
+use crate::kernels::{cross_entropy, embedding};
 
 /// What greedy decoding gave.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,7 +54,7 @@ pub fn greedy(model: &ChatGlm2, hooks: &dyn Hooks, prompt: &[u32], max_new_token
             let value = text_of(value.into());
             bail!("after {done} tokens of the answer the logit of token id {id} is {value}: the weights are finite, so a sum overflowed");
         }
-        let Some(&(id, margin)) = cross_entropy::top2(&logits)?.first() else { bail!("generate: no logits") };
+        let Some(&(id, margin)) = cross_entropy::top2(&on_host(&logits)?)?.first() else { bail!("generate: no logits") };
         decoded.ids.push(id);
         decoded.margins.push(margin);
         if stop == Some(id) {
@@ -76,16 +77,28 @@ struct Cache<'a> {
 }
 
 impl Cache<'_> {
+    /// Keys and values of T more tokens, behind those that are there: vectors of D values, gathered in their order.
     fn append(&mut self, model: &ChatGlm2, layer: usize, qkv_TN: &Tensor) -> Result<()> {
         let c = &model.config;
         let (n, g, d) = (c.num_attention_heads, c.multi_query_group_num, c.kv_channels);
-        let t = qkv_TN.dim(0)?;
-        let part = |first: usize| qkv_TN.narrow(1, first * d, g * d)?.reshape((1, t, g, d))?.transpose(1, 2)?.contiguous();
-        let (k, v) = (part(n)?, part(n + g)?);
-        self.layers[layer] = Some(match &self.layers[layer] {
-            Some(past) => PrefixKv { k_RGPD: Tensor::cat(&[&past.k_RGPD, &k], 2)?, v_RGPD: Tensor::cat(&[&past.v_RGPD, &v], 2)? },
-            None => PrefixKv { k_RGPD: k, v_RGPD: v },
-        });
+        let (t, heads) = (qkv_TN.dim(0)?, n + 2 * g);
+        let (mut vectors, mut p) = (Vec::new(), 0);
+        if let Some(past) = &self.layers[layer] {
+            p = past.k_RGPD.dim(2)?;
+            vectors.extend([past.k_RGPD.reshape((g * p, d))?, past.v_RGPD.reshape((g * p, d))?]);
+        }
+        vectors.push(qkv_TN.reshape((t * heads, d))?);
+        let mut order = Vec::with_capacity(2 * g * (p + t));
+        for (past, first) in [(0, n), (g * p, n + g)] {
+            for group in 0..g {
+                order.extend((0..p).map(|i| past + group * p + i));
+                order.extend((0..t).map(|i| 2 * g * p + i * heads + first + group));
+            }
+        }
+        let order: Vec<u32> = order.into_iter().map(|at| at as u32).collect();
+        let both = embedding::gather(&Tensor::cat(&vectors, 0)?, &order)?;
+        let part = |which: usize| both.narrow(0, which * g * (p + t), g * (p + t))?.reshape((1, g, p + t, d));
+        self.layers[layer] = Some(PrefixKv { k_RGPD: part(0)?, v_RGPD: part(1)? });
         Ok(())
     }
 }

@@ -73,7 +73,7 @@ impl Preset {
                 Sizes { layers: 2, hidden: 64, ffn: 172, heads: 4, kv: 16, vocabulary: None, seq_length: 2048, dtype: Dtype::F32 }
             }
             Self::Small => {
-                Sizes { layers: 8, hidden: 256, ffn: 688, heads: 8, kv: 32, vocabulary: None, seq_length: 2048, dtype: Dtype::F32 }
+                Sizes { layers: 8, hidden: 256, ffn: 688, heads: 4, kv: 64, vocabulary: None, seq_length: 2048, dtype: Dtype::F32 }
             }
             Self::SixB => Sizes {
                 layers: 28,

@@ -23,4 +23,4 @@ pub mod weights;
 pub use chatglm2::{ChatGlm2, Recompute, RopeTable};
 pub use config::ModelConfig;
 pub use error::ModelError;
-pub use weights::WeightDtype;
+pub use weights::{ComputeDtype, WeightDtype};

@@ -28,6 +28,23 @@ pub enum WeightDtype {
     Bfloat16,
 }
 
+/// The type of values that a model computes with; sums are f32 whatever it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeDtype {
+    Float32,
+    Bfloat16,
+}
+
+impl ComputeDtype {
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::Float32 => DType::F32,
+            Self::Bfloat16 => DType::BF16,
+        }
+    }
+}
+
 /// The weights of one model. Opening it reads names and shapes; tensors are read from the map when asked for.
 #[derive(Debug)]
 pub struct WeightSource {

@@ -21,7 +21,7 @@ use super::select::Selector;
 use super::understood;
 use super::{ExportContext, MethodError, Mode, PeftMethod, RowContext, TrainHooks};
 use crate::kernels::elementwise;
-use crate::kernels::host::{F32View, tensor};
+use crate::kernels::host::{F32View, on_host, tensor};
 use crate::model::ChatGlm2;
 use crate::model::hooks::{BaseWeight, LinearSite, Reach};
 use crate::model::shape::ModelShape;
@@ -247,6 +247,11 @@ impl PeftMethod for Lora {
         &mut self.params
     }
 
+    /// It is made there.
+    fn move_to(&mut self, _base: &ChatGlm2) -> Result<()> {
+        Ok(())
+    }
+
     fn refresh(&mut self) -> Result<()> {
         self.computed = elementwise::cast(self.params.flat(), self.dtype)?;
         let Some(magnitudes) = &self.magnitudes else { return Ok(()) };
@@ -283,7 +288,8 @@ impl PeftMethod for Lora {
             return Ok(Some("its `lora_alpha` is 0"));
         }
         for &(layer, site) in self.targets.0.keys() {
-            if F32View::new(&self.params.get(&name_of_B(layer, site))?)?.iter().any(|&b| b != 0.0) {
+            let B = on_host(&self.params.get(&name_of_B(layer, site))?)?;
+            if F32View::new(&B)?.iter().any(|&b| b != 0.0) {
                 return Ok(None);
             }
         }

@@ -98,6 +98,10 @@ impl super::Settings for Settings {
         5e-4 // THUDM/ChatGLM-6B, ptuning/README.md, comparison with LoRA
     }
 
+    fn gpu_support(&self) -> std::result::Result<(), &'static str> {
+        if self.use_dora { Err("with use_dora is computed on a CPU only, so far") } else { Ok(()) }
+    }
+
     fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError> {
         let targets = self.targets(shape)?;
         let rank = self.rank.get() as u64;

@@ -39,7 +39,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 pub use self::error::MethodError;
@@ -117,6 +117,9 @@ methods! {
     Ia3 = ia3,
 }
 
+/// Why a method cannot be computed on a GPU, behind its name.
+const ON_CPU_ALONE: &str = "is computed on a CPU only, so far; ptuning_v2, prefix_tuning and lora are computed on a GPU";
+
 /// A method as a user has set it, before there is a model. A settings type also has `KEYS` and `resolve`.
 pub trait Settings {
     /// The keys that resolve to these settings again.
@@ -128,6 +131,13 @@ pub trait Settings {
     /// Whether weights of the base are trained, and so many that the optimizer's state may not fit a rank.
     fn trains_base_weights(&self) -> bool {
         false
+    }
+    /// Whether a GPU can compute the method with these settings.
+    ///
+    /// # Errors
+    /// With the reason, to stand behind the method's name.
+    fn gpu_support(&self) -> std::result::Result<(), &'static str> {
+        Err(ON_CPU_ALONE)
     }
     /// Folders of adapters that the method is made from.
     fn adapters(&self) -> &[PathBuf] {
@@ -220,6 +230,13 @@ pub trait PeftMethod {
     fn name(&self) -> &'static str;
     fn params(&self) -> &ParamSet;
     fn params_mut(&mut self) -> &mut ParamSet;
+    /// Takes what it computes with to the base's device, in the base's type.
+    ///
+    /// # Errors
+    /// When there is not enough memory, or the method is computed on a CPU only.
+    fn move_to(&mut self, base: &ChatGlm2) -> Result<()> {
+        if base.device().is_cpu() { Ok(()) } else { bail!("method {} {ON_CPU_ALONE}", self.name()) }
+    }
     /// Computes what depends on the parameters alone; called after every change of them.
     fn refresh(&mut self) -> Result<()> {
         Ok(())

@@ -67,6 +67,10 @@ impl super::Settings for Settings {
         1e-2 // PEFT, examples/conditional_generation/peft_prefix_tuning_seq2seq.ipynb
     }
 
+    fn gpu_support(&self) -> std::result::Result<(), &'static str> {
+        Ok(())
+    }
+
     fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError> {
         let token_dim = shape.groups * shape.kv;
         let hidden = self.encoder_hidden_size.map_or(token_dim, |hidden| hidden.get() as u64);
@@ -75,7 +79,9 @@ impl super::Settings for Settings {
 
     fn create(&self, base: &ChatGlm2, seed: u64) -> std::result::Result<Box<dyn PeftMethod>, MethodError> {
         let hidden = self.encoder_hidden_size.map(NonZeroUsize::get);
-        Ok(Box::new(PrefixTuning::new(shape(&base.config, self.pre_seq_len.get(), self.prefix_projection, hidden), seed)?))
+        let mut method = PrefixTuning::new(shape(&base.config, self.pre_seq_len.get(), self.prefix_projection, hidden), seed)?;
+        method.move_to(base)?;
+        Ok(Box::new(method))
     }
 }
 
@@ -135,6 +141,10 @@ impl PeftMethod for PrefixTuning {
 
     fn params_mut(&mut self) -> &mut ParamSet {
         self.encoder.params_mut()
+    }
+
+    fn move_to(&mut self, base: &ChatGlm2) -> Result<()> {
+        self.encoder.move_to(base.device(), base.dtype())
     }
 
     fn refresh(&mut self) -> Result<()> {

@@ -65,6 +65,10 @@ impl super::Settings for Settings {
         2e-2 // THUDM/ChatGLM2-6B, ptuning/train.sh
     }
 
+    fn gpu_support(&self) -> std::result::Result<(), &'static str> {
+        Ok(())
+    }
+
     fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError> {
         let width = shape.prefix_width();
         let projection = self.prefix_projection.then_some((width, shape.hidden));
@@ -74,7 +78,7 @@ impl super::Settings for Settings {
     fn create(&self, base: &ChatGlm2, seed: u64) -> std::result::Result<Box<dyn PeftMethod>, MethodError> {
         let shape = shape(&base.config, self.pre_seq_len.get(), self.prefix_projection);
         let mut method = PtuningV2::new(shape, self.prefix_dropout, seed)?;
-        method.encoder.move_to(base.device(), base.dtype())?;
+        method.move_to(base)?;
         Ok(Box::new(method))
     }
 }
@@ -115,6 +119,10 @@ impl PeftMethod for PtuningV2 {
 
     fn params_mut(&mut self) -> &mut ParamSet {
         self.encoder.params_mut()
+    }
+
+    fn move_to(&mut self, base: &ChatGlm2) -> Result<()> {
+        self.encoder.move_to(base.device(), base.dtype())
     }
 
     fn refresh(&mut self) -> Result<()> {

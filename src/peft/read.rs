@@ -13,7 +13,7 @@ use super::lora::Lora;
 use super::prefix_tuning::PrefixTuning;
 use super::prompt_tuning::PromptTuning;
 use super::thudm::{ThudmFolder, ThudmPrefix};
-use super::{MethodError, PeftMethod};
+use super::{MethodError, ON_CPU_ALONE, PeftMethod};
 use crate::model::{ChatGlm2, family};
 
 const CONFIG: &str = "config.json";
@@ -38,6 +38,29 @@ pub struct Base<'a> {
 /// When `dir` holds no adapter or one of a kind that is not read, the adapter was trained on another base or tokenizer, a file is missing
 /// or not whole, or sizes disagree.
 pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> {
+    let mut method = read_method(dir, base)?;
+    method.move_to(base.model)?;
+    Ok(method)
+}
+
+/// Whether a GPU can compute the adapter in `dir`, as far as its configuration says; what cannot be read is reported by [`read`].
+///
+/// # Errors
+/// With the reason.
+pub fn gpu_support(dir: &Path) -> Result<(), &'static str> {
+    let (path, is_fusion) = (dir.join(PEFT_CONFIG), dir.join(adapter_files::SETUP).exists());
+    let Ok(config) = export::read_json(&path) else {
+        // Without a configuration it is THUDM's, which are prefixes.
+        return if is_fusion || path.exists() { Err(ON_CPU_ALONE) } else { Ok(()) };
+    };
+    match config.get("peft_type").and_then(Value::as_str) {
+        Some("LORA") if config.get("use_dora").and_then(Value::as_bool) != Some(true) => Ok(()),
+        Some("PREFIX_TUNING") => Ok(()),
+        _ => Err(ON_CPU_ALONE),
+    }
+}
+
+fn read_method(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> {
     let path = dir.join(PEFT_CONFIG);
     let is_fusion = dir.join(adapter_files::SETUP).exists();
     if !path.exists() && !is_fusion {

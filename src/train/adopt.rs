@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::TrainError;
 use super::base::Base;
@@ -26,7 +26,9 @@ use crate::peft::{self, ExportContext, bare};
 pub fn import(dir: &Path, plan: &Plan, tensors: &dyn Collectives, disk: &dyn Disk) -> Result<PathBuf, TrainError> {
     let group = tensors.group();
     claim(plan, group, disk)?;
-    let mut job = Job::new(plan, Base::load(plan, group)?, tensors, disk)?;
+    let base = Base::load(plan, group)?;
+    let plan = &base.device.of(plan);
+    let mut job = Job::new(plan, base, tensors, disk)?;
     let identity = job.identity.clone();
     let base = peft::Base { model: &job.model, fingerprint: &identity.base_fingerprint, tokenizer_sha256: &identity.tokenizer_sha256 };
     peft::import(dir, base, &mut *job.method)?;
@@ -66,7 +68,7 @@ pub fn export(disk: &dyn Disk, checkpoint: &Checkpoint, model_dir: Option<&Path>
         let (what, checkpoint) = ("base_fingerprint".to_owned(), header.identity.base_fingerprint.clone());
         return Err(TrainError::Mismatch { path: path(), mismatches: vec![Mismatch { what, checkpoint, run: fingerprint }] });
     }
-    let model = ChatGlm2::load(config, &source, plan.model.rope_table, &Device::Cpu)?;
+    let model = ChatGlm2::load(config, &source, plan.model.rope_table, DType::F32, &Device::Cpu)?;
     let mut method = peft::create(&plan.method, &model, plan.run.seed)?;
     let layout = method.params().layout().clone();
     let values = checkpoint.kind(disk, PARAMETER, &layout)?;
@@ -74,7 +76,7 @@ pub fn export(disk: &dyn Disk, checkpoint: &Checkpoint, model_dir: Option<&Path>
     finite::of_checkpoint(&checkpoint.path, &values, &layout)?;
     method.params_mut().load_flat(&values)?;
     method.refresh()?;
-    let dtype = (plan.model.torch_dtype == WeightDtype::Bfloat16).then_some(candle_core::DType::BF16);
+    let dtype = (plan.model.torch_dtype == WeightDtype::Bfloat16).then_some(DType::BF16);
     let about = about(&header.identity, header.probe.as_ref());
     Ok(method.export(&ExportContext { model_dir, config: &model.config, dtype, about: &about })?)
 }

@@ -11,7 +11,7 @@ use twox_hash::XxHash3_64;
 
 use super::TrainError;
 use crate::dist::{DistError, ProcessGroup, gather_words};
-use crate::kernels::host::F32View;
+use crate::kernels::host::{self, F32View};
 
 /// Elements that are hashed as one piece, so that the threads share a large tensor.
 const PIECE: usize = 1 << 18;
@@ -31,7 +31,7 @@ impl Fingerprints {
     /// f32 tensors, by name.
     ///
     /// # Errors
-    /// When a tensor is not contiguous f32 on the CPU.
+    /// When a tensor is not contiguous f32, or cannot be read.
     pub fn push_tensors(&mut self, what: &str, tensors: &BTreeMap<String, Tensor>) -> candle_core::Result<()> {
         for (name, tensor) in tensors {
             self.0.push((format!("{what} `{name}`"), hash_tensor(tensor)?));
@@ -51,7 +51,8 @@ fn hash_words(words: &[u64]) -> u64 {
 
 /// Over the bits, piece by piece: the same at any number of threads. A NaN equals itself, and 0 is not -0.
 fn hash_tensor(tensor: &Tensor) -> candle_core::Result<u64> {
-    let values = F32View::new(tensor)?;
+    let on_host = host::on_host(tensor)?;
+    let values = F32View::new(&on_host)?;
     let pieces: Vec<u64> = values.par_chunks(PIECE).map(|piece| XxHash3_64::oneshot(bytemuck::cast_slice(piece))).collect();
     Ok(hash_words(&pieces))
 }

@@ -3,9 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::Device;
-
 use super::adapters::{Ranks, Tokenizer};
+use super::device::{self, Chosen, Wish};
 use super::together::together;
 use super::{TrainError, room};
 use crate::config::Plan;
@@ -27,6 +26,7 @@ use crate::tokenizer::GlmTokenizer;
 #[derive(Clone, Debug)]
 pub struct Base {
     pub model: ChatGlm2,
+    pub device: Chosen,
     pub train: Arc<Dataset>,
     pub validation: Option<Arc<Dataset>>,
     /// sha256 of the weights.
@@ -40,6 +40,7 @@ pub struct RunData {
     /// The weights, opened; none where some are missing.
     source: Option<WeightSource>,
     tokenizer: GlmTokenizer,
+    pub device: Chosen,
     pub train: Dataset,
     pub validation: Option<Dataset>,
 }
@@ -57,8 +58,10 @@ impl RunData {
             tokenizer.check_fits(config.padded_vocab_size)?;
             Ok((tokenizer, config, source))
         })?;
+        let wish = Wish { device: plan.model.device, dtype: plan.model.compute_dtype };
+        let device = Chosen::open(wish, &config, device::Tuned::By(&plan.method), group)?;
         let (train, validation) = load_data(plan, &tokenizer, group)?;
-        Ok(Self { config, source, tokenizer, train, validation })
+        Ok(Self { config, source, tokenizer, device, train, validation })
     }
 
     /// Lines that the user of `plan` should see before anything takes long.
@@ -71,7 +74,8 @@ impl RunData {
     /// # Errors
     /// When it cannot.
     pub fn expect_room(&self, what: &str, plan: &Plan, group: &dyn ProcessGroup) -> Result<(), TrainError> {
-        let Some(LengthStats { min, max, .. }) = self.train.length_stats() else { return Ok(()) };
+        // What is free on the host says nothing of a GPU.
+        let Some(LengthStats { min, max, .. }) = self.train.length_stats().filter(|_| self.device.device.is_cpu()) else { return Ok(()) };
         let lengths = RowLengths { shortest: min as u64, longest: max as u64, num_rows: self.train.num_samples() as u64 };
         room::expect_room(what, &ModelShape::from(&self.config), plan, &lengths, group)
     }
@@ -81,14 +85,14 @@ impl RunData {
     /// # Errors
     /// When a file is missing or damaged, or the ranks have different weights.
     pub fn into_base(self, plan: &Plan, group: &dyn ProcessGroup) -> Result<Base, TrainError> {
-        let Self { config, source, tokenizer, train, validation } = self;
+        let Self { config, source, tokenizer, device, train, validation } = self;
         let (model, fingerprint) = together(group, || {
             // To say what is missing.
             let source = source.map_or_else(|| WeightSource::open(&plan.model.model_name_or_path), Ok)?;
             source.check(&config.parameter_shapes())?;
             // One rank of each machine reads every byte: the others have the same files.
             let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
-            let model = ChatGlm2::load(config.clone(), &source, plan.model.rope_table, &Device::Cpu)?;
+            let model = ChatGlm2::load(config.clone(), &source, plan.model.rope_table, device.dtype.dtype(), &device.device)?;
             if plan.model.torch_dtype == WeightDtype::Bfloat16 {
                 model.round_weights_to_bf16()?;
             }
@@ -96,7 +100,7 @@ impl RunData {
         })?;
         let fingerprint = same_base(group, &fingerprint)?;
         let validation = validation.map(Arc::new);
-        Ok(Base { model, train: Arc::new(train), validation, fingerprint, tokenizer_sha256: tokenizer.sha256().to_owned() })
+        Ok(Base { model, device, train: Arc::new(train), validation, fingerprint, tokenizer_sha256: tokenizer.sha256().to_owned() })
     }
 }
 
@@ -108,7 +112,9 @@ impl Base {
     pub fn load(plan: &Plan, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
         let data = RunData::load(plan, group)?;
         let what = format!("the model in {}", plan.model.model_name_or_path.display());
-        room::expect_room_for_weights(&what, &ModelShape::from(&data.config), plan.run.memory_limit, group)?;
+        if data.device.device.is_cpu() {
+            room::expect_room_for_weights(&what, &ModelShape::from(&data.config), plan.run.memory_limit, group)?;
+        }
         data.into_base(plan, group)
     }
 }

@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 
+use super::device::NotOnGpu;
 use super::room::TooLarge;
 use crate::checkpoint::{CheckpointError, Mismatch};
 use crate::data::DataError;
 use crate::dist::{AgreedError, DistError};
 use crate::formats::text_of;
+use crate::kernels::cuda::CudaError;
 use crate::model::ModelError;
 use crate::optim::{NonFinite, OptimError};
 use crate::peft::MethodError;
@@ -62,6 +64,16 @@ pub enum TrainError {
         /// Parts behind it that differ as well.
         others: usize,
     },
+    #[error("compute_dtype is bfloat16, and a CPU computes in float32")]
+    DtypeOnCpu,
+    #[error("device names one GPU, and {ranks_here} ranks of this machine would share it")]
+    OneGpuForRanks { ranks_here: usize },
+    #[error("{ranks_here} ranks of this machine want a GPU each, and the NVIDIA driver finds {gpus}")]
+    TooFewGpus { ranks_here: usize, gpus: usize },
+    #[error(transparent)]
+    NotOnGpu(#[from] NotOnGpu),
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     #[error(transparent)]
     TooLarge(Box<TooLarge>),
     #[error("cannot write {}: {source}", path.display())]
@@ -126,6 +138,14 @@ impl TrainError {
                  processors on the machine of the named rank, and go on from the newest checkpoint before this step"
                     .to_owned(),
             ),
+            Self::DtypeOnCpu => Some("leave compute_dtype out, or use `device = cuda` on a machine with a GPU".to_owned()),
+            Self::OneGpuForRanks { .. } => Some("use `device = cuda`: each rank takes the GPU of its number".to_owned()),
+            Self::TooFewGpus { gpus, .. } => Some(format!("start {gpus} ranks a machine, as `mpirun -n {gpus}`, or widen CUDA_VISIBLE_DEVICES")),
+            Self::NotOnGpu(_) => Some("use `device = cpu`".to_owned()),
+            Self::Cuda(e) => e.hint(),
+            Self::Tensor(e) | Self::Optim(OptimError::Tensor(e)) if is_out_of_gpu_memory(e) => Some(
+                "use `recompute = block`, or a smaller per_device_train_batch_size: global_batch_size alone decides what is learnt".to_owned(),
+            ),
             Self::TooLarge(e) => Some(e.hint()),
             Self::Checkpoint(e) => e.hint(),
             Self::Data(e) => e.hint(),
@@ -175,6 +195,10 @@ impl TrainError {
             _ => true,
         }
     }
+}
+
+fn is_out_of_gpu_memory(error: &candle_core::Error) -> bool {
+    error.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY")
 }
 
 fn at_step(step: Option<u64>) -> String {

@@ -5,6 +5,7 @@ pub mod adopt;
 pub mod audit;
 pub mod backprop;
 pub mod base;
+pub mod device;
 pub mod drift;
 mod dump;
 mod error;

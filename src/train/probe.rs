@@ -1,5 +1,7 @@
 //! A probe: what model and method gave on a few fixed tokens when a checkpoint was saved, and whether they give it again.
 
+use candle_core::DType;
+
 use super::backprop;
 use crate::checkpoint::{Probe, ProbeRow};
 use crate::data::{Dataset, MicroBatch};
@@ -9,12 +11,14 @@ use crate::peft::PeftMethod;
 /// Rows of a probe, the first of the training rows. With [`MAX_TOKENS`] the cost of a save is the forward pass of 126 tokens on one rank.
 const NUM_ROWS: usize = 2;
 const MAX_TOKENS: usize = 64;
+const FLOAT32: &str = "float32";
 /// Logits of each row: at its last place, of its first ids.
 const NUM_LOGITS: usize = 8;
-/// How far a loss or a logit may be off, of its size or of 1 where it is smaller. The same program on the same kind of processor gives the same
-/// bits. Another vector width sums in another order: relative 1e-6 a layer in f32, which all arithmetic is in, also where weights are rounded to
-/// bfloat16. A wrong base, prefix or scale moves losses by more than this.
+/// How far a loss or a logit may be off in f32, of its size or of 1 where it is smaller. The same program on the same kind of processor gives the
+/// same bits. Another vector width, or a GPU, sums in another order: relative 1e-6 a layer. A wrong base, prefix or scale moves losses by more.
 const TOLERANCE: f64 = 1e-3;
+/// The same where then or now values were rounded to bfloat16, to 2^-8 of themselves, in each layer.
+const TOLERANCE_OF_BF16: f64 = 5e-2;
 
 /// The tokens of a run's probe: the first two rows, cut at 64 tokens. None where no row has two tokens.
 pub fn rows(data: &Dataset) -> Vec<ProbeRow> {
@@ -58,7 +62,9 @@ pub fn compute(model: &ChatGlm2, method: &dyn PeftMethod, rows: &[ProbeRow]) -> 
         }
     }
     let is_finite = loss.is_finite() && some.iter().all(|logit| logit.is_finite());
-    Ok(is_finite.then(|| Probe { rows: rows.to_vec(), loss, logits: some }))
+    let device = if model.device().is_cpu() { "cpu" } else { "cuda" }.to_owned();
+    let compute_dtype = if model.dtype() == DType::F32 { FLOAT32 } else { "bfloat16" }.to_owned();
+    Ok(is_finite.then(|| Probe { rows: rows.to_vec(), loss, logits: some, device, compute_dtype }))
 }
 
 /// Holds what `model` and `method` give now against `probe` -> the first value that is another: its name, then, now.
@@ -66,7 +72,9 @@ pub fn compute(model: &ChatGlm2, method: &dyn PeftMethod, rows: &[ProbeRow]) -> 
 /// # Errors
 /// As [`compute`].
 pub fn replay(model: &ChatGlm2, method: &dyn PeftMethod, probe: &Probe) -> candle_core::Result<Option<(String, f64, f64)>> {
-    let is_other = |then: f64, now: f64| now.is_nan() || (then - now).abs() > TOLERANCE * then.abs().max(1.0);
+    let both_f32 = probe.compute_dtype == FLOAT32 && model.dtype() == DType::F32;
+    let tolerance = if both_f32 { TOLERANCE } else { TOLERANCE_OF_BF16 };
+    let is_other = |then: f64, now: f64| now.is_nan() || (then - now).abs() > tolerance * then.abs().max(1.0);
     let now = compute(model, method, &probe.rows)?;
     let (loss, logits) = now.map_or((f64::NAN, Vec::new()), |now| (now.loss, now.logits));
     if is_other(probe.loss, loss) {

@@ -119,7 +119,7 @@ impl ResumeReport {
     pub fn new(resumed: &Resumed, plan: &Plan) -> Self {
         let now = serde_json::to_value(plan).unwrap_or_default();
         let header = &resumed.header;
-        let all = checkpoint::changes(&header.plan, &now);
+        let all = checkpoint::changes(&with_device(&header.plan), &now);
         let changes = all.into_iter().filter(|change| !is_in(&NOT_TOLD, &change.key));
         Self {
             path: resumed.path.clone(),
@@ -132,6 +132,17 @@ impl ResumeReport {
             probe: header.probe.is_some(),
         }
     }
+}
+
+/// The plan of a checkpoint; those of earlier versions were computed on a CPU and do not say so.
+fn with_device(plan: &Value) -> Value {
+    let mut plan = plan.clone();
+    if let Some(model) = plan.get_mut("model").and_then(Value::as_object_mut) {
+        for (key, value) in [("device", "cpu"), ("compute_dtype", "float32")] {
+            model.entry(key).or_insert_with(|| value.into());
+        }
+    }
+    plan
 }
 
 impl fmt::Display for ResumeReport {

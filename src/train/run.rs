@@ -72,6 +72,7 @@ pub fn run(plan: &Plan, tensors: &dyn Collectives, disk: &dyn Disk, console: &Co
     claim(plan, tensors.group(), disk)?;
     let ranks = watched(plan, tensors)?;
     let data = RunData::load(plan, &ranks)?;
+    let plan = &data.device.of(plan);
     warn(&ranks, &data.surprises(plan));
     data.expect_room("the run", plan, &ranks)?;
     let base = data.into_base(plan, &ranks)?;
@@ -109,7 +110,7 @@ pub fn run_on(
     limits: &Limits,
 ) -> Result<Outcome, TrainError> {
     claim(plan, tensors.group(), disk)?;
-    Job::new(plan, base.clone(), tensors, disk)?.train(disk, console, limits)
+    Job::new(&base.device.of(plan), base.clone(), tensors, disk)?.train(disk, console, limits)
 }
 
 /// Takes the output folder for this run.
@@ -157,7 +158,7 @@ impl<'a> Job<'a> {
     /// A method and an optimizer on `base`: fresh, or as the checkpoint has them that `plan` goes on from.
     pub fn new(plan: &'a Plan, base: Base, tensors: &'a dyn Collectives, disk: &dyn Disk) -> Result<Self, TrainError> {
         let group = tensors.group();
-        let Base { mut model, train, validation, fingerprint, tokenizer_sha256 } = base;
+        let Base { mut model, device, train, validation, fingerprint, tokenizer_sha256 } = base;
         let config = model.config.clone();
         let mut method = together(group, || Ok(peft::create(&plan.method, &model, plan.run.seed)?))?;
         let o = &plan.optim;
@@ -207,12 +208,13 @@ impl<'a> Job<'a> {
         }
         let (progress, resumed_from) = resumed.map_or((Progress::default(), None), |resumed| (resumed.progress, Some(resumed.path)));
         tracing::info!(
-            "{}: {} layers, hidden {}, {} trainable parameters ({})",
+            "{}: {} layers, hidden {}, {} trainable parameters ({}), on {}",
             config.name,
             config.num_layers,
             config.hidden_size,
             num_elements,
-            method.name()
+            method.name(),
+            device.name
         );
         Ok(Self { plan, group, model, method, optimizer, sum, identity, train, validation, progress, resumed_from, total_steps })
     }

@@ -2,9 +2,8 @@
 
 use std::path::Path;
 
-use candle_core::Device;
-
 use super::base::same_base;
+use super::device::{self, Chosen, Wish};
 use super::probe;
 use super::save::PROBE;
 use super::together::together;
@@ -35,11 +34,15 @@ impl Tuned {
         dir: &Path,
         adapter: Option<&Path>,
         rope_table: RopeTable,
+        wish: Wish,
         memory_limit: Option<MemoryLimit>,
         group: &dyn ProcessGroup,
     ) -> Result<Self, TrainError> {
         let (config, source) = together(group, || Ok(bare::open_if_there(dir)?))?;
-        room::expect_room_for_weights(&format!("the model in {}", dir.display()), &ModelShape::from(&config), memory_limit, group)?;
+        let device = Chosen::open(wish, &config, adapter.map_or(device::Tuned::Nothing, device::Tuned::Adapter), group)?;
+        if device.device.is_cpu() {
+            room::expect_room_for_weights(&format!("the model in {}", dir.display()), &ModelShape::from(&config), memory_limit, group)?;
+        }
         let (tokenizer, model, fingerprint) = together(group, || {
             // To say what is missing.
             let source = source.map_or_else(|| WeightSource::open(dir), Ok)?;
@@ -49,7 +52,7 @@ impl Tuned {
             let is_compared = adapter.is_some() || group.world_size() > 1;
             let fingerprint =
                 if is_compared && group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
-            Ok((tokenizer, ChatGlm2::load(config, &source, rope_table, &Device::Cpu)?, fingerprint))
+            Ok((tokenizer, ChatGlm2::load(config, &source, rope_table, device.dtype.dtype(), &device.device)?, fingerprint))
         })?;
         let fingerprint = same_base(group, &fingerprint)?;
         let base = Base { model: &model, fingerprint: &fingerprint, tokenizer_sha256: tokenizer.sha256() };

@@ -40,7 +40,13 @@ static WHOLE: LazyLock<Folder> = LazyLock::new(|| {
         template: text("chatglm2"),
     };
     let plan = json!({ "learning_rate": 0.02 });
-    let probe = Some(Probe { rows: vec![ProbeRow { ids: vec![3, 1, 2], targets: vec![1, 2] }], loss: 0.5, logits: vec![0.25, -1.0] });
+    let probe = Some(Probe {
+        rows: vec![ProbeRow { ids: vec![3, 1, 2], targets: vec![1, 2] }],
+        loss: 0.5,
+        logits: vec![0.25, -1.0],
+        device: "cpu".to_owned(),
+        compute_dtype: "float32".to_owned(),
+    });
     let header = Header { step: 7, consumed_rows: 112, world_size: 2, eval_loss: None, identity, plan, probe };
     let part = |range: std::ops::Range<usize>| {
         let flat = Tensor::from_iter(range.clone().map(|at| at as f32), &Device::Cpu).unwrap();

@@ -119,7 +119,7 @@ fn read_model(dir: &Path) -> Result<(), String> {
     let shapes = config.parameter_shapes();
     source.check(&shapes).map_err(text)?;
     source.fingerprint(&shapes).map_err(text)?;
-    ChatGlm2::load(config, &source, RopeTable::Exact, &Device::Cpu).map(drop).map_err(text)
+    ChatGlm2::load(config, &source, RopeTable::Exact, DType::F32, &Device::Cpu).map(drop).map_err(text)
 }
 
 #[test]
