@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::kernels::elementwise;
+use crate::kernels::host::on_host;
 
 /// Where each parameter lies in a flat buffer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -140,6 +141,14 @@ impl ParamSet {
 
     pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         self.layout.views(&self.flat)
+    }
+
+    /// As [`Self::tensors`], in the host's memory: a copy, made at once, of what is elsewhere.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn host_tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        self.layout.views(&on_host(&self.flat)?)
     }
 
     /// Replaces the values in place, so that every view sees them; names and shapes must be those of this set.

@@ -95,7 +95,8 @@ pub fn run(
     let path = options.output_dir.join(REPORT_FILE);
     let tensors: &dyn Collectives = &run::watched(plan, tensors)?;
     let group = tensors.group();
-    let data = RunData::load(plan, group)?;
+    let methods: Vec<_> = contenders.iter().map(|contender| &contender.plan.method).collect();
+    let data = RunData::load_for(plan, &methods, group)?;
     let steps = steps_and_tokens(&data.train, plan, &options);
     // A budget in tokens makes all runs of so many steps.
     let of_budget = |contender: &Contender| if options.max_tokens.is_some() { contender.with_steps(steps.0) } else { contender.clone() };

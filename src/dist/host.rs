@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 
 use super::DistError;
 use crate::kernels::elementwise;
-use crate::kernels::host::F32View;
+use crate::kernels::host::{F32View, on_host};
 
 /// Calls `f` with the elements of an f32 tensor in row-major order; those of a GPU's are copied to the host first.
 pub(super) fn with_slice<R>(collective: &'static str, tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R, DistError> {
@@ -12,7 +12,7 @@ pub(super) fn with_slice<R>(collective: &'static str, tensor: &Tensor, f: impl F
         let (expected, found) = ("an f32 tensor".into(), format!("{:?}", tensor.dtype()));
         return Err(DistError::Argument { collective, expected, found });
     }
-    let on_host = tensor.contiguous()?.to_device(&Device::Cpu)?;
+    let on_host = on_host(&tensor.contiguous()?)?;
     Ok(f(&F32View::new(&on_host)?))
 }
 
@@ -64,5 +64,8 @@ pub(super) fn put(flat: &Tensor, at: usize, piece: &Tensor) -> Result<(), DistEr
 
 /// A collective's result, on `device`.
 pub(super) fn tensor(data: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> Result<Tensor, DistError> {
+    if data.is_empty() {
+        return Ok(elementwise::zeros(0, device)?.reshape(shape.into())?);
+    }
     Ok(Tensor::from_vec(data, shape.into(), device)?)
 }

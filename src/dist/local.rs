@@ -164,13 +164,12 @@ impl Local {
         }
     }
 
-    /// All ranks' tensors, ordered by rank; they are copies, so that a rank may change its own at once.
+    /// All ranks' tensors, ordered by rank, in the host's memory; they are copies, so that a rank may change its own at once.
     fn exchange_tensors(&self, collective: &'static str, mine: &Tensor) -> Result<Vec<Tensor>, DistError> {
         let copy = host::with_slice(collective, mine, <[f32]>::to_vec)?;
         let gifts = self.exchange(collective, Payload::Tensor(host::tensor(copy, mine.dims(), &Device::Cpu)?))?;
-        let tensors =
-            gifts.iter().filter_map(|g| if let Payload::Tensor(t) = &g.payload { Some(t.to_device(mine.device())) } else { None });
-        let tensors: Vec<Tensor> = tensors.collect::<candle_core::Result<_>>()?;
+        let tensors: Vec<Tensor> =
+            gifts.iter().filter_map(|g| if let Payload::Tensor(t) = &g.payload { Some(t.clone()) } else { None }).collect();
         match tensors.iter().position(|t| t.dims() != tensors[0].dims()) {
             Some(rank) => Err(DistError::Diverged {
                 rank,
@@ -235,7 +234,7 @@ impl Collectives for Local {
 
     fn all_gather(&self, mine: &Tensor) -> Result<Tensor, DistError> {
         host::num_columns("all_gather", mine, None)?;
-        Ok(Tensor::stack(&self.exchange_tensors("all_gather", mine)?, 0)?)
+        Ok(Tensor::stack(&self.exchange_tensors("all_gather", mine)?, 0)?.to_device(mine.device())?)
     }
 
     fn all_to_all_v(&self, parts: &Tensor, send: &[usize], receive: &[usize]) -> Result<Tensor, DistError> {
@@ -262,13 +261,13 @@ impl Collectives for Local {
         let all = self.exchange_tensors("all_reduce", mine)?;
         let sum = all[0].copy()?;
         all[1..].iter().try_for_each(|other| elementwise::add_(&sum, other))?;
-        Ok(sum)
+        Ok(sum.to_device(mine.device())?)
     }
 
     fn broadcast(&self, mine: &Tensor, root: usize) -> Result<Tensor, DistError> {
         host::num_columns("broadcast", mine, None)?;
         host::check_root(root, self.world_size())?;
-        Ok(self.exchange_tensors("broadcast", mine)?[root].copy()?)
+        Ok(self.exchange_tensors("broadcast", mine)?[root].copy()?.to_device(mine.device())?)
     }
 
     fn duplicate(&self) -> Duplicate {

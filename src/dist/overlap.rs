@@ -10,12 +10,13 @@ use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::accumulate::{Fold, Partial, SlotAccumulator};
 use super::reduce::{Source, sum_pieces};
 use super::shards::Shards;
 use super::{Collectives, DistError, ProcessGroup, host};
+use crate::kernels::elementwise;
 
 /// A thread that moves sums between ranks beside the computation, one at a time.
 #[derive(Debug)]
@@ -182,7 +183,7 @@ impl Task {
     fn run(&self, tensors: &dyn Collectives, shards: &Shards, stages: &[Vec<Range<usize>>]) -> Result<Tensor, DistError> {
         let group = tensors.group();
         let own = shards.range(group.rank());
-        let shard = Tensor::zeros(own.len(), DType::F32, &self.sums.device)?;
+        let shard = elementwise::zeros(own.len(), &self.sums.device)?;
         let mut num_final = 0;
         for (i, stage) in stages.iter().enumerate() {
             while num_final <= i {

@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::accumulate::{Fold, Partial, SlotAccumulator, Slots};
 use super::shards::{Shards, Wire, all_gather_shards};
 use super::slots::{Node, SlotTree};
 use super::{Collectives, DistError, ProcessGroup, Reduction, host};
+use crate::kernels::elementwise;
 
 /// The sum `[n]` over all slots, on every rank.
 ///
@@ -25,7 +26,7 @@ pub(super) fn reduce(tensors: &dyn Collectives, accumulator: SlotAccumulator) ->
     if parts.fold.reduction == Reduction::AllReduce {
         return tensors.all_reduce(&parts.own_sum()?);
     }
-    let whole = Tensor::zeros(parts.num_elements, DType::F32, &parts.device)?;
+    let whole = elementwise::zeros(parts.num_elements, &parts.device)?;
     let shards = Shards::new(parts.num_elements, group.world_size(), 1);
     let shard = parts.reduce_scatter(tensors, &shards)?;
     host::put(&whole, shards.range(group.rank()).start, &shard)?;
@@ -97,14 +98,14 @@ impl Parts {
     fn own_sum(mut self) -> Result<Tensor, DistError> {
         match self.fold.partials.pop() {
             Some(partial) => Ok(partial.sum),
-            None => Ok(Tensor::zeros(self.num_elements, DType::F32, &self.device)?),
+            None => Ok(elementwise::zeros(self.num_elements, &self.device)?),
         }
     }
 
     /// Bucket by bucket, each rank sums its piece.
     fn reduce_scatter(self, tensors: &dyn Collectives, shards: &Shards) -> Result<Tensor, DistError> {
         let own = shards.range(tensors.group().rank());
-        let shard = Tensor::zeros(own.len(), DType::F32, &self.device)?;
+        let shard = elementwise::zeros(own.len(), &self.device)?;
         for pieces in shards.buckets() {
             let at = pieces[tensors.group().rank()].start;
             let sum = sum_pieces(tensors, &self.fold, &pieces, &self.sources, &self.device)?;
@@ -147,7 +148,7 @@ pub(super) fn sum_pieces(
 
 /// Vectors one behind the other; without any, an empty one.
 fn joined(parts: Vec<Tensor>, device: &Device) -> Result<Tensor, DistError> {
-    if parts.is_empty() { Ok(Tensor::zeros(0, DType::F32, device)?) } else { Ok(Tensor::cat(&parts, 0)?) }
+    if parts.is_empty() { Ok(elementwise::zeros(0, device)?) } else { Ok(elementwise::cat(&parts)?) }
 }
 
 #[cfg(test)]

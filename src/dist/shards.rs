@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use half::bf16;
 
 use super::{Collectives, DistError, ProcessGroup, host};
+use crate::kernels::elementwise;
 
 /// Elements that one exchange moves to or from a rank, for each buffer taking part; bounds the memory it takes beyond the buffers.
 const BUCKET: usize = 1 << 22;
@@ -81,7 +82,7 @@ impl Wire {
     /// `piece`, at most `[len]`, in as many words for each piece of this length.
     fn encode(self, piece: &Tensor, len: usize) -> Result<Tensor, DistError> {
         match self {
-            Self::F32 => Ok(piece.pad_with_zeros(0, 0, len - piece.elem_count())?),
+            Self::F32 => Ok(elementwise::padded(piece, len)?),
             Self::Bf16 => {
                 let word = |pair: &[f32]| {
                     let bits = |i: usize| pair.get(i).map_or(0, |&x| u32::from(bf16::from_f32(x).to_bits()));

@@ -66,7 +66,9 @@ pub fn tensor_bytes_in(tensor: &Tensor, buffer: Vec<u8>) -> Result<Vec<u8>> {
         Ok(out)
     }
     // sync: copies from the device
-    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?.contiguous()?;
+    // Of a view of a GPU's memory candle would bring all that it is a part of.
+    let own = if tensor.device().is_cpu() { tensor.clone() } else { tensor.force_contiguous()? };
+    let flat = own.to_device(&Device::Cpu)?.flatten_all()?.contiguous()?;
     match flat.dtype() {
         DType::U8 => flat.to_vec1(),
         DType::U32 => bytes(&flat, buffer, u32::to_le_bytes),

@@ -5,7 +5,7 @@
 //! On a device there is no `add_bias_`: biases are added by the epilogue of the GEMM before them, which saves a pass over memory. Sums over rows
 //! are in `column_sums`.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::column_sums;
@@ -27,7 +27,9 @@ pub fn add_(acc: &Tensor, x: &Tensor) -> Result<()> {
     }
     if let Some(gpu) = on_gpu(x)? {
         let n = x.elem_count();
-        let (sum, x) = (gpu.at_sum(acc)?, gpu.at(x)?);
+        // A part of a buffer may begin anywhere, and the kernel reads 16 bytes at a time.
+        let x = if gpu.at(x)?.is_multiple_of(16) { x.clone() } else { x.force_contiguous()? };
+        let (sum, x) = (gpu.at_sum(acc)?, gpu.at(&x)?);
         return gpu.run(|e, dtype| match acc.dtype() {
             DType::F32 => device::add_(e, dtype, sum, x, n),
             _ => device::add_same_(e, dtype, sum, x, n),
@@ -161,6 +163,55 @@ pub fn assign_(to: &Tensor, x: &Tensor) -> Result<()> {
         Some(gpu) => gpu.copy(x, to),
         None => to.slice_set(x, 0, 0),
     }
+}
+
+/// Tensors of one type one behind the other, along their first dimension, in new memory.
+///
+/// # Errors
+/// When there is none, or their other dimensions differ.
+pub fn cat(parts: &[Tensor]) -> Result<Tensor> {
+    let Some(first) = parts.first() else { bail!("cat: of nothing") };
+    let Some(gpu) = on_gpu(first)? else { return Tensor::cat(parts, 0) };
+    let mut dims = first.dims().to_vec();
+    if let Some(other) = parts.iter().find(|part| part.dims().get(1..) != dims.get(1..)) {
+        bail!("cat: shapes {:?} and {dims:?} differ", other.dims());
+    }
+    dims[0] = parts.iter().map(|part| part.dims()[0]).sum();
+    let whole = gpu.result(dims)?;
+    let mut at = 0;
+    for part in parts.iter().filter(|part| part.elem_count() > 0) {
+        let len = part.dim(0)?;
+        gpu.copy(part, &whole.narrow(0, at, len)?)?;
+        at += len;
+    }
+    Ok(whole)
+}
+
+/// `[len]` f32 zeros. A GPU has no memory of 0 bytes, and where ranks share a buffer a part may be empty.
+///
+/// # Errors
+/// When there is not enough memory.
+pub fn zeros(len: usize, device: &Device) -> Result<Tensor> {
+    Tensor::zeros(len.max(1), DType::F32, device)?.narrow(0, 0, len)
+}
+
+/// x `[n]` f32 with zeros behind it, `[len]`; x itself if that is its length.
+///
+/// # Errors
+/// When x is longer.
+pub fn padded(x: &Tensor, len: usize) -> Result<Tensor> {
+    let n = x.dims1()?;
+    if n > len {
+        bail!("padded: {n} values are more than {len}");
+    }
+    if n == len {
+        return Ok(x.clone());
+    }
+    let whole = zeros(len, x.device())?;
+    if n > 0 {
+        assign_(&whole.narrow(0, 0, n)?, x)?;
+    }
+    Ok(whole)
 }
 
 /// x, f32, rounded to `dtype`; x itself if that is f32.

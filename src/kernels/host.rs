@@ -88,7 +88,7 @@ pub fn read(tensors: &[&Tensor]) -> Result<Vec<Vec<f32>>> {
     let lens: Vec<usize> = tensors.iter().map(|x| x.elem_count()).collect();
     let all = gpu.result_of(lens.iter().sum::<usize>(), DType::F32)?;
     let mut at = 0;
-    for (x, &len) in tensors.iter().zip(&lens) {
+    for (x, &len) in tensors.iter().zip(&lens).filter(|(_, len)| **len > 0) {
         gpu.copy(&x.flatten_all()?, &all.narrow(0, at, len)?)?;
         at += len;
     }
@@ -102,7 +102,14 @@ pub fn read(tensors: &[&Tensor]) -> Result<Vec<Vec<f32>>> {
 /// # Errors
 /// When the device fails.
 pub fn on_host(tensor: &Tensor) -> Result<Tensor> {
-    tensor.to_device(&Device::Cpu)
+    if tensor.device().is_cpu() {
+        return Ok(tensor.clone());
+    }
+    if tensor.elem_count() == 0 {
+        return Tensor::zeros(tensor.shape(), tensor.dtype(), &Device::Cpu);
+    }
+    // Of a view candle would bring all the memory that it is a part of.
+    tensor.force_contiguous()?.to_device(&Device::Cpu)
 }
 
 /// Hands `values` to a tensor without a copy.

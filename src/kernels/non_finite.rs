@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
-use super::host::{F32View, tensor};
+use super::host::{F32View, on_host, tensor};
 use super::launch::NO_FAULT;
 use super::on_gpu::on_gpu;
 
@@ -37,7 +37,7 @@ pub fn place(words: &[f32]) -> Option<usize> {
 pub fn first_non_finite(buffer: &Tensor) -> Result<Option<(usize, f32)>> {
     // sync: the place is read here.
     let Some(at) = place(&search(buffer)?.to_vec1()?) else { return Ok(None) };
-    let value = buffer.flatten_all()?.narrow(0, at, 1)?.to_vec1()?;
+    let value = on_host(&buffer.flatten_all()?.narrow(0, at, 1)?)?.to_vec1()?;
     Ok(value.first().map(|value| (at, *value)))
 }
 

@@ -96,8 +96,12 @@ impl OnGpu {
     /// # Errors
     /// As [`Self::result`].
     pub fn result_of(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        let shape = shape.into();
+        let len = shape.elem_count();
+        // A GPU has no memory of 0 bytes.
         // SAFETY: values of any bits are values of these types; the caller's kernel writes them before anybody reads.
-        unsafe { Tensor::empty(shape, dtype, &self.device) }
+        let values = unsafe { Tensor::empty(len.max(1), dtype, &self.device) }?;
+        values.narrow(0, 0, len)?.reshape(shape)
     }
 
     /// Words of the host, on the GPU.

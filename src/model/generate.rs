@@ -10,7 +10,7 @@ use crate::formats::text_of;
 use crate::kernels::attention::Rows;
 use crate::kernels::host::on_host;
 use crate::kernels::non_finite::first_non_finite;
-use crate::kernels::{cross_entropy, embedding};
+use crate::kernels::{cross_entropy, elementwise, embedding};
 
 /// What greedy decoding gave.
 #[derive(Clone, Debug, PartialEq)]
@@ -96,7 +96,7 @@ impl Cache<'_> {
             }
         }
         let order: Vec<u32> = order.into_iter().map(|at| at as u32).collect();
-        let both = embedding::gather(&Tensor::cat(&vectors, 0)?, &order)?;
+        let both = embedding::gather(&elementwise::cat(&vectors)?, &order)?;
         let part = |which: usize| both.narrow(0, which * g * (p + t), g * (p + t))?.reshape((1, g, p + t, d));
         self.layers[layer] = Some(PrefixKv { k_RGPD: part(0)?, v_RGPD: part(1)? });
         Ok(())

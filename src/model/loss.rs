@@ -5,6 +5,7 @@ use candle_core::{Result, Tensor, bail};
 use super::chatglm2::ChatGlm2;
 use super::hooks::{BaseWeight, Hooks};
 use crate::kernels::cross_entropy::{self, Logits};
+use crate::kernels::host::on_host;
 use crate::kernels::{elementwise, embedding, kl, matmul, rms_norm};
 
 /// Positions whose logits are held at once: 133 MB in f32 at ChatGLM2's vocabulary. A weight of the head is packed once a chunk, so smaller
@@ -69,7 +70,7 @@ pub fn nll_and_gradient(
 }
 
 /// KL(p || q) in nats at each of `targets` = (index of the predicting token, id): p what `base` predicts from its hidden states, q what
-/// `tuned` predicts from its own, both `[T, H]`.
+/// `tuned` predicts from its own, both `[T, H]`. It is a figure of reports: the host computes it.
 ///
 /// # Errors
 /// When a target's index is out of range or the vocabularies differ.
@@ -78,7 +79,7 @@ pub fn kl(base: (&ChatGlm2, &Tensor), tuned: (&ChatGlm2, &Tensor), targets: &[(u
     for chunk in targets.chunks(LOGITS_CHUNK) {
         let (index, _) = split(chunk);
         let logits_NV = |(model, hidden_TH): (&ChatGlm2, &Tensor)| logits(model, &embedding::gather(hidden_TH, &index)?);
-        divergences.extend(kl::rows(&logits_NV(base)?, &logits_NV(tuned)?)?);
+        divergences.extend(kl::rows(&on_host(&logits_NV(base)?)?, &on_host(&logits_NV(tuned)?)?)?);
     }
     Ok(divergences)
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 
 use crate::kernels::adamw::{Norm, Update};
-use crate::kernels::bf16;
+use crate::kernels::{bf16, elementwise};
 
 /// The kinds of state a parameter has, as a checkpoint calls them; the last only where there are masters.
 const KINDS: [&str; 3] = ["exp_avg", "exp_avg_sq", "master"];
@@ -69,7 +69,7 @@ pub struct AdamW {
 impl AdamW {
     /// A fresh state for the elements `shard` of a flat buffer.
     pub fn new(config: AdamWConfig, shard: Range<usize>, device: &Device) -> Result<Self, OptimError> {
-        let zeros = || Tensor::zeros(shard.len(), DType::F32, device);
+        let zeros = || elementwise::zeros(shard.len(), device);
         Ok(Self { config, exp_avg: zeros()?, exp_avg_sq: zeros()?, masters: None, num_steps: 0, shard })
     }
 

@@ -21,7 +21,7 @@ use super::select::Selector;
 use super::understood;
 use super::{ExportContext, MethodError, Mode, PeftMethod, RowContext, TrainHooks};
 use crate::kernels::elementwise;
-use crate::kernels::host::{F32View, on_host, tensor};
+use crate::kernels::host::{F32View, tensor};
 use crate::model::ChatGlm2;
 use crate::model::hooks::{BaseWeight, LinearSite, Reach};
 use crate::model::shape::ModelShape;
@@ -287,9 +287,9 @@ impl PeftMethod for Lora {
         if self.factor() == 0.0 {
             return Ok(Some("its `lora_alpha` is 0"));
         }
+        let values = self.params.host_tensors()?;
         for &(layer, site) in self.targets.0.keys() {
-            let B = on_host(&self.params.get(&name_of_B(layer, site))?)?;
-            if F32View::new(&B)?.iter().any(|&b| b != 0.0) {
+            if F32View::new(&values[&name_of_B(layer, site)])?.iter().any(|&b| b != 0.0) {
                 return Ok(None);
             }
         }
@@ -325,7 +325,7 @@ impl PeftMethod for Lora {
             "use_dora": self.settings.use_dora,
             "use_rslora": self.settings.use_rslora,
         });
-        let tensors = self.params.tensors()?.into_iter().map(|(name, value)| (format!("{PEFT_PREFIX}{name}"), value)).collect();
+        let tensors = self.params.host_tensors()?.into_iter().map(|(name, value)| (format!("{PEFT_PREFIX}{name}"), value)).collect();
         export::peft_adapter(&config, &tensors, context.about)
     }
 

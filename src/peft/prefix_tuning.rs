@@ -13,6 +13,7 @@ use super::export::{self, ExportError, Files, PeftFile, PrefixShape};
 use super::keys::{KeyError, MethodKeys, positive};
 use super::prefix::{self, Names, PrefixEncoder, Projection, Shape};
 use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
+use crate::kernels::host::on_host;
 use crate::model::shape::ModelShape;
 use crate::model::{ChatGlm2, ModelConfig};
 use crate::params::ParamSet;
@@ -181,6 +182,6 @@ impl PeftMethod for PrefixTuning {
         let note =
             "PEFT keeps the projection's output alone: it cannot go on training the projection from this; a checkpoint of the run can";
         let about = export::with_notes(context.about, self.encoder.shape().projection.map(|_| note));
-        export::peft_files(&shape, self.encoder.table(), &context.model_dir.display().to_string(), &about)
+        export::peft_files(&shape, &on_host(self.encoder.table())?, &context.model_dir.display().to_string(), &about)
     }
 }

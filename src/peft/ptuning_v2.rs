@@ -11,6 +11,7 @@ use super::keys::{KeyError, MethodKeys, positive, share_below_one};
 use super::prefix::{self, Names, PrefixEncoder, Projection, Shape};
 use super::thudm::thudm_files;
 use super::{Costs, ExportContext, MethodError, PeftMethod, RowContext, TrainHooks};
+use crate::kernels::host::on_host;
 use crate::model::shape::ModelShape;
 use crate::model::{ChatGlm2, ModelConfig};
 use crate::params::ParamSet;
@@ -160,8 +161,8 @@ impl PeftMethod for PtuningV2 {
         let about = export::with_notes(context.about, self.encoder.shape().projection.map(|_| note));
         // Both formats in one folder: their file names differ, and the file about the run is the same.
         let mut files: BTreeMap<String, Vec<u8>> =
-            export::peft_files(&shape, self.encoder.table(), &base_model, &about)?.into_iter().collect();
-        files.extend(thudm_files(&shape, &self.params().tensors()?, &base_config, &about)?);
+            export::peft_files(&shape, &on_host(self.encoder.table())?, &base_model, &about)?.into_iter().collect();
+        files.extend(thudm_files(&shape, &self.params().host_tensors()?, &base_config, &about)?);
         Ok(files.into_iter().collect())
     }
 }

@@ -19,7 +19,7 @@ use crate::dist::ProcessGroup;
 use crate::model::shape::ModelShape;
 use crate::model::weights::WeightSource;
 use crate::model::{ChatGlm2, ModelConfig, WeightDtype};
-use crate::peft::bare;
+use crate::peft::{MethodPlan, bare};
 use crate::tokenizer::GlmTokenizer;
 
 /// The base model and the rows. A clone shares the memory of both.
@@ -51,6 +51,14 @@ impl RunData {
     /// # Errors
     /// When a file is missing or damaged, the model is not a bare base, or rows cannot be read.
     pub fn load(plan: &Plan, group: &dyn ProcessGroup) -> Result<Self, TrainError> {
+        Self::load_for(plan, &[&plan.method], group)
+    }
+
+    /// As [`Self::load`], for runs of all of `methods`.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_for(plan: &Plan, methods: &[&MethodPlan], group: &dyn ProcessGroup) -> Result<Self, TrainError> {
         let dir = &plan.model.model_name_or_path;
         let (tokenizer, config, source) = together(group, || {
             let (config, source) = bare::open_if_there(dir)?;
@@ -59,7 +67,7 @@ impl RunData {
             Ok((tokenizer, config, source))
         })?;
         let wish = Wish { device: plan.model.device, dtype: plan.model.compute_dtype };
-        let device = Chosen::open(wish, &config, device::Tuned::By(&plan.method), group)?;
+        let device = Chosen::open(wish, &config, device::Tuned::By(methods), group)?;
         let (train, validation) = load_data(plan, &tokenizer, group)?;
         Ok(Self { config, source, tokenizer, device, train, validation })
     }

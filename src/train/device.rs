@@ -31,7 +31,7 @@ pub struct Wish {
 #[derive(Clone, Copy, Debug)]
 pub enum Tuned<'a> {
     Nothing,
-    By(&'a MethodPlan),
+    By(&'a [&'a MethodPlan]),
     /// In this folder.
     Adapter(&'a Path),
 }
@@ -131,7 +131,9 @@ fn supported(config: &ModelConfig, tuned: Tuned, dtype: ComputeDtype) -> Result<
     let refused = |what| move |reason| NotOnGpu::Method { what, reason };
     match tuned {
         Tuned::Nothing => {}
-        Tuned::By(method) => method.settings().gpu_support().map_err(refused(format!("method {}", method.kind().name())))?,
+        Tuned::By(methods) => methods
+            .iter()
+            .try_for_each(|method| method.settings().gpu_support().map_err(refused(format!("method {}", method.kind().name()))))?,
         Tuned::Adapter(dir) => peft::read::gpu_support(dir).map_err(refused(format!("the adapter in {}", dir.display())))?,
     }
     if !HEAD_DIMS.contains(&config.kv_channels) {

@@ -53,6 +53,6 @@ impl BatchDump {
 /// # Errors
 /// When the disk fails.
 pub fn parameters(path: &Path, method: &dyn PeftMethod) -> Result<(), TrainError> {
-    let bytes = crate::formats::safetensors::to_bytes(&method.params().tensors()?).map_err(crate::peft::export::ExportError::from)?;
+    let bytes = crate::formats::safetensors::to_bytes(&method.params().host_tensors()?).map_err(crate::peft::export::ExportError::from)?;
     std::fs::write(path, bytes).map_err(|source| TrainError::Io { path: path.to_owned(), source })
 }

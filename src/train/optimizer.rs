@@ -12,7 +12,8 @@ use candle_core::{Device, Tensor};
 
 use super::TrainError;
 use crate::dist::{self, Collectives, Shards, Solo, Wire};
-use crate::kernels::bf16;
+use crate::kernels::host::on_host;
+use crate::kernels::{bf16, elementwise};
 use crate::optim::{self, AdamW, AdamWConfig, NonFinite, Norm};
 use crate::params::Layout;
 
@@ -95,8 +96,7 @@ impl<'g> Optimizer<'g> {
     pub fn norm(&self, shard: &Tensor, max_norm: Option<f64>) -> Result<Norm, TrainError> {
         let mine = optim::chunk_square_sums(shard)?;
         // Zeros add nothing.
-        let longest = 2 * self.shards.longest().div_ceil(optim::CHUNK);
-        let mine = mine.pad_with_zeros(0, 0, longest - mine.elem_count())?;
+        let mine = elementwise::padded(&mine, 2 * self.shards.longest().div_ceil(optim::CHUNK))?;
         Ok(Norm::new(&self.peers.all_gather(&mine)?.flatten_all()?, max_norm)?)
     }
 
@@ -123,7 +123,7 @@ impl<'g> Optimizer<'g> {
     }
 
     /// The moments that every rank must have alike, by name: all where each rank keeps all, none where the ranks share them. Not collective.
-    /// They share memory with this state.
+    /// They are in the host's memory, which may be this state's.
     ///
     /// # Errors
     /// When a size does not fit.
@@ -131,6 +131,7 @@ impl<'g> Optimizer<'g> {
         let mut tensors = BTreeMap::new();
         if self.shards.world_size() == 1 {
             for (kind, flat) in self.state(self.shard())? {
+                let flat = on_host(&flat)?;
                 tensors.extend(layout.views(&flat)?.into_iter().map(|(name, tensor)| (format!("{kind}.{name}"), tensor)));
             }
         }

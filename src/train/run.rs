@@ -398,7 +398,7 @@ impl<'a> Job<'a> {
         let rows: Vec<u64> = sampler.rows(next).into_iter().map(|(_, sample)| sample as u64).collect();
         mine.push_numbers("the order of the training rows", &rows);
         let params = self.method.params();
-        mine.push_tensors("parameter", &params.tensors()?)?;
+        mine.push_tensors("parameter", &params.host_tensors()?)?;
         mine.push_tensors("moment", &self.optimizer.common(params.layout())?)?;
         self.group.now_at(step, "audit");
         audit::audit(self.group, step, &mine)

@@ -18,6 +18,7 @@ mod order;
 mod passes;
 mod program;
 mod raw;
+mod steps;
 #[path = "../it/support.rs"]
 mod support;
 mod told;

@@ -15,23 +15,26 @@ use crate::golden_batch;
 use crate::libraries::{again, checked, inside, is_inside, text, this_test};
 
 /// The committed case with heads of 64.
-fn model(dtype: DType, device: &Device) -> ChatGlm2 {
+pub fn model(dtype: DType, device: &Device) -> ChatGlm2 {
     let case = cases().into_iter().find(|case| case.name() == "case5").expect("tests/golden/case5");
     golden_batch::model(&case, dtype, device)
 }
 
 /// Rows of several lengths, whose places in the training stream are beyond 32 bits.
-fn slot(vocabulary: u32) -> MicroBatch {
-    let rng = KeyedRng::new(3, Stream::DemoData, 0);
+fn slot(model: &ChatGlm2) -> MicroBatch {
+    MicroBatch { stream_positions: vec![7, 0, (1 << 33) + 5], ..rows(model, &[5, 70, 33], 0) }
+}
+
+/// Made-up rows of `lengths`, which `key` chooses.
+pub fn rows(model: &ChatGlm2, lengths: &[u32], key: u64) -> MicroBatch {
+    let (rng, vocabulary) = (KeyedRng::new(3, Stream::DemoData, key), model.config.padded_vocab_size as u32);
     let mut batch = MicroBatch {
-        ids: Vec::new(),
-        positions: Vec::new(),
         row_bounds: vec![0],
-        targets: Vec::new(),
-        stream_positions: vec![7, 0, (1 << 33) + 5],
-        sample_indices: vec![2, 0, 1],
+        stream_positions: (0..lengths.len() as u64).map(|row| 8 * key + row).collect(),
+        sample_indices: (0..lengths.len()).collect(),
+        ..MicroBatch::default()
     };
-    for len in [5u32, 70, 33] {
+    for &len in lengths {
         let first = batch.ids.len() as u32;
         batch.ids.extend((0..len).map(|i| rng.below(u64::from(first + i), vocabulary)));
         batch.positions.extend(0..len);
@@ -42,7 +45,7 @@ fn slot(vocabulary: u32) -> MicroBatch {
 }
 
 /// Every method that a GPU computes, with dropout, no parameter of it 0.
-fn methods(model: &ChatGlm2) -> Vec<(&'static str, Box<dyn PeftMethod>)> {
+pub fn methods(model: &ChatGlm2) -> Vec<(&'static str, Box<dyn PeftMethod>)> {
     let prefix = |projection| MethodKeys {
         pre_seq_len: Some(17),
         prefix_projection: Some(projection),
@@ -67,7 +70,7 @@ fn methods(model: &ChatGlm2) -> Vec<(&'static str, Box<dyn PeftMethod>)> {
 }
 
 fn pass(model: &ChatGlm2, method: &dyn PeftMethod, recompute: Recompute) -> SlotPass {
-    forward_backward(model, method, &slot(model.config.padded_vocab_size as u32), recompute).unwrap()
+    forward_backward(model, method, &slot(model), recompute).unwrap()
 }
 
 /// The parameters' gradient.
