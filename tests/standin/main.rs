@@ -22,3 +22,4 @@ mod steps;
 #[path = "../it/support.rs"]
 mod support;
 mod told;
+mod train;

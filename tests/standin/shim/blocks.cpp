@@ -46,14 +46,10 @@ struct Copy {
     int group;
 };
 
-struct Fiber {
-    void* sp;
-#if !defined(__x86_64__)
-    ucontext_t context;
-#endif
-    State state;
-    Copy copies[MAX_COPIES];
-    int num_copies, group;
+// The asynchronous copies of a thread that it has not waited for.
+struct Copies {
+    Copy all[MAX_COPIES];
+    int num, group;
 };
 
 enum Operation { SYNC, SHUFFLE, BALLOT, MMA, MATRICES };
@@ -72,7 +68,16 @@ struct Warp {
 };
 
 Shared shared;
-Fiber fibers[MAX_THREADS];
+// What every switch reads lies close together.
+State states[MAX_THREADS];
+#if defined(__x86_64__)
+void* stack_pointers[MAX_THREADS];
+#else
+ucontext_t contexts[MAX_THREADS];
+#endif
+#if defined(STANDIN_CHECKED)
+Copies copies[MAX_THREADS];
+#endif
 Warp warps[MAX_THREADS / WARP];
 unsigned char* stacks;
 void* scheduler_sp;
@@ -122,18 +127,18 @@ unsigned char* stack_of(int thread) { return stacks + size_t(thread) * STACK; }
 
 void to_scheduler() {
 #if defined(__x86_64__)
-    shim_switch(&fibers[current].sp, scheduler_sp);
+    shim_switch(&stack_pointers[current], scheduler_sp);
 #else
-    swapcontext(&fibers[current].context, &scheduler_context);
+    swapcontext(&contexts[current], &scheduler_context);
 #endif
 }
 
 void run(int thread) {
     current = thread;
 #if defined(__x86_64__)
-    shim_switch(&scheduler_sp, fibers[thread].sp);
+    shim_switch(&scheduler_sp, stack_pointers[thread]);
 #else
-    swapcontext(&scheduler_context, &fibers[thread].context);
+    swapcontext(&scheduler_context, &contexts[thread]);
 #endif
 }
 
@@ -152,29 +157,32 @@ __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
 
 void start() {
     kernel_function(kernel_args);
-    Fiber& fiber = fibers[current];
-    if (fiber.num_copies > 0) fail("ends with %d asynchronous copies that it did not wait for", fiber.num_copies);
-    fiber.state = FINISHED;
+#if defined(STANDIN_CHECKED)
+    if (copies[current].num > 0) fail("ends with %d asynchronous copies that it did not wait for", copies[current].num);
+#endif
+    states[current] = FINISHED;
     to_scheduler();
     abort();
 }
 
 void prepare(int thread) {
-    Fiber& fiber = fibers[thread];
-    fiber.state = RUNNABLE;
-    fiber.num_copies = fiber.group = 0;
+    states[thread] = RUNNABLE;
+#if defined(STANDIN_CHECKED)
+    copies[thread].num = copies[thread].group = 0;
+#endif
 #if defined(__x86_64__)
-    void** top = reinterpret_cast<void**>(stack_of(thread) + STACK);
+    // Tops that are not all a power of two apart: a processor's cache would have one place for them all.
+    void** top = reinterpret_cast<void**>(stack_of(thread) + STACK - thread % 31 * 192);
     *--top = nullptr;  // the alignment that a call would leave
     *--top = reinterpret_cast<void*>(&start);
     top -= 6;
     memset(top, 0, 6 * sizeof(void*));
-    fiber.sp = top;
+    stack_pointers[thread] = top;
 #else
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stack_of(thread);
-    fiber.context.uc_stack.ss_size = STACK;
-    makecontext(&fiber.context, start, 0);
+    getcontext(&contexts[thread]);
+    contexts[thread].uc_stack.ss_sp = stack_of(thread);
+    contexts[thread].uc_stack.ss_size = STACK;
+    makecontext(&contexts[thread], start, 0);
 #endif
 }
 
@@ -302,22 +310,37 @@ float half_value(uint32_t bits, bool is_bf16) {
 }
 
 #if !defined(STANDIN_CHECKED)
+uint64_t bits_of(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+double of_bits(uint64_t bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 // As tensor cores add (measured by Fasi et al. 2021, doi:10.7717/peerj-cs.330): what is added is aligned to the largest of it, and bits below the
 // last of 24 are cut off, as are those of the sum. Real ones keep 0 to 3 bits more.
 float add_up(const double (&terms)[17]) {
-    double largest = 0.0;
-    for (double term : terms) largest = fmax(largest, fabs(term));
-    if (!(largest > 0.0 && largest < INFINITY)) {
+    uint64_t exponent = 0;
+    for (double term : terms) {
+        const uint64_t own = bits_of(term) >> 52 & 0x7ff;
+        exponent = own > exponent ? own : exponent;
+    }
+    // Infinities and NaN; and nothing but zeros, since what is multiplied has far smaller exponents than a double may.
+    if (exponent == 0x7ff || exponent < 64) {
         float sum = 0.0f;
         for (double term : terms) sum += float(term);
         return sum;
     }
-    const double unit = ldexp(1.0, ilogb(largest) - 23), inverse = 1.0 / unit;
-    int64_t units = 0;
-    for (double term : terms) units += int64_t(term * inverse);
+    const double unit = of_bits((exponent - 23) << 52), inverse = of_bits((2046 + 23 - exponent) << 52);
+    int32_t units = 0;  // each below 2^24
+    for (double term : terms) units += int32_t(term * inverse);
     const double sum = double(units) * unit;
     const float rounded = float(sum);
-    return fabs(double(rounded)) > fabs(sum) ? nextafterf(rounded, 0.0f) : rounded;
+    return fabs(double(rounded)) > fabs(sum) ? __uint_as_float(__float_as_uint(rounded) - 1) : rounded;
 }
 #endif
 
@@ -371,7 +394,7 @@ void in_warp(Operation operation, unsigned lanes) {
     if (warp.arrived > 0 && warp.operation != operation) fail("lanes of a warp are at different operations (%d and %d)", warp.operation, operation);
     warp.operation = operation;
     if (++warp.arrived < WARP) {
-        fibers[current].state = IN_WARP;
+        states[current] = IN_WARP;
         to_scheduler();
         return;
     }
@@ -399,7 +422,7 @@ void in_warp(Operation operation, unsigned lanes) {
             spread(warp);
             break;
     }
-    for (int lane = 0; lane < WARP; lane++) fibers[current / WARP * WARP + lane].state = RUNNABLE;
+    for (int lane = 0; lane < WARP; lane++) states[current / WARP * WARP + lane] = RUNNABLE;
 }
 
 // ---- blocks --------------------------------------------------------------------------------------------------------------------------
@@ -409,26 +432,30 @@ void run_block(int order) {
     block_epoch = ++epoch;
     if (shared.cells) memset(static_cast<void*>(shared.cells), 0, (shared.bytes / GRANULE + 1) * sizeof(Cell));
     memset(shared.memory, 0xff, shared.bytes);
-    for (int i = 0; i < num_threads; i++) prepare(i);
+    static int sequence[MAX_THREADS];
+    for (int i = 0; i < num_threads; i++) {
+        prepare(i);
+        sequence[i] = order == 0 ? i : order == 1 ? num_threads - 1 - i : (i * 389 + order) % num_threads;
+    }
     for (Warp& warp : warps) warp.arrived = 0, warp.epoch = 1;
     int finished = 0;
     while (finished < num_threads) {
         bool moved = false;
         for (int i = 0; i < num_threads && !failed; i++) {
-            int thread = order == 0 ? i : order == 1 ? num_threads - 1 - i : (i * 389 + order) % num_threads;
-            if (fibers[thread].state != RUNNABLE) continue;
+            const int thread = sequence[i];
+            if (states[thread] != RUNNABLE) continue;
             run(thread);
             moved = true;
         }
         if (failed) return;
         int waiting = finished = 0;
         for (int i = 0; i < num_threads; i++) {
-            waiting += fibers[i].state == AT_BARRIER;
-            finished += fibers[i].state == FINISHED;
+            waiting += states[i] == AT_BARRIER;
+            finished += states[i] == FINISHED;
         }
         if (waiting == num_threads) {
             epoch++;
-            for (int i = 0; i < num_threads; i++) fibers[i].state = RUNNABLE;
+            for (int i = 0; i < num_threads; i++) states[i] = RUNNABLE;
             for (Warp& warp : warps) warp.epoch = 1;
         } else if (!moved && finished < num_threads) {
             failed = true;
@@ -452,7 +479,7 @@ shim_index shim_grid_size() { return grid; }
 unsigned char* shim_shared_memory() { return shared.memory; }
 
 void shim_sync_block() {
-    fibers[current].state = AT_BARRIER;
+    states[current] = AT_BARRIER;
     to_scheduler();
 }
 void shim_sync_warp(unsigned lanes) { in_warp(SYNC, lanes); }
@@ -495,23 +522,23 @@ void shim_store(void* to, const void* from, int bytes) {
 }
 // The data comes at the wait, and until then what is there may not be read.
 void shim_copy_async(void* to, const void* global, bool is_there) {
-    Fiber& fiber = fibers[current];
+    Copies& own = copies[current];
     expect_shared(to, "an asynchronous copy");
     if (is_there) access(global, 16, false);
     access(to, 16, true);
     counts[3] -= 16;
     for (int i = 0; i < 8; i++) shared.cells[(reinterpret_cast<uintptr_t>(to) - shared.start) / GRANULE + size_t(i)].is_valid = false;
-    if (fiber.num_copies == MAX_COPIES) fail("more than %d asynchronous copies", MAX_COPIES);
-    fiber.copies[fiber.num_copies++] = {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(global), is_there, fiber.group};
+    if (own.num == MAX_COPIES) fail("more than %d asynchronous copies", MAX_COPIES);
+    own.all[own.num++] = {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(global), is_there, own.group};
 }
-void shim_copy_async_commit() { fibers[current].group++; }
+void shim_copy_async_commit() { copies[current].group++; }
 void shim_copy_async_wait(int open) {
-    Fiber& fiber = fibers[current];
+    Copies& own = copies[current];
     int kept = 0;
-    for (int i = 0; i < fiber.num_copies; i++) {
-        const Copy& copy = fiber.copies[i];
-        if (copy.group >= fiber.group - open) {
-            fiber.copies[kept++] = copy;
+    for (int i = 0; i < own.num; i++) {
+        const Copy& copy = own.all[i];
+        if (copy.group >= own.group - open) {
+            own.all[kept++] = copy;
             continue;
         }
         access(copy.to, 16, true);
@@ -521,7 +548,7 @@ void shim_copy_async_wait(int open) {
             memset(copy.to, 0, 16);
         }
     }
-    fiber.num_copies = kept;
+    own.num = kept;
 }
 #endif
 uint32_t shim_atomic_min(uint32_t* at, uint32_t value) { return atomic_min(at, value); }
