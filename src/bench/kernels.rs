@@ -212,7 +212,10 @@ pub fn entries(executor: &dyn Executor, shape: &Shape) -> Result<Vec<Entry>, Lau
     let (qkv, qkv_kept) = memory.restored("qkv", tokens * width)?;
     let turned = num_heads + num_groups;
     let angles = memory.values("cos", F32, tokens * head_dim / 4)?;
-    let rotary = rotary::device::Heads { x: qkv, cos: angles, sin: angles, rows: tokens, stride: width, heads: turned, head_dim };
+    let positions: Vec<u32> = (0..tokens as u32).collect();
+    let positions = memory.bytes("positions", bytemuck::cast_slice(&positions))?;
+    let rotary =
+        rotary::device::Heads { x: qkv, positions, cos: angles, sin: angles, rows: tokens, stride: width, heads: turned, head_dim };
     push("rotary", least("rotary", tokens), &[qkv_kept], Box::new(move |e| rotary::device::rotate_(e, DTYPE, &rotary, Direction::Forward)));
 
     for (prefix, row, of_rows) in [(0, row, ""), (prefix, row, ""), (0, long_row, ", long rows"), (prefix, long_row, ", long rows")] {

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::host::{F32View, tensor};
-use super::on_gpu::on_gpu;
+use super::on_gpu::{on_gpu, upload, upload_u64};
 use crate::rng::{KeyedRng, Stream, unit};
 
 /// What is dropped where.
@@ -48,7 +48,7 @@ impl<'a> Rows<'a> {
             None
         } else {
             let words: Vec<u32> = bounds.iter().map(|&bound| bound as u32).collect();
-            Some([Tensor::new(words, device)?, upload(positions, device)?])
+            Some([upload(&words, device)?, upload_u64(positions, device)?])
         };
         Ok(Self { bounds, positions, sent })
     }
@@ -122,12 +122,6 @@ impl Mask {
         gpu.run(|e, dtype| device::apply(e, dtype, *key, &rows))?;
         Ok(y_TC)
     }
-}
-
-/// 64-bit numbers as pairs of words.
-pub(super) fn upload(numbers: &[u64], device: &Device) -> Result<Tensor> {
-    let words: Vec<u32> = numbers.iter().flat_map(|&n| [n as u32, (n >> 32) as u32]).collect();
-    Tensor::new(words, device)
 }
 
 /// The kernels `dropout_*` of `dropout.cu`.

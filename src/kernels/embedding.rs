@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::host::{F32View, with_f32_mut};
+use super::ids::Ids;
 use super::launch::NO_REPORT;
 use super::on_gpu::on_gpu;
 
@@ -10,16 +11,18 @@ use super::on_gpu::on_gpu;
 ///
 /// # Errors
 /// When an id is not below V.
-pub fn gather(table_VH: &Tensor, ids: &[u32]) -> Result<Tensor> {
+pub fn gather(table_VH: &Tensor, ids: &Ids) -> Result<Tensor> {
     let (v, h) = table_VH.dims2()?;
-    if let Some(&bad) = ids.iter().find(|&&id| id as usize >= v) {
+    if let Some(&bad) = ids.as_slice().iter().find(|&&id| id as usize >= v) {
         bail!("embedding: id {bad} is not below {v}");
     }
-    let Some(gpu) = on_gpu(table_VH)? else { return table_VH.index_select(&Tensor::new(ids, table_VH.device())?, 0) };
-    let (rows_TH, ids_T) = (gpu.result((ids.len(), h))?, gpu.upload(ids)?);
+    let Some(gpu) = on_gpu(table_VH)? else {
+        return table_VH.index_select(&Tensor::new(ids.as_slice(), table_VH.device())?, 0);
+    };
+    let (rows_TH, ids_T) = (gpu.result((ids.len(), h))?, ids.on(&gpu)?);
     let gather = device::Gather {
         table: gpu.at(table_VH)?,
-        ids: gpu.at_of(&ids_T, DType::U32)?,
+        ids: gpu.at_of(ids_T, DType::U32)?,
         rows: gpu.at(&rows_TH)?,
         fault: NO_REPORT,
         vocabulary: v,
@@ -34,17 +37,17 @@ pub fn gather(table_VH: &Tensor, ids: &[u32]) -> Result<Tensor> {
 ///
 /// # Errors
 /// When the sizes differ, an id is not below T, or ids do not ascend.
-pub fn put_rows_(sum_TH: &Tensor, ids: &[u32], x_NH: &Tensor) -> Result<()> {
-    if ids.windows(2).any(|pair| pair[0] >= pair[1]) {
+pub fn put_rows_(sum_TH: &Tensor, ids: &Ids, x_NH: &Tensor) -> Result<()> {
+    if ids.as_slice().windows(2).any(|pair| pair[0] >= pair[1]) {
         bail!("put_rows: the rows do not ascend");
     }
-    let Some(gpu) = on_gpu(sum_TH)? else { return scatter_add_rows_(sum_TH, ids, x_NH) };
+    let Some(gpu) = on_gpu(sum_TH)? else { return scatter_add_rows_(sum_TH, ids.as_slice(), x_NH) };
     let ((t, h), (n, width)) = (sum_TH.dims2()?, x_NH.dims2()?);
-    if h != width || ids.len() != n || ids.iter().any(|&id| id as usize >= t) {
+    if h != width || ids.len() != n || ids.as_slice().iter().any(|&id| id as usize >= t) {
         bail!("put_rows: rows [{n}, {width}] at {} places of [{t}, {h}]", ids.len());
     }
-    let ids_N = gpu.upload(ids)?;
-    let put = device::Put { table: gpu.at(sum_TH)?, ids: gpu.at_of(&ids_N, DType::U32)?, rows: gpu.at(x_NH)?, tokens: n, columns: h };
+    let ids_N = ids.on(&gpu)?;
+    let put = device::Put { table: gpu.at(sum_TH)?, ids: gpu.at_of(ids_N, DType::U32)?, rows: gpu.at(x_NH)?, tokens: n, columns: h };
     gpu.run(|e, dtype| device::put(e, dtype, &put))
 }
 

@@ -47,6 +47,12 @@ pub trait Gpu: Executor + Send + Sync {
     /// When an address is no multiple of 16 bytes, or cuBLASLt has no way to do it, or fails.
     fn product(&self, product: &Product) -> Result<(), LaunchError>;
 
+    /// Queues a copy of the host's `bytes`, which are the caller's again.
+    ///
+    /// # Errors
+    /// When the lengths differ or the device fails.
+    fn send(&self, bytes: &[u8], to: Buffer) -> Result<(), LaunchError>;
+
     /// Queues a copy.
     ///
     /// # Errors

@@ -19,6 +19,7 @@ pub mod embedding;
 mod gemm;
 pub mod gpu;
 pub mod host;
+pub mod ids;
 pub mod kl;
 pub mod launch;
 pub mod lstm;

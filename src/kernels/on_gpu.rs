@@ -23,17 +23,41 @@ pub struct OnGpu {
 /// # Errors
 /// When `x` is on another device than glmddp opens, or has values that no kernel computes with.
 pub fn on_gpu(x: &Tensor) -> Result<Option<OnGpu>> {
-    if x.device().is_cpu() {
+    open(x.device(), x.dtype())
+}
+
+/// 64-bit numbers as pairs of words, on a GPU.
+///
+/// # Errors
+/// When `device` is none, or there is not enough memory.
+pub fn upload_u64(numbers: &[u64], device: &Device) -> Result<Tensor> {
+    upload(&numbers.iter().flat_map(|&n| [n as u32, (n >> 32) as u32]).collect::<Vec<u32>>(), device)
+}
+
+/// Words, on a GPU.
+///
+/// # Errors
+/// As [`upload_u64`].
+pub fn upload(words: &[u32], device: &Device) -> Result<Tensor> {
+    match open(device, DType::F32)? {
+        Some(gpu) => gpu.upload(words),
+        None => bail!("upload: to the CPU"),
+    }
+}
+
+/// `dtype` is that of the op's values.
+fn open(device: &Device, dtype: DType) -> Result<Option<OnGpu>> {
+    if device.is_cpu() {
         return Ok(None);
     }
-    let dtype = match x.dtype() {
+    let dtype = match dtype {
         DType::F32 => KernelDtype::F32,
         DType::BF16 => KernelDtype::Bf16,
         DType::F16 => KernelDtype::F16,
         dtype => bail!("no kernel computes with {dtype:?}"),
     };
-    let gpu = cuda::gpu_of(x.device()).map_err(Error::wrap)?;
-    Ok(Some(OnGpu { gpu, device: x.device().clone(), dtype }))
+    let gpu = cuda::gpu_of(device).map_err(Error::wrap)?;
+    Ok(Some(OnGpu { gpu, device: device.clone(), dtype }))
 }
 
 impl OnGpu {
@@ -109,7 +133,7 @@ impl OnGpu {
     /// # Errors
     /// When there is not enough memory.
     pub fn upload(&self, words: &[u32]) -> Result<Tensor> {
-        Tensor::from_slice(words, words.len(), &self.device)
+        self.sent(bytemuck::cast_slice(words), words.len(), DType::U32)
     }
 
     /// As [`Self::upload`], of f32 values.
@@ -117,7 +141,15 @@ impl OnGpu {
     /// # Errors
     /// As [`Self::upload`].
     pub fn upload_f32(&self, values: &[f32]) -> Result<Tensor> {
-        Tensor::from_slice(values, values.len(), &self.device)
+        self.sent(bytemuck::cast_slice(values), values.len(), DType::F32)
+    }
+
+    fn sent(&self, bytes: &[u8], len: usize, dtype: DType) -> Result<Tensor> {
+        let sent = self.result_of(len, dtype)?;
+        if len > 0 {
+            self.gpu.send(bytes, Buffer { address: self.at_of(&sent, dtype)?, bytes: bytes.len() }).map_err(Error::wrap)?;
+        }
+        Ok(sent)
     }
 
     /// Launches what `start` does.

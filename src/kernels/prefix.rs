@@ -5,9 +5,8 @@
 use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::dropout::upload;
 use super::host::{F32View, tensor, with_f32_mut};
-use super::on_gpu::on_gpu;
+use super::on_gpu::{on_gpu, upload_u64};
 use crate::rng::{KeyedRng, Stream, unit};
 
 /// Sizes of a table.
@@ -62,7 +61,7 @@ impl Dropout {
     pub fn keyed(layout: Layout, seed: u64, p: f32, positions: &[u64], device: &Device) -> Result<Self> {
         let rows = positions.len();
         if !device.is_cpu() {
-            return Ok(Self::Keyed { rows, positions: upload(positions, device)?, seed, p });
+            return Ok(Self::Keyed { rows, positions: upload_u64(positions, device)?, seed, p });
         }
         let kept = 1.0 / (1.0 - p);
         let mut values = vec![0f32; rows * layout.len()];

@@ -1,6 +1,7 @@
 //! ChatGLM2: embedding, blocks, final norm; the head lives in [`super::loss`].
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -13,7 +14,8 @@ use super::shape::ModelShape;
 use super::soft::Extended;
 use super::weights::WeightSource;
 use crate::kernels::attention::{Heads, Rows, Tables};
-use crate::kernels::rotary::{Angles, Precision, Table};
+use crate::kernels::ids::Ids;
+use crate::kernels::rotary::{self, Angles, Precision, Table};
 use crate::kernels::{bf16, embedding, rms_norm};
 
 /// What the backward pass computes again instead of keeping.
@@ -54,7 +56,8 @@ pub struct ChatGlm2 {
     blocks: Vec<Block>,
     final_layernorm_H: Option<Tensor>,
     output_layer: Linear,
-    angles: Angles,
+    /// Shared by clones: what is made of it serves all.
+    rotary: Arc<rotary::Cache>,
 }
 
 /// What a forward pass leaves for the backward pass, lowest layer first; none for layers that the gradient does not reach.
@@ -147,7 +150,8 @@ impl ChatGlm2 {
             RopeTable::Published => Precision::Published(c.torch_dtype),
         };
         let angles = Angles { base: c.rope.base, position_divisor: c.rope.position_scale, precision };
-        Ok(Self { embedding_VH, blocks, final_layernorm_H, output_layer, angles, config })
+        let rotary = Arc::new(rotary::Cache::new(c.kv_channels, angles));
+        Ok(Self { embedding_VH, blocks, final_layernorm_H, output_layer, rotary, config })
     }
 
     pub fn device(&self) -> &Device {
@@ -177,14 +181,14 @@ impl ChatGlm2 {
     /// # Errors
     /// As [`Self::forward`].
     pub fn forward_observed(&self, tokens: Tokens, hooks: &dyn Hooks, keep: Keep, observer: &mut dyn Observer) -> Result<(Tensor, Tape)> {
-        let mut x_TH = embedding::gather(&self.embedding_VH, tokens.ids)?;
+        let mut x_TH = embedding::gather(&self.embedding_VH, &Ids::new(tokens.ids))?;
         let soft_PH = hooks.soft_tokens()?;
         let extended = soft_PH.as_ref().map(|soft_PH| Ok::<_, candle_core::Error>(Extended::new(tokens, soft_PH.dim(0)?))).transpose()?;
         if let (Some(extended), Some(soft_PH)) = (&extended, &soft_PH) {
             x_TH = extended.join(soft_PH, &x_TH)?;
         }
         let (positions, rows) = extended.as_ref().map_or((tokens.positions, tokens.rows), |e| (e.positions(), e.rows()));
-        let rotary = Table::new(positions, self.config.kv_channels, self.angles);
+        let rotary = self.rotary.table(positions);
         let tables = Tables::default();
         let rows = Rows { tables: Some(&tables), ..rows };
         let mut layers = Vec::with_capacity(self.blocks.len());

@@ -9,6 +9,7 @@ use super::loss;
 use crate::formats::text_of;
 use crate::kernels::attention::Rows;
 use crate::kernels::host::on_host;
+use crate::kernels::ids::Ids;
 use crate::kernels::non_finite::first_non_finite;
 use crate::kernels::{cross_entropy, elementwise, embedding};
 
@@ -96,7 +97,7 @@ impl Cache<'_> {
             }
         }
         let order: Vec<u32> = order.into_iter().map(|at| at as u32).collect();
-        let both = embedding::gather(&elementwise::cat(&vectors)?, &order)?;
+        let both = embedding::gather(&elementwise::cat(&vectors)?, &Ids::new(order))?;
         let part = |which: usize| both.narrow(0, which * g * (p + t), g * (p + t))?.reshape((1, g, p + t, d));
         self.layers[layer] = Some(PrefixKv { k_RGPD: part(0)?, v_RGPD: part(1)? });
         Ok(())

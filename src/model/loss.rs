@@ -6,6 +6,7 @@ use super::chatglm2::ChatGlm2;
 use super::hooks::{BaseWeight, Hooks};
 use crate::kernels::cross_entropy::{self, Logits};
 use crate::kernels::host::on_host;
+use crate::kernels::ids::Ids;
 use crate::kernels::{elementwise, embedding, kl, matmul, rms_norm};
 
 /// Positions whose logits are held at once: 133 MB in f32 at ChatGLM2's vocabulary. A weight of the head is packed once a chunk, so smaller
@@ -84,6 +85,8 @@ pub fn kl(base: (&ChatGlm2, &Tensor), tuned: (&ChatGlm2, &Tensor), targets: &[(u
     Ok(divergences)
 }
 
-fn split(targets: &[(u32, u32)]) -> (Vec<u32>, Vec<u32>) {
-    targets.iter().copied().unzip()
+/// The predicting tokens, and the ids that they are to predict.
+fn split(targets: &[(u32, u32)]) -> (Ids, Vec<u32>) {
+    let (index, ids): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
+    (Ids::new(index), ids)
 }

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 
 use crate::data::MicroBatch;
 use crate::kernels::attention::Rows;
+use crate::kernels::ids::Ids;
 use crate::kernels::{embedding, host};
 use crate::model::chatglm2::{Keep, Tokens};
 use crate::model::hooks::{Hooks, NoHooks, Stage};
@@ -82,7 +83,7 @@ pub fn forward_with_logits(model: &ChatGlm2, method: &dyn PeftMethod, batch: &Mi
     let hooks = method.hooks(rows(batch, Mode::Eval))?;
     let (hidden, _) = model.forward(tokens(batch), &*hooks, Keep::Nothing)?;
     let nll_sum = sum(&read(&loss::nll(model, &hidden, &batch.targets)?)?);
-    let logits = loss::logits(model, &embedding::gather(&hidden, at)?)?;
+    let logits = loss::logits(model, &embedding::gather(&hidden, &Ids::new(at))?)?;
     Ok((nll_sum, logits.to_vec2()?))
 }
 

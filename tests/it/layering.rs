@@ -75,6 +75,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/kernels/cuda/device.rs", "the loader and NVIDIA's driver are C libraries"),
     ("src/kernels/cuda/executor.rs", "kernels are started by NVIDIA's driver"),
     ("src/kernels/cuda/products.rs", "cuBLASLt is a C library"),
+    ("src/kernels/cuda/staging.rs", "page-locked memory is the driver's"),
     ("src/kernels/on_gpu.rs", "results of kernels lie in memory that nobody cleared first"),
     ("src/kernels/gemm.rs", "tiles of registers"),
     ("src/kernels/matmul.rs", "results in uninitialised memory"),

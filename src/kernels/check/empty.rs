@@ -30,7 +30,7 @@ pub fn cases() -> Vec<Case> {
         }),
         case("rotary", |e, dtype| {
             let (x, cos, sin) = (NOWHERE, NOWHERE, NOWHERE);
-            let heads = rotary::device::Heads { x, cos, sin, rows: 0, stride: 2 * COLUMNS, heads: 2, head_dim: COLUMNS };
+            let heads = rotary::device::Heads { x, positions: cos, cos, sin, rows: 0, stride: 2 * COLUMNS, heads: 2, head_dim: COLUMNS };
             rotary::device::rotate_(e, dtype, &heads, Direction::Forward)
         }),
         case("cross_entropy", |e, dtype| {

@@ -19,7 +19,7 @@ pub fn cases() -> Vec<Case> {
             }
         }
     }
-    let heads = |head_dim, stride| device::Heads { x: 0, cos: 0, sin: 0, rows: 1, stride, heads: 2, head_dim };
+    let heads = |head_dim, stride| device::Heads { x: 0, positions: 0, cos: 0, sin: 0, rows: 1, stride, heads: 2, head_dim };
     cases.push(Case::refused(
         "rotary",
         "a head of 24",
@@ -46,6 +46,7 @@ fn rotate(check: &mut Check, dtype: KernelDtype, rows: usize, head_dim: usize, g
     let (cos, sin) = table.values();
     let on_device = device::Heads {
         x: check.input("x", dtype, &strided(&x, width, width + gap, BETWEEN))?,
+        positions: check.bytes("positions", bytemuck::cast_slice(&positions))?,
         cos: check.input("cos", KernelDtype::F32, cos)?,
         sin: check.input("sin", KernelDtype::F32, sin)?,
         rows,

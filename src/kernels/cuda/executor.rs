@@ -14,6 +14,7 @@ use cudarc::nvrtc::Ptx;
 use super::super::launch::{Buffer, Executor, Launch, LaunchError};
 use super::device::{failed, name_and_text};
 use super::products::Blas;
+use super::staging::Staging;
 use super::{Build, CudaError, Device, build, driver, images};
 
 /// Bytes of dynamic shared memory that a kernel gets without asking.
@@ -35,6 +36,7 @@ pub struct CudaExecutor {
     pub(super) last: Mutex<String>,
     /// Made by the first product.
     pub(super) blas: Mutex<Option<Blas>>,
+    pub(super) staging: Mutex<Staging>,
 }
 
 impl CudaExecutor {
@@ -63,8 +65,8 @@ impl CudaExecutor {
         // SAFETY: all that is queued goes to the one stream, so that nothing has to be ordered by events. They would be two an allocation.
         unsafe { context.disable_event_tracking() };
         keep_freed_memory(&context).map_err(|e| failed("cuMemPoolSetAttribute", e))?;
-        let (modules, kernels, buffers, last, blas) = Default::default();
-        Ok(Self { device, build, context, stream, modules, kernels, buffers, last, blas })
+        let (modules, kernels, buffers, last, blas, staging) = Default::default();
+        Ok(Self { device, build, context, stream, modules, kernels, buffers, last, blas, staging })
     }
 
     /// The kernel, its module loaded if it is the first of it.

@@ -12,6 +12,8 @@ mod images;
 mod library;
 #[cfg(feature = "cuda")]
 mod products;
+#[cfg(feature = "cuda")]
+mod staging;
 
 pub use device::{address, build, driver, gpu_of, load, open, tensor_device};
 pub use error::CudaError;

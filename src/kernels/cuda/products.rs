@@ -160,6 +160,14 @@ impl Drop for Preference {
     }
 }
 
+/// So many bytes are copied into a buffer.
+fn expect_bytes(bytes: usize, to: Buffer) -> Result<(), LaunchError> {
+    if bytes == to.bytes {
+        return Ok(());
+    }
+    Err(LaunchError::Memory { name: format!("at {:#x}", to.address), bytes: to.bytes, reason: format!("{bytes} bytes are copied into it") })
+}
+
 impl Gpu for CudaExecutor {
     fn product(&self, product: &Product) -> Result<(), LaunchError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
@@ -237,11 +245,17 @@ impl Gpu for CudaExecutor {
         .map_err(|e| product_failed("cublasLtMatmul", e))
     }
 
+    fn send(&self, bytes: &[u8], to: Buffer) -> Result<(), LaunchError> {
+        expect_bytes(bytes.len(), to)?;
+        self.bind("copy")?;
+        // SAFETY: the context is this thread's; the buffer is memory of this stream, as long as `bytes`, and whoever frees it queues the free behind
+        // this copy.
+        unsafe { locked(&self.staging).send(bytes, to.address, self.stream.cu_stream()) }
+            .map_err(|e| self.memory_error(to, "a copy from page-locked memory", e))
+    }
+
     fn copy(&self, from: Buffer, to: Buffer) -> Result<(), LaunchError> {
-        if from.bytes != to.bytes {
-            let reason = format!("{} bytes are copied into it", from.bytes);
-            return Err(LaunchError::Memory { name: format!("at {:#x}", to.address), bytes: to.bytes, reason });
-        }
+        expect_bytes(from.bytes, to)?;
         self.bind("copy")?;
         // SAFETY: both are memory of this stream, as long as they say: whoever frees it queues the free behind this copy.
         unsafe { cudarc::driver::result::memcpy_dtod_async(to.address, from.address, from.bytes, self.stream.cu_stream()) }
