@@ -63,7 +63,7 @@ for source in "${all[@]}"; do
     make "${objects[-1]}" "$source ${headers[*]}" "${kernel[@]}" "-I$here/shim" "-I$sources" "$source" &
     jobs+=($!)
 done
-library libcuda.so.1 "$here/driver/counts.cpp $here/driver/driver.cpp $here/driver/memory.cpp $here/driver/streams.cpp $here/shim/blocks.cpp" \
+library libcuda.so.1 "$here/driver/counts.cpp $here/driver/driver.cpp $here/driver/memory.cpp $here/driver/plant.cpp $here/driver/streams.cpp $here/shim/blocks.cpp" \
     -ffp-contract=off -Wl,-z,defs -ldl -lm -lpthread
 library libcublas.so.13 "$here/blas.cpp"
 library libcublasLt.so.13 "$here/blas_lt.cpp" -O3 -ffp-contract=off "$to/libcuda.so.1"

@@ -16,6 +16,7 @@ mod mutations;
 mod not_run;
 mod order;
 mod passes;
+mod planted;
 mod program;
 mod raw;
 mod steps;

@@ -14,6 +14,7 @@
 // GLMDDP_STANDIN_FAIL       calls that fail, as CALL:NUMBER:CODE;...: the NUMBER-th call (from 1) of this function returns CODE, and so do all
 //                           calls behind it if the driver says of the code that the process must end
 // GLMDDP_STANDIN_COUNTS     a folder for what is asked for (counts.h)
+// GLMDDP_STANDIN_PLANT      an error of the host, made in its place (plant.h)
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,6 +26,7 @@
 
 #include "counts.h"
 #include "memory.h"
+#include "plant.h"
 #include "streams.h"
 
 extern "C" const char* shim_launch(void (*function)(const void*), const int* grid, int threads, size_t shared_bytes, const void* args,
@@ -198,6 +200,10 @@ Result up(void* stream, Address to, const void* from, size_t bytes) {
     if (!memory::is_allocated(to, bytes)) return refuse(INVALID_VALUE, "a copy to memory that is not allocated: " + memory::describe(to));
     const bool is_pinned = memory::is_pinned(from, bytes);
     counts::copy(is_pinned ? counts::UP_PINNED : counts::UP_PAGEABLE, bytes);
+    const plant::Error& error = plant::at(is_pinned ? "send" : "up");
+    if (error.is("leave_out")) return SUCCESS;
+    if (error.is("elsewhere")) stream = plant::elsewhere();
+    if (error.is("short")) bytes -= std::min(bytes, size_t(error.a));
     // Pageable memory is read now. Pinned memory is read when the copy runs: the host may not write to it before, but a copy may.
     const auto* first = static_cast<const unsigned char*>(from);
     auto source = std::make_shared<std::vector<unsigned char>>(first, is_pinned ? first : first + bytes);
@@ -215,6 +221,7 @@ Result up(void* stream, Address to, const void* from, size_t bytes) {
     };
     if (Result result = queue(stream, "copy to the GPU" + size_of(bytes), run, &op)) return result;
     if (is_pinned) memory::lend_host(host, bytes, op->id, false);
+    if (error.is("touched")) ++*static_cast<volatile unsigned char*>(host);
     return SUCCESS;
 }
 
@@ -222,6 +229,7 @@ Result down(void* stream, void* to, Address from, size_t bytes, const char* call
     if (!memory::is_allocated(from, bytes)) return refuse(INVALID_VALUE, "a copy from memory that is not allocated: " + memory::describe(from));
     const bool is_pinned = memory::is_pinned(to, bytes);
     counts::copy(is_pinned ? counts::DOWN_PINNED : counts::DOWN_PAGEABLE, bytes);
+    if (plant::at("down").is("early")) return memset(to, 0xff, bytes), SUCCESS;
     std::shared_ptr<Op> op;
     const auto run = [=]() -> std::string {
         std::string problem = memory::touch(from, bytes, false);
@@ -246,6 +254,9 @@ Result on_device(void* stream, Address to, Address from, size_t bytes) {
     for (const Address at : {to, from})
         if (!memory::is_allocated(at, bytes)) return refuse(INVALID_VALUE, "a copy of memory that is not allocated: " + memory::describe(at));
     counts::copy(counts::ON_DEVICE, bytes);
+    const plant::Error& error = plant::at("copy");
+    if (error.is("leave_out")) return SUCCESS;
+    if (error.is("elsewhere")) stream = plant::elsewhere();
     return queue(stream, "copy on the GPU" + size_of(bytes), [=]() -> std::string {
         std::string problem = memory::touch(from, bytes, false);
         if (problem.empty()) problem = memory::touch(to, bytes, true);
@@ -278,6 +289,7 @@ Result release(Address at, void* stream) {
     Device& device = *static_cast<Device*>(found->device);
     device.allocated -= found->bytes;
     counts::release(device.allocated);
+    if (plant::at("free").is("elsewhere")) stream = plant::elsewhere();
     return queue(stream, "free of allocation " + std::to_string(found->number), [=] { return memory::release(at); });
 }
 
@@ -360,6 +372,9 @@ Result cuMemsetD8Async(Address to, unsigned char value, size_t bytes, void* stre
     if (bytes == 0) return SUCCESS;
     if (!memory::is_allocated(to, bytes)) return refuse(INVALID_VALUE, "filling memory that is not allocated: " + memory::describe(to));
     counts::fill(bytes);
+    const plant::Error& error = plant::at("fill");
+    if (error.is("leave_out")) return SUCCESS;
+    if (error.is("elsewhere")) stream = plant::elsewhere();
     return queue(stream, "fill" + size_of(bytes), [=]() -> std::string {
         std::string problem = memory::touch(to, bytes, true);
         if (problem.empty()) memset(reinterpret_cast<void*>(to), value, bytes);
@@ -461,6 +476,17 @@ Result cuLaunchKernel(void* of, unsigned grid_x, unsigned grid_y, unsigned grid_
     // Arguments are copied when the call returns, to where words may lie.
     auto args = std::make_shared<std::vector<uint64_t>>((size_t(function.args_bytes) + 7) / 8);
     memcpy(args->data(), first, size_t(function.args_bytes));
+    const plant::Error& error = plant::at("launch " + function.name);
+    if (error.is("leave_out")) return SUCCESS;
+    if (error.is("elsewhere")) stream = plant::elsewhere();
+    if (error.is("swapped")) std::swap(args->at(0), args->at(1));
+    if (error.is("grid")) grid_x += unsigned(error.a);
+    static std::map<std::string, std::vector<uint64_t>> firsts;
+    const std::vector<uint64_t>& first_args = firsts.emplace(function.name, *args).first->second;
+    if (error.is("stale")) args->at(size_t(error.a) / 8) = first_args.at(size_t(error.a) / 8);
+    if (error.is("add")) args->at(size_t(error.a) / 8) += uint64_t(error.b) << error.a % 8 * 8;
+    if (error.is("freed"))
+        if (memory::Allocation* found = memory::find(args->at(size_t(error.a) / 8))) release(found->start, stream);
     const bool faults = is_named("GLMDDP_STANDIN_FAULT", function.name);
     const int drawn = streams::draw(3) < 2 ? int(streams::draw(2)) : int(2 + streams::draw(1000));
     const int order = thread_order >= 0 ? thread_order : drawn;
@@ -471,6 +497,7 @@ Result cuLaunchKernel(void* of, unsigned grid_x, unsigned grid_y, unsigned grid_
         const char* problem = shim_launch(function.run, grid, int(block_x), shared_bytes, args->data(), size_t(function.args_bytes), order);
         return problem ? problem : "";
     };
+    if (error.is("twice")) queue(stream, "kernel `" + function.name + "`", run);
     if (Result result = queue(stream, "kernel `" + function.name + "`", run, &op)) return result;
     op->never_ends = is_named("GLMDDP_STANDIN_HANG", function.name);
     return SUCCESS;
