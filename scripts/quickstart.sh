@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh clone to a tuned model: installs what is missing, builds, trains a small ChatGLM2 of its own to write adverts (all weights),
 # tunes it by P-Tuning v2 to answer as a shop does, each on two MPI ranks, and shows held-out loss and a sample before and after. Needs a
-# Debian or Ubuntu with root or sudo, and the package registries; neither a GPU nor a downloaded model.
+# Debian or Ubuntu with root or sudo, and the package registries; neither a GPU nor a downloaded model. Where NVIDIA's driver is, it builds for
+# the GPU and tunes there, in one process; cuBLAS and cuRAND must be there too (`glmddp doctor`).
 #
 #   scripts/quickstart.sh         may be run again: it makes the folder demo anew
 set -euo pipefail
@@ -9,9 +10,16 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh
 
-say "building glmddp (the first build takes some minutes)"
-cargo build --release --locked
 glmddp=$CARGO_TARGET_DIR/release/glmddp
+if have nvidia-smi || [ -e /proc/driver/nvidia/version ]; then
+    say "building glmddp for the GPU of this machine (the first build takes some minutes)"
+    scripts/lean_cuda.sh build --release --locked
+    run=("$glmddp")
+else
+    say "building glmddp (the first build takes some minutes)"
+    cargo build --release --locked
+    run=(launch/mpirun.sh -n 2 "$glmddp")
+fi
 
 if [ -e demo ] && [ ! -e demo/.made-by-quickstart ]; then
     die "the folder demo was not made by this script" "move it away"
@@ -21,12 +29,11 @@ mkdir demo
 touch demo/.made-by-quickstart
 base=demo/base/adapter
 adapter=demo/output/adapter
-mpirun=(launch/mpirun.sh -n 2 "$glmddp")
-train=("${mpirun[@]}" train --config configs/demo.toml)
+train=("${run[@]}" train --config configs/demo.toml)
 
 # held_out KIND MODEL [ADAPTER]: the loss on the held-out rows of that kind.
 held_out() {
-    "${mpirun[@]}" evaluate --model_name_or_path "$2" ${3:+--adapter "$3"} --validation_file "demo/$1/dev.jsonl" \
+    "${run[@]}" evaluate --model_name_or_path "$2" ${3:+--adapter "$3"} --validation_file "demo/$1/dev.jsonl" \
         --max_source_length 64 --max_target_length 64 --json | sed -n 's/.*"eval_loss": *\([-+0-9.eE]*\).*/\1/p'
 }
 
@@ -43,10 +50,10 @@ row=$(grep -m 1 '季节.*场合' demo/answers/dev.jsonl)
 prompt=$(sed -n 's/.*"content": *"\([^"]*\)".*/\1/p' <<<"$row")
 expected=$(sed -n 's/.*"summary": *"\([^"]*\)".*/\1/p' <<<"$row")
 
-say "1. a base: all weights learn to write adverts: ${mpirun[*]} train --config configs/demo_base.toml"
+say "1. a base: all weights learn to write adverts: ${run[*]} train --config configs/demo_base.toml"
 random=$(held_out adverts demo/model)
 started=$SECONDS
-"${mpirun[@]}" train --config configs/demo_base.toml
+"${run[@]}" train --config configs/demo_base.toml
 base_took=$((SECONDS - started))
 adverts=$(held_out adverts "$base")
 

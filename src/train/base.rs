@@ -100,6 +100,7 @@ impl RunData {
             source.check(&config.parameter_shapes())?;
             // One rank of each machine reads every byte: the others have the same files.
             let fingerprint = if group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
+            device.say_rounding(&source, &config, group)?;
             let model = ChatGlm2::load(config.clone(), &source, plan.model.rope_table, device.dtype.dtype(), &device.device)?;
             if plan.model.torch_dtype == WeightDtype::Bfloat16 {
                 model.round_weights_to_bf16()?;

@@ -11,6 +11,7 @@ use crate::config::plan::{DeviceChoice, ModelPlan};
 use crate::dist::ProcessGroup;
 use crate::kernels::cuda::{self, CudaError};
 use crate::kernels::launch::KernelDtype;
+use crate::model::weights::WeightSource;
 use crate::model::{ComputeDtype, ModelConfig};
 use crate::peft::{self, MethodPlan};
 
@@ -79,6 +80,24 @@ impl Chosen {
     pub fn of(&self, plan: &Plan) -> Plan {
         let device = if self.device.is_cpu() { DeviceChoice::Cpu } else { DeviceChoice::Cuda(None) };
         Plan { model: ModelPlan { device, compute_dtype: Some(self.dtype), ..plan.model.clone() }, ..plan.clone() }
+    }
+
+    /// Says what becomes of the weights in `source`, where that is not what they are.
+    ///
+    /// # Errors
+    /// When one is missing.
+    pub fn say_rounding(&self, source: &WeightSource, config: &ModelConfig, group: &dyn ProcessGroup) -> Result<(), TrainError> {
+        if self.dtype == ComputeDtype::Bfloat16 && group.rank() == 0 {
+            for (name, shape) in config.parameter_shapes().iter().take(1) {
+                let stored = match source.dtype(name, shape)? {
+                    DType::BF16 => return Ok(()),
+                    DType::F16 => "float16",
+                    _ => "float32",
+                };
+                tracing::info!("the weights are {stored} and are rounded to bfloat16 once, each by at most 2^-9 (0.2 %) of itself");
+            }
+        }
+        Ok(())
     }
 
     fn cpu(dtype: Option<ComputeDtype>) -> Result<Self, TrainError> {

@@ -52,6 +52,7 @@ impl Tuned {
             let is_compared = adapter.is_some() || group.world_size() > 1;
             let fingerprint =
                 if is_compared && group.local_rank() == 0 { source.fingerprint(&config.parameter_shapes())? } else { String::new() };
+            device.say_rounding(&source, &config, group)?;
             Ok((tokenizer, ChatGlm2::load(config, &source, rope_table, device.dtype.dtype(), &device.device)?, fingerprint))
         })?;
         let fingerprint = same_base(group, &fingerprint)?;

@@ -211,7 +211,7 @@ fn arguments_that_would_change_results_are_refused_with_the_reason() {
     hint: leave `quantization_bit` out
     ");
     insta::assert_snapshot!(refused("", &["--fp16"]), @r"
-    error: `fp16` is not supported: CPU runs compute in f32
+    error: `fp16` is not supported: a GPU computes in bfloat16 and a CPU in float32, unless compute_dtype says otherwise
       --> command line, `--fp16`
 
     hint: leave `fp16` out
