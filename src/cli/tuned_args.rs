@@ -9,7 +9,7 @@ use crate::config::values::{DeviceChoice, MemoryLimit, named};
 use crate::dist::{self, ProcessGroup};
 use crate::model::{ComputeDtype, RopeTable};
 use crate::train::TrainError;
-use crate::train::device::Wish;
+use crate::train::device::DeviceWish;
 use crate::train::tuned::Tuned;
 
 #[derive(Clone, Debug, Args)]
@@ -33,7 +33,7 @@ pub struct TunedArgs {
     #[arg(long, value_name = "TYPE", value_parser = named::<ComputeDtype>(&["float32", "bfloat16"]))]
     pub compute_dtype: Option<ComputeDtype>,
     /// Memory that the ranks of this machine may take together, such as 20GiB: a model that is larger is refused before it is loaded; none
-    /// does not look [default: what is free, with swap, under the limits of the container or job]
+    /// does not look, and of a GPU's memory nothing is said [default: what is free, with swap, under the limits of the container or job]
     #[arg(long, value_name = "SIZE|none")]
     pub memory_limit: Option<MemoryLimit>,
     /// Threads of each rank [default: cores of the machine / ranks on it]
@@ -52,7 +52,7 @@ impl TunedArgs {
         dist::install_thread_pool(threads.count)?;
         let dir = &self.model_name_or_path;
         let rope_table = self.rope_table.unwrap_or(RopeTable::Exact);
-        let wish = Wish { device: self.device.unwrap_or_default(), dtype: self.compute_dtype };
+        let wish = DeviceWish { device: self.device.unwrap_or_default(), dtype: self.compute_dtype };
         let tuned = Tuned::load(dir, self.adapter.as_deref(), rope_table, wish, self.memory_limit, group)?;
         if let (Some(adapter), Some(method)) = (&self.adapter, &tuned.method)
             && let Some(reason) = method.without_effect()?

@@ -183,6 +183,7 @@ mod tests {
         let shared = Shared {
             base_fingerprint: String::new(),
             tokenizer_sha256: String::new(),
+            computed_on: String::new(),
             base_parameters: 1,
             train_rows: 1,
             train_tokens: 1,

@@ -30,6 +30,9 @@ pub struct Shared {
     /// sha256 of the base's weights.
     pub base_fingerprint: String,
     pub tokenizer_sha256: String,
+    /// Device and type of values; reports of earlier versions are of a CPU in float32.
+    #[serde(default = "on_a_cpu")]
+    pub computed_on: String,
     /// Parameters of the base.
     pub base_parameters: u64,
     pub train_rows: u64,
@@ -42,6 +45,10 @@ pub struct Shared {
     pub rows_per_step: u64,
     /// Tokens of the rows of all steps: the budget of each method.
     pub budget_tokens: u64,
+}
+
+fn on_a_cpu() -> String {
+    "cpu, float32".to_owned()
 }
 
 /// One method's run.

@@ -307,6 +307,7 @@ fn shared(base: &Base, plan: &Plan, options: &Options, (steps, budget_tokens): (
     Ok(Shared {
         base_fingerprint: base.fingerprint.clone(),
         tokenizer_sha256: base.tokenizer_sha256.clone(),
+        computed_on: base.device.kind(),
         base_parameters: parameters.values().map(|shape| shape.iter().product::<usize>() as u64).sum(),
         train_rows: base.train.num_samples() as u64,
         train_tokens: base.train.num_tokens() as u64,

@@ -210,7 +210,7 @@ pub struct ScheduleConfig {
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
     /// Memory that the ranks of a machine may take together, such as 20GiB: a run that needs more is refused before it loads the model;
-    /// none does not look [default: what is free, with swap, under the limits of the container or job]
+    /// none does not look, and a GPU's memory is not held against it [default: what is free, with swap, under the limits of the container or job]
     #[arg(long, value_name = "SIZE|none")]
     pub memory_limit: Option<MemoryLimit>,
     /// Write the rows of every micro-batch to this file, one JSON line each

@@ -53,7 +53,7 @@ pub struct Norm {
 }
 
 impl Norm {
-    /// Of a buffer, from the sums of all its chunks in their order ([`chunk_square_sums`]; zeros behind those change nothing), to be clipped to
+    /// The norm of a buffer, from the sums of all its chunks in their order ([`chunk_square_sums`]; zeros behind those change nothing), to be clipped to
     /// `max_norm`.
     ///
     /// # Errors

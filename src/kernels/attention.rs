@@ -20,6 +20,9 @@ use super::simd::{dot, exp, exp_sum, max, vectorize};
 /// Queries scored at once: small enough that what the causal mask throws away stays below 16 keys a query.
 const BLOCK: usize = 32;
 
+/// Sizes of heads that the kernels of a GPU take.
+pub const HEAD_DIMS: [usize; 2] = [64, 128];
+
 /// Head counts and size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {

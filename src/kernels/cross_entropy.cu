@@ -25,6 +25,8 @@ struct CrossEntropyArgs {
 // Nothing but -inf: the powers of such are 0, not NaN.
 DEVICE float shift_of(float top) { return top == NEG_INFINITY ? 0.0f : top; }
 
+DEVICE float loss_of(float total, float logit) { return fast_log2(total) * LN_2 - logit; }
+
 template <typename T, bool GRADIENT>
 DEVICE void cross_entropy(const CrossEntropyArgs& args) {
     float* scratch = reinterpret_cast<float*>(shared_memory());
@@ -57,7 +59,7 @@ DEVICE void cross_entropy(const CrossEntropyArgs& args) {
     }
     const float shift = shift_of(block_max(top, scratch));
     const float total = block_sum(sum * fast_exp(top - shift), scratch);
-    if (threadIdx.x == 0) args.losses[row] = fast_log2(total) * LN_2 - (target_logit - shift);
+    if (threadIdx.x == 0) args.losses[row] = loss_of(total, target_logit - shift);
     if (GRADIENT) {
         const float inverse = 1.0f / total;
         for (int at = first; at < args.columns; at += step) {
@@ -66,7 +68,8 @@ DEVICE void cross_entropy(const CrossEntropyArgs& args) {
             for (int j = 0; j < WIDE<T>; j++) {
                 const float value = to_f32(x.v[j]);
                 const float p = fast_exp(value - shift) * inverse;
-                const float at_target = is_finite(value) ? p - 1.0f : not_a_number();
+                // Where the loss is not finite: the norm of the gradient is to tell.
+                const float at_target = is_finite(loss_of(total, value - shift)) ? p - 1.0f : not_a_number();
                 x.v[j] = from_f32<T>((at + j == target ? at_target : p) * args.scale);
             }
             store(logits + at, x);

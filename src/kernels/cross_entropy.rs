@@ -60,12 +60,13 @@ fn row_nll(row: &mut [f32], target: usize, logits: Logits) -> f32 {
     let shift = max(row);
     let target_logit = row[target];
     let sum = exp_sum(row, shift);
+    let loss = sum.ln() - (target_logit - shift);
     if logits == Logits::ToGradient {
         let scale = 1.0 / sum;
         row.iter_mut().for_each(|p| *p *= scale);
-        row[target] = if target_logit.is_finite() { row[target] - 1.0 } else { f32::NAN };
+        row[target] = if loss.is_finite() { row[target] - 1.0 } else { f32::NAN };
     }
-    sum.ln() - (target_logit - shift)
+    loss
 }
 
 /// The index of the largest logit of each row and its distance to the second largest, `[N]`.

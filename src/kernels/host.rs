@@ -1,4 +1,4 @@
-//! Access to the memory of CPU tensors.
+//! Access to the memory of CPU tensors, and values of a GPU's tensors brought to the host.
 
 use std::cell::RefCell;
 use std::ops::{Deref, Range};

@@ -33,7 +33,7 @@ impl Ids {
     /// `[N]` u32 on the GPU.
     ///
     /// # Errors
-    /// When there is not enough memory, or they were sent to another GPU.
+    /// When there is not enough memory.
     pub fn on(&self, gpu: &OnGpu) -> Result<&Tensor> {
         if self.sent.get().is_none() {
             _ = self.sent.set(gpu.upload(&self.host)?);

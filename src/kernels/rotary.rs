@@ -70,7 +70,7 @@ impl Cache {
 }
 
 impl Angles {
-    /// Of the first so many positions.
+    /// Those of the positions below `num_positions`.
     ///
     /// # Source
     /// THUDM modeling_chatglm.py, RotaryEmbedding.forward_impl.
@@ -115,7 +115,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// Of tokens at `positions`, `[T]`, for heads of `head_dim` values.
+    /// The angles of tokens at `positions`, `[T]`, for heads of `head_dim` values.
     pub fn new(positions: &[u32], head_dim: usize, angles: Angles) -> Self {
         Cache::new(head_dim, angles).table(positions)
     }

@@ -36,6 +36,16 @@ pub enum ComputeDtype {
     Bfloat16,
 }
 
+impl std::fmt::Display for ComputeDtype {
+    /// As users name it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Float32 => "float32",
+            Self::Bfloat16 => "bfloat16",
+        })
+    }
+}
+
 impl ComputeDtype {
     pub fn dtype(self) -> DType {
         match self {

@@ -100,7 +100,7 @@ impl AdamW {
     }
 
     /// Changes `params` in place by one step along `grads` (both the shard's, `[shard.len()]` f32), clipped as the `norm` of the whole gradient
-    /// says. Where that is NaN or infinite neither parameters nor moments change.
+    /// says. Where that is NaN or infinite neither parameters nor moments change; the step counts all the same, since the host does not know of it yet.
     ///
     /// # Source
     /// torch's `_single_tensor_adamw`: p *= 1 - lr wd; m = lerp(m, g, 1 - beta1); v = beta2 v + (1 - beta2) g^2;

@@ -4,10 +4,10 @@
 //! of threads changes no bit.
 
 mod adamw;
-mod clip;
+mod norm;
 mod schedule;
 
 pub use crate::kernels::adamw::CHUNK;
 pub use adamw::{AdamW, AdamWConfig, OptimError};
-pub use clip::{NonFinite, Norm, chunk_square_sums, first_non_finite};
+pub use norm::{NonFinite, Norm, chunk_square_sums, first_non_finite};
 pub use schedule::{Schedule, SchedulerType, Warmup};

@@ -69,7 +69,13 @@ impl super::Settings for Settings {
     }
 
     fn gpu_support(&self) -> std::result::Result<(), &'static str> {
-        Ok(())
+        // Products want addresses that are multiples of 16 bytes, and the projection's parameters lie one behind the other.
+        match self.encoder_hidden_size {
+            Some(hidden) if self.prefix_projection && !hidden.get().is_multiple_of(8) => {
+                Err("with an encoder_hidden_size that is no multiple of 8 is computed on a CPU only, so far")
+            }
+            _ => Ok(()),
+        }
     }
 
     fn costs(&self, shape: &ModelShape) -> std::result::Result<Costs, MethodError> {

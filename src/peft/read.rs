@@ -49,10 +49,11 @@ pub fn read(dir: &Path, base: Base) -> Result<Box<dyn PeftMethod>, MethodError> 
 /// With the reason.
 pub fn gpu_support(dir: &Path) -> Result<(), &'static str> {
     let (path, is_fusion) = (dir.join(PEFT_CONFIG), dir.join(adapter_files::SETUP).exists());
-    let Ok(config) = export::read_json(&path) else {
-        // Without a configuration it is THUDM's, which are prefixes.
-        return if is_fusion || path.exists() { Err(ON_CPU_ALONE) } else { Ok(()) };
-    };
+    if is_fusion {
+        return Err(ON_CPU_ALONE);
+    }
+    // Without a configuration it is THUDM's, which are prefixes; one that is broken is reported where it is read.
+    let Ok(config) = export::read_json(&path) else { return Ok(()) };
     match config.get("peft_type").and_then(Value::as_str) {
         Some("LORA") if config.get("use_dora").and_then(Value::as_bool) != Some(true) => Ok(()),
         Some("PREFIX_TUNING") => Ok(()),

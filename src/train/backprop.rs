@@ -110,7 +110,7 @@ fn read(losses: &[Tensor]) -> Result<Vec<f32>> {
     Ok(host::read(&losses.iter().collect::<Vec<_>>())?.concat())
 }
 
-/// Of losses, in their order.
+/// The sum of losses, in their order.
 pub(super) fn sum(losses: &[f32]) -> f64 {
     losses.iter().map(|&l| f64::from(l)).sum()
 }

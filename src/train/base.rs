@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::adapters::{Ranks, Tokenizer};
-use super::device::{self, Chosen, Wish};
+use super::device::{Chosen, DeviceWish, Workload};
 use super::together::together;
 use super::{TrainError, room};
 use crate::config::Plan;
@@ -66,8 +66,8 @@ impl RunData {
             tokenizer.check_fits(config.padded_vocab_size)?;
             Ok((tokenizer, config, source))
         })?;
-        let wish = Wish { device: plan.model.device, dtype: plan.model.compute_dtype };
-        let device = Chosen::open(wish, &config, device::Tuned::By(methods), group)?;
+        let wish = DeviceWish { device: plan.model.device, dtype: plan.model.compute_dtype };
+        let device = Chosen::open(wish, &config, Workload::Methods(methods), group)?;
         let (train, validation) = load_data(plan, &tokenizer, group)?;
         Ok(Self { config, source, tokenizer, device, train, validation })
     }
@@ -83,6 +83,9 @@ impl RunData {
     /// When it cannot.
     pub fn expect_room(&self, what: &str, plan: &Plan, group: &dyn ProcessGroup) -> Result<(), TrainError> {
         // What is free on the host says nothing of a GPU.
+        if !self.device.device.is_cpu() {
+            super::room::say_unheld(plan.run.memory_limit, group);
+        }
         let Some(LengthStats { min, max, .. }) = self.train.length_stats().filter(|_| self.device.device.is_cpu()) else { return Ok(()) };
         let lengths = RowLengths { shortest: min as u64, longest: max as u64, num_rows: self.train.num_samples() as u64 };
         room::expect_room(what, &ModelShape::from(&self.config), plan, &lengths, group)

@@ -66,14 +66,12 @@ pub enum TrainError {
     },
     #[error("compute_dtype is bfloat16, and a CPU computes in float32")]
     DtypeOnCpu,
-    #[error("device names one GPU, and {ranks_here} ranks of this machine would share it")]
-    OneGpuForRanks { ranks_here: usize },
     #[error("{ranks_here} ranks of this machine want a GPU each, and the NVIDIA driver finds {gpus}")]
     TooFewGpus { ranks_here: usize, gpus: usize },
     #[error(transparent)]
     NotOnGpu(#[from] NotOnGpu),
     #[error(transparent)]
-    Cuda(#[from] CudaError),
+    Cuda(Box<CudaError>),
     #[error(transparent)]
     TooLarge(Box<TooLarge>),
     #[error("cannot write {}: {source}", path.display())]
@@ -102,6 +100,12 @@ pub enum TrainError {
     Tensor(#[from] candle_core::Error),
 }
 
+impl From<CudaError> for TrainError {
+    fn from(error: CudaError) -> Self {
+        Self::Cuda(Box::new(error))
+    }
+}
+
 impl From<TooLarge> for TrainError {
     fn from(error: TooLarge) -> Self {
         Self::TooLarge(Box::new(error))
@@ -111,6 +115,13 @@ impl From<TooLarge> for TrainError {
 impl TrainError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
+        if self.to_string().contains(OUT_OF_GPU_MEMORY) {
+            return Some(
+                "the GPU has too little memory: for training use `recompute = block`, or a smaller per_device_train_batch_size (global_batch_size \
+                 alone decides what is learnt); `device = cpu` needs none"
+                    .to_owned(),
+            );
+        }
         match self {
             Self::StepNotFinite { .. } => {
                 Some("a lower learning_rate is the usual cure; `glmddp tokenize` with the same configuration and `--row LINE` shows a row".to_owned())
@@ -126,7 +137,8 @@ impl TrainError {
             Self::NoTargets => Some("raise max_target_length; `glmddp tokenize` with the same configuration shows the rows".to_owned()),
             Self::Mismatch { .. } => Some("resume with the settings of the checkpoint, or start anew in another output_dir".to_owned()),
             Self::ProbeDiffers { .. } => Some(
-                "nothing was changed; use the program, the base and the `rope_table` that it was saved with, or an earlier checkpoint"
+                "nothing was changed; use the program, the base, the `device`, the `compute_dtype` and the `rope_table` that it was saved with, or an \
+                 earlier checkpoint"
                     .to_owned(),
             ),
             Self::ExportNeedsBase { .. } => Some("give `--model_name_or_path`, the folder of the base that the run started from".to_owned()),
@@ -138,14 +150,13 @@ impl TrainError {
                  processors on the machine of the named rank, and go on from the newest checkpoint before this step"
                     .to_owned(),
             ),
-            Self::DtypeOnCpu => Some("leave compute_dtype out, or use `device = cuda` on a machine with a GPU".to_owned()),
-            Self::OneGpuForRanks { .. } => Some("use `device = cuda`: each rank takes the GPU of its number".to_owned()),
-            Self::TooFewGpus { gpus, .. } => Some(format!("start {gpus} ranks a machine, as `mpirun -n {gpus}`, or widen CUDA_VISIBLE_DEVICES")),
+            Self::DtypeOnCpu => Some("leave compute_dtype out, or compute on a GPU".to_owned()),
+            Self::TooFewGpus { gpus, .. } => Some(format!(
+                "start {gpus} ranks a machine, as `mpirun -n {gpus}`, or widen CUDA_VISIBLE_DEVICES; where each rank sees a GPU of its own alone, \
+                 use `device = cuda:0`; `device = cpu` needs none"
+            )),
             Self::NotOnGpu(_) => Some("use `device = cpu`".to_owned()),
-            Self::Cuda(e) => e.hint(),
-            Self::Tensor(e) | Self::Optim(OptimError::Tensor(e)) if is_out_of_gpu_memory(e) => Some(
-                "use `recompute = block`, or a smaller per_device_train_batch_size: global_batch_size alone decides what is learnt".to_owned(),
-            ),
+            Self::Cuda(e) => Some(e.hint().map_or_else(|| "or use `device = cpu`".to_owned(), |hint| format!("{hint}; or use `device = cpu`"))),
             Self::TooLarge(e) => Some(e.hint()),
             Self::Checkpoint(e) => e.hint(),
             Self::Data(e) => e.hint(),
@@ -182,6 +193,7 @@ impl TrainError {
     /// Whether what the user gave is at fault (exit code 2), not the program or the machine (1).
     pub fn is_users(&self) -> bool {
         match self {
+            Self::Cuda(error) => !matches!(**error, CudaError::Call { .. } | CudaError::Tensors { .. }),
             Self::Dist(_)
             | Self::Optim(_)
             | Self::Tensor(_)
@@ -197,9 +209,8 @@ impl TrainError {
     }
 }
 
-fn is_out_of_gpu_memory(error: &candle_core::Error) -> bool {
-    error.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY")
-}
+/// The driver's name of it, which errors of tensors and of kernels have in their texts.
+const OUT_OF_GPU_MEMORY: &str = "CUDA_ERROR_OUT_OF_MEMORY";
 
 fn at_step(step: Option<u64>) -> String {
     step.map_or(String::new(), |step| format!("step {step}: "))

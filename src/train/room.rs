@@ -101,6 +101,13 @@ fn changes_text(fitting: &[(String, u64)]) -> String {
     }
 }
 
+/// Says that a given limit is of no use for a run on a GPU.
+pub(super) fn say_unheld(limit: Option<MemoryLimit>, group: &dyn ProcessGroup) {
+    if let (Some(MemoryLimit::Bytes(_)), 0) = (limit, group.rank()) {
+        tracing::warn!("`memory_limit` is of the host's memory, and this run is held in the GPU's: nothing is held against it");
+    }
+}
+
 /// Tests that a run can fit. Every rank calls it, with the same plan; `what` names the run.
 ///
 /// # Errors

@@ -80,8 +80,9 @@ struct Computed {
 }
 
 impl Trainer<'_, '_> {
-    /// Computes this rank's slots, sums over all, and updates the parameters. The host queues all of it and then waits once for the device, so what
-    /// stands for a step that must not be taken is the norm of its gradient: where that is not finite an update changes nothing.
+    /// Computes this rank's slots, sums over all, and updates the parameters. The host queues all of it and then waits once for the device (and
+    /// for collectives that go through the host), so what stands for a step that must not be taken is the norm of its gradient: where that is not
+    /// finite an update changes nothing.
     ///
     /// # Errors
     /// The same on every rank, with parameters as they were, when a loss or a gradient is not finite or no token is in the loss.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::base::same_base;
-use super::device::{self, Chosen, Wish};
+use super::device::{Chosen, DeviceWish, Workload};
 use super::probe;
 use super::save::PROBE;
 use super::together::together;
@@ -34,13 +34,15 @@ impl Tuned {
         dir: &Path,
         adapter: Option<&Path>,
         rope_table: RopeTable,
-        wish: Wish,
+        wish: DeviceWish,
         memory_limit: Option<MemoryLimit>,
         group: &dyn ProcessGroup,
     ) -> Result<Self, TrainError> {
         let (config, source) = together(group, || Ok(bare::open_if_there(dir)?))?;
-        let device = Chosen::open(wish, &config, adapter.map_or(device::Tuned::Nothing, device::Tuned::Adapter), group)?;
-        if device.device.is_cpu() {
+        let device = Chosen::open(wish, &config, adapter.map_or(Workload::Base, Workload::Adapter), group)?;
+        if !device.device.is_cpu() {
+            room::say_unheld(memory_limit, group);
+        } else {
             room::expect_room_for_weights(&format!("the model in {}", dir.display()), &ModelShape::from(&config), memory_limit, group)?;
         }
         let (tokenizer, model, fingerprint) = together(group, || {

@@ -1,4 +1,5 @@
 //! The program on a GPU that is not there: the kernels against the CPU's code, the driver's rules, what the host may not do.
+#![allow(clippy::result_large_err, reason = "what a test returns once")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
 
 mod faults;

@@ -1,11 +1,12 @@
 //! Errors of the host, planted into the calls of a real training step: each is named by the checked stand-in, or the step's values tell.
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use cudarc::driver::CudaContext;
 use glmddp::config::plan::LossMean;
 use glmddp::dist::{Reduction, Solo};
-use glmddp::kernels::cuda;
 use glmddp::kernels::host::on_host;
+use glmddp::kernels::ids::Ids;
+use glmddp::kernels::{cuda, embedding};
 use glmddp::model::Recompute;
 use glmddp::optim::AdamWConfig;
 use glmddp::telemetry::PhaseTimer;
@@ -138,11 +139,43 @@ fn planted_errors_of_the_host_are_found() {
         let output = text(&again(test, checked(), &variables));
         assert!(!output.contains("nothing came of"), "{planted}: {output}");
         let driver = said(&output);
-        let of_values = output.lines().find_map(|line| line.strip_prefix("> ")).unwrap_or("the process is ended").to_owned();
-        if driver == "nothing" { of_values } else { without_numbers(driver.split("; ").next().unwrap_or_default()) }
+        let of_values = output.lines().find_map(|line| line.strip_prefix("> ")).map(str::to_owned);
+        if driver == "nothing" {
+            of_values.unwrap_or_else(|| panic!("{planted}: {output}"))
+        } else {
+            without_numbers(driver.split("; ").next().unwrap_or_default())
+        }
     };
     assert_eq!((of(PREFIX, ""), of(LORA, "")), ("as on a CPU".to_owned(), "as on a CPU".to_owned()));
     let table: Vec<String> = PLANTED.iter().map(|(what, which, planted)| format!("{what}: {}", of(*which, planted))).collect();
     insta::assert_snapshot!("planted_errors", table.join("\n"));
     assert!(table.iter().all(|line| !line.ends_with(": as on a CPU")));
+}
+
+/// More ids than the first block of page-locked memory holds, and nobody waits: no block is written again before its copies have run.
+fn send_much() -> Result<bool, TrainError> {
+    let device = cuda::tensor_device(0)?;
+    let of = |device: &Device| {
+        let table = Tensor::arange(0f32, 64.0, &Device::Cpu)?.reshape((16, 4))?.to_device(device)?;
+        let rows = (0..150u32).map(|i| embedding::gather(&table, &Ids::new(vec![i % 16, (i + 5) % 16])));
+        let rows = rows.collect::<candle_core::Result<Vec<_>>>()?;
+        rows.iter().map(|rows| on_host(rows)?.to_vec2::<f32>()).collect::<candle_core::Result<Vec<_>>>()
+    };
+    Ok(of(&device)? == of(&Device::Cpu)?)
+}
+
+#[test]
+fn blocks_of_page_locked_memory_are_not_written_while_the_gpu_reads_them() {
+    if is_inside() {
+        println!("\n> {}", send_much().unwrap());
+        return;
+    }
+    let test = this_test!();
+    let of = |planted: &str| text(&again(test, checked(), &[(PLANT, planted), ("GLMDDP_STANDIN_SEED", "0")]));
+    assert!(of("").contains("> true"));
+    let output = of("leave_out:record:1");
+    assert!(
+        said(&output).starts_with("the host touches byte 0 of pinned memory before it waited for copy to the GPU of 8 bytes"),
+        "{output}"
+    );
 }

@@ -74,7 +74,7 @@ fn slot_of(model: &ChatGlm2, step: usize, slot: usize) -> MicroBatch {
     rows(model, LENGTHS[slot], (step * NUM_SLOTS + slot) as u64)
 }
 
-/// The bits of all ranks, which must be alike.
+/// The bits of a run, the same on all ranks.
 fn bits(world_size: usize, which: usize, setup: Setup) -> String {
     let all: Vec<String> = local::run(world_size, |tensors| train(tensors, which, setup)).into_iter().map(Result::unwrap).collect();
     assert!(all.iter().all(|bits| *bits == all[0]), "{all:?}");

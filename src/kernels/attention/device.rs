@@ -2,7 +2,7 @@
 
 use bytemuck::NoUninit;
 
-use super::{Heads, Wanted};
+use super::{HEAD_DIMS, Heads, Wanted};
 use crate::kernels::launch::{Executor, KernelDtype, Launch, LaunchError, launch, require_aligned};
 
 const THREADS: u32 = 128;
@@ -216,8 +216,8 @@ impl<'e> Op<'e> {
         let &Batch { heads, tiles, tiles_at, qkv, qkv_stride, prefix, out, lse } = batch;
         let Heads { num_heads, num_groups, head_dim } = heads;
         let fail = |reason: String| Err(LaunchError::Kernel { kernel: format!("attention, {}", dtype.suffix()), reason });
-        if head_dim != 64 && head_dim != 128 {
-            return fail(format!("a head dim of {head_dim}, expected 64 or 128"));
+        if !HEAD_DIMS.contains(&head_dim) {
+            return fail(format!("a head dim of {head_dim}, expected {} or {}", HEAD_DIMS[0], HEAD_DIMS[1]));
         }
         if num_groups == 0 || !num_heads.is_multiple_of(num_groups) {
             return fail(format!("{num_heads} heads in {num_groups} groups, expected a multiple"));

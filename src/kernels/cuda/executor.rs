@@ -69,6 +69,15 @@ impl CudaExecutor {
         Ok(Self { device, build, context, stream, modules, kernels, buffers, last, blas, staging })
     }
 
+    /// Waits for all that was queued, and gives back what copies were sent from.
+    fn finish(&self) -> Result<(), DriverError> {
+        self.context.bind_to_thread()?;
+        // sync: an executor of tensors lives as long as its process.
+        self.stream.synchronize()?;
+        // SAFETY: the context is this thread's, and the stream has come to its end.
+        unsafe { locked(&self.staging).free_all() }
+    }
+
     /// The kernel, its module loaded if it is the first of it.
     fn kernel(&self, name: &str) -> Result<CudaFunction, CudaError> {
         if let Some((kernel, _)) = locked(&self.kernels).get(name) {
@@ -119,6 +128,14 @@ impl CudaExecutor {
         let since = if last.is_empty() { String::new() } else { format!(" (the last kernel started was `{last}`)") };
         let name = format!("at {:#x}", buffer.address);
         LaunchError::Memory { name, bytes: buffer.bytes, reason: format!("{}{since}", failed(call, error)) }
+    }
+}
+
+impl Drop for CudaExecutor {
+    fn drop(&mut self) {
+        if let Err(error) = self.finish() {
+            tracing::warn!("a GPU could not be given back: {}", failed("the driver", error));
+        }
     }
 }
 

@@ -160,7 +160,7 @@ impl Drop for Preference {
     }
 }
 
-/// So many bytes are copied into a buffer.
+/// Tests that a copy of `bytes` fills a buffer.
 fn expect_bytes(bytes: usize, to: Buffer) -> Result<(), LaunchError> {
     if bytes == to.bytes {
         return Ok(());

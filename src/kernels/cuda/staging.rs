@@ -11,7 +11,7 @@ const BLOCK_BYTES: usize = 256 << 10;
 /// Copies begin at multiples of it: what is written for the next shares no page with what the GPU may still read.
 const PAGE_BYTES: usize = 4096;
 
-/// Blocks of page-locked memory, each of which is written anew when the GPU is done with it.
+/// Blocks of page-locked memory, each of which is written again when the GPU is done with it.
 #[derive(Default)]
 pub struct Staging {
     /// The one that is being filled.
@@ -43,15 +43,15 @@ impl Staging {
     pub unsafe fn send(&mut self, bytes: &[u8], address: u64, stream: sys::CUstream) -> Result<(), DriverError> {
         let needed = bytes.len().next_multiple_of(PAGE_BYTES);
         if self.current.as_ref().is_none_or(|block| block.bytes - block.used < needed) {
-            if let Some(full) = self.current.take() {
+            if let Some(full) = &self.current {
                 // SAFETY: event and stream are alive.
                 unsafe { result::event::record(full.event, stream) }?;
-                self.full.push_back(full);
             }
+            self.full.extend(self.current.take());
             self.current = Some(self.free(needed)?);
         }
         let Some(block) = &mut self.current else { return Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) };
-        // SAFETY: the block has so many bytes behind those that are used, and no copy reads them.
+        // SAFETY: the block has at least these bytes behind those that are used, and no copy reads them.
         let place = unsafe { std::slice::from_raw_parts_mut(block.memory.cast::<u8>().add(block.used), bytes.len()) };
         place.copy_from_slice(bytes);
         block.used += needed;
@@ -69,22 +69,33 @@ impl Staging {
             return Ok(Block { used: 0, ..block });
         }
         let bytes = bytes.max(BLOCK_BYTES);
-        // SAFETY: plain calls of the driver; both are given back by `Staging::drop`.
-        let memory = unsafe { result::malloc_host(bytes, 0) }?;
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
-        Ok(Block { memory, bytes, used: 0, event })
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        for block in self.current.take().into_iter().chain(self.full.drain(..)) {
-            // SAFETY: both are this block's own. What a failure means at the end of a process nobody is left to ask.
-            unsafe {
-                let _ = result::event::synchronize(block.event);
-                let _ = result::event::destroy(block.event);
-                let _ = result::free_host(block.memory);
+        // SAFETY: a plain call of the driver; both are given back by `Staging::free_all`.
+        match unsafe { result::malloc_host(bytes, 0) } {
+            Ok(memory) => Ok(Block { memory, bytes, used: 0, event }),
+            Err(error) => {
+                // SAFETY: nobody else has the event.
+                unsafe { result::event::destroy(event) }?;
+                Err(error)
             }
         }
+    }
+
+    /// Gives all blocks back.
+    ///
+    /// # Safety
+    /// The calling thread has the context, and the stream has come to its end.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub unsafe fn free_all(&mut self) -> Result<(), DriverError> {
+        for block in self.current.take().into_iter().chain(self.full.drain(..)) {
+            // SAFETY: both are this block's own, and no copy reads its memory.
+            unsafe {
+                result::event::destroy(block.event)?;
+                result::free_host(block.memory)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -409,6 +409,7 @@ Result cuEventDestroy_v2(void* event) {
 }
 Result cuEventRecord(void* to, void* stream) {
     CALL;
+    if (plant::at("record").is("leave_out")) return SUCCESS;
     return queue(stream, "event", nullptr, &static_cast<Event*>(to)->op);
 }
 // As on a GPU that is busy: who asks again and again sees it go on, who asks once does not.

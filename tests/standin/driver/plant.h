@@ -1,11 +1,11 @@
 // An error of the host, made in its place: GLMDDP_STANDIN_PLANT=WHAT:CALL:NUMBER[:A[:B]] changes the NUMBER-th call (from 1) of one kind as a host would
 // have made it wrongly. Tests see whether it is found.
 //
-// CALL is `up` or `send` (to the device, from pageable or from pinned memory), `down`, `copy` (on the device), `fill`, `free`, `product SHAPE` or
+// CALL is `up` or `send` (to the device, from pageable or from pinned memory), `down`, `copy` (on the device), `fill`, `free`, `record`, `product SHAPE` or
 // `launch KERNEL`. WHAT is one of
 //   leave_out            it is not made
 //   twice                it is made twice (launch, product)
-//   elsewhere            it goes to another stream (all but down)
+//   elsewhere            it goes to another stream (all but down and record)
 //   early                the host reads before the bytes are there (down)
 //   touched              the host writes to the pinned source once more (send)
 //   short                A bytes are missing at the end (up, send)
