@@ -78,26 +78,24 @@ struct Cache<'a> {
 }
 
 impl Cache<'_> {
-    /// Keys and values of T more tokens, behind those that are there: vectors of D values, gathered in their order.
+    /// Keys and values of T more tokens, each group's behind those that are there.
     fn append(&mut self, model: &ChatGlm2, layer: usize, qkv_TN: &Tensor) -> Result<()> {
         let c = &model.config;
         let (n, g, d) = (c.num_attention_heads, c.multi_query_group_num, c.kv_channels);
         let (t, heads) = (qkv_TN.dim(0)?, n + 2 * g);
+        // Of each group of keys, then of values, its tokens.
+        let order = (0..2 * g).flat_map(|group| (0..t).map(move |token| (token * heads + n + group) as u32));
+        let new = embedding::gather(&qkv_TN.reshape((t * heads, d))?, &Ids::new(order.collect::<Vec<_>>()))?;
         let (mut vectors, mut p) = (Vec::new(), 0);
-        if let Some(past) = &self.layers[layer] {
-            p = past.k_RGPD.dim(2)?;
-            vectors.extend([past.k_RGPD.reshape((g * p, d))?, past.v_RGPD.reshape((g * p, d))?]);
-        }
-        vectors.push(qkv_TN.reshape((t * heads, d))?);
-        let mut order = Vec::with_capacity(2 * g * (p + t));
-        for (past, first) in [(0, n), (g * p, n + g)] {
-            for group in 0..g {
-                order.extend((0..p).map(|i| past + group * p + i));
-                order.extend((0..t).map(|i| 2 * g * p + i * heads + first + group));
+        for group in 0..2 * g {
+            if let Some(past) = &self.layers[layer] {
+                let past_GPD = if group < g { &past.k_RGPD } else { &past.v_RGPD };
+                p = past_GPD.dim(2)?;
+                vectors.push(past_GPD.reshape((g * p, d))?.narrow(0, group % g * p, p)?);
             }
+            vectors.push(new.narrow(0, group * t, t)?);
         }
-        let order: Vec<u32> = order.into_iter().map(|at| at as u32).collect();
-        let both = embedding::gather(&elementwise::cat(&vectors)?, &Ids::new(order))?;
+        let both = elementwise::cat(&vectors)?;
         let part = |which: usize| both.narrow(0, which * g * (p + t), g * (p + t))?.reshape((1, g, p + t, d));
         self.layers[layer] = Some(PrefixKv { k_RGPD: part(0)?, v_RGPD: part(1)? });
         Ok(())
