@@ -140,6 +140,17 @@ fn ended(job: Child) -> Output {
     job.wait_with_output().expect("our child")
 }
 
+/// Interrupts a run until it ends: of two signals that come before the first is looked at, a busy machine shows one.
+fn interrupted(mut job: Child) -> Output {
+    let started = Instant::now();
+    while job.try_wait().expect("our child").is_none() {
+        assert!(started.elapsed() < PATIENCE, "it lives on");
+        kill_process(pid(&job), Signal::INT).expect("it runs");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    ended(job)
+}
+
 fn stderr(out: &Output) -> std::borrow::Cow<'_, str> {
     String::from_utf8_lossy(&out.stderr)
 }
@@ -152,14 +163,20 @@ fn assert_stopped(out: &Output) -> String {
     command.unwrap_or_else(|| panic!("no command that goes on: {text}\n{}", stderr(out))).to_owned()
 }
 
-/// Runs what a run said to type, to its end.
-fn go_on(setup: &Setup, command: &str) {
-    let mut shell = Command::new("sh");
-    shell.args(["-c", command]).current_dir(setup.0.path()).env_remove("GLMDDP_COMMAND").stdin(Stdio::null());
+/// What a run said to type.
+fn shell(setup: &Setup, command: &str) -> Command {
+    let mut shell = Command::new("env");
+    shell.args(["--default-signal=INT", "sh", "-c", command]).current_dir(setup.0.path()).env_remove("GLMDDP_COMMAND");
+    shell.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"] {
         shell.env(name, "1");
     }
-    let out = shell.output().expect("a shell");
+    shell
+}
+
+/// Runs what a run said to type, to its end.
+fn go_on(setup: &Setup, command: &str) {
+    let out = shell(setup, command).output().expect("a shell");
     assert!(out.status.success(), "{command}: {}", stderr(&out));
 }
 
@@ -187,10 +204,7 @@ fn second_sigint_leaves_at_once() {
     let mut job = setup.command(By::Nobody, "out", &slow).expect("no launcher").spawn().expect("the program starts");
     // The log is opened right before the first step.
     wait_until(&mut job, || setup.path("out/trainer_log.jsonl").exists());
-    kill_process(pid(&job), Signal::INT).expect("it runs");
-    std::thread::sleep(Duration::from_millis(50));
-    kill_process(pid(&job), Signal::INT).expect("it runs");
-    let out = ended(job);
+    let out = interrupted(job);
     assert_eq!(out.status.code(), Some(130), "{}", stderr(&out));
     assert!(stderr(&out).contains("SIGINT: the run saves and stops when its step is done; once more ends it at once, without saving"));
     let left: Vec<_> = std::fs::read_dir(setup.path("out")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -225,13 +239,20 @@ fn mpirun_signal_to_one_rank_or_to_mpirun_stops_all() {
 fn mpirun_script_turns_each_signal_into_a_stop() {
     let setup = Setup::new();
     for (signal, name) in [(Signal::TERM, "sigterm"), (Signal::INT, "sigint"), (Signal::USR1, "sigusr1"), (Signal::HUP, "sighup")] {
-        let Some(job) = setup.started(By::Script, name, &[]) else { return };
+        // No end that a run could come to before the signal has gone through script and mpirun.
+        let Some(job) = setup.started(By::Script, name, &["--max_steps", "100000"]) else { return };
         kill_process(pid(&job), signal).expect("it runs");
         let out = ended(job);
         let command = assert_stopped(&out);
         if signal == Signal::INT {
             insta::assert_snapshot!("stopped_by_sigint_script", setup.masked(&out.stdout));
-            go_on(&setup, &command);
+            let log = setup.path(name).join("trainer_log.jsonl");
+            let num_steps = || std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+            let before = num_steps();
+            let mut job = shell(&setup, &format!("exec {command}")).spawn().expect("a shell");
+            wait_until(&mut job, || num_steps() > before);
+            kill_process(pid(&job), signal).expect("it runs");
+            assert_stopped(&ended(job));
         }
     }
 }
@@ -248,13 +269,9 @@ fn mpirun_script_ends_at_once_on_a_second_sigint_and_when_it_is_killed() {
         let rank = setup.pid_of_rank(out, 1);
         if is_killed {
             kill_process(pid(&job), Signal::KILL).expect("it runs");
+            ended(job);
         } else {
-            kill_process(pid(&job), Signal::INT).expect("it runs");
-            std::thread::sleep(Duration::from_millis(100));
-            kill_process(pid(&job), Signal::INT).expect("it runs");
-        }
-        let ended = ended(job);
-        if !is_killed {
+            let ended = interrupted(job);
             assert_eq!(ended.status.code(), Some(130), "{}", stderr(&ended));
         }
         let started = Instant::now();

@@ -101,6 +101,15 @@ pub fn inside(test: &str, libraries: &Path, body: impl FnOnce()) {
     assert!(output.status.success() && text(&output).contains("1 passed"), "{}", text(&output));
 }
 
+/// What `test`, run again in each of two orders that the driver may choose, of operations, blocks and threads, has printed behind `> `.
+pub fn in_two_orders(test: &str) -> [Vec<String>; 2] {
+    ["1", "2"].map(|seed| {
+        let output = again(test, checked(), &[("GLMDDP_STANDIN_SEED", seed)]);
+        assert!(output.status.success(), "{}", text(&output));
+        text(&output).lines().filter_map(|line| line.strip_prefix("> ")).map(str::to_owned).collect()
+    })
+}
+
 /// Bytes that kernels moved, as they asked for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moved {

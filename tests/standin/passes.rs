@@ -12,7 +12,7 @@ use glmddp::train::backprop::{SlotPass, forward_backward};
 
 use crate::golden::cases;
 use crate::golden_batch;
-use crate::libraries::{again, checked, inside, is_inside, text, this_test};
+use crate::libraries::{checked, in_two_orders, inside, is_inside, this_test};
 
 /// The committed case with heads of 64.
 pub fn model(dtype: DType, device: &Device) -> ChatGlm2 {
@@ -99,13 +99,7 @@ fn slot_has_the_same_bits_in_each_run_and_with_recompute() {
         }
         return;
     }
-    // In any order that the driver may choose, of operations, blocks and threads.
-    let of = |seed: &str| {
-        let output = again(test, checked(), &[("GLMDDP_STANDIN_SEED", seed)]);
-        assert!(output.status.success(), "{}", text(&output));
-        text(&output).lines().filter_map(|line| line.strip_prefix("> ")).map(str::to_owned).collect::<Vec<_>>()
-    };
-    let (first, second) = (of("1"), of("2"));
+    let [first, second] = in_two_orders(test);
     assert_eq!((first.len(), &first), (6, &second));
 }
 

@@ -15,7 +15,7 @@ use glmddp::train::optimizer::Optimizer;
 use glmddp::train::requests::Wish;
 use glmddp::train::step::{StepSettings, Trainer, gradient_sum};
 
-use crate::libraries::{again, checked, inside, is_inside, plain, text, this_test};
+use crate::libraries::{in_two_orders, inside, is_inside, plain, this_test};
 use crate::passes::{methods, model, rows};
 
 const NUM_SLOTS: usize = 5;
@@ -112,12 +112,7 @@ fn steps_have_the_same_bits_in_each_order() {
         }
         return;
     }
-    let of = |seed: &str| {
-        let output = again(test, checked(), &[("GLMDDP_STANDIN_SEED", seed)]);
-        assert!(output.status.success(), "{}", text(&output));
-        text(&output).lines().filter_map(|line| line.strip_prefix("> ")).map(str::to_owned).collect::<Vec<_>>()
-    };
-    let (first, second) = (of("1"), of("2"));
+    let [first, second] = in_two_orders(test);
     assert_eq!((first.len(), &first), (3, &second));
 }
 

@@ -63,6 +63,18 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
+/// Logits of a row a target, on the device, and memory for what comes of them.
+fn sent(check: &Check, dtype: KernelDtype, logits: &[f32], targets: &[i32]) -> Result<device::Rows, CheckError> {
+    Ok(device::Rows {
+        logits: check.input("logits", dtype, logits)?,
+        targets: check.bytes("targets", bytemuck::cast_slice(targets))?,
+        losses: check.output("losses", KernelDtype::F32, targets.len())?,
+        fault: check.fault()?,
+        rows: targets.len(),
+        columns: logits.len() / targets.len(),
+    })
+}
+
 fn nll(check: &mut Check, dtype: KernelDtype, chunk: Chunk, logits: Logits) -> Result<(), CheckError> {
     let Chunk { rows, vocabulary, size, impossible, has_ignored } = chunk;
     let mut x = random(1, rows * vocabulary, size, dtype);
@@ -79,14 +91,7 @@ fn nll(check: &mut Check, dtype: KernelDtype, chunk: Chunk, logits: Logits) -> R
     }
     let targets: Vec<i32> =
         targets.iter().enumerate().map(|(row, &target)| if is_ignored(row) { device::IGNORED } else { target as i32 }).collect();
-    let on_device = device::Rows {
-        logits: check.input("logits", dtype, &x)?,
-        targets: check.bytes("targets", bytemuck::cast_slice(&targets))?,
-        losses: check.output("losses", KernelDtype::F32, rows)?,
-        fault: check.fault()?,
-        rows,
-        columns: vocabulary,
-    };
+    let on_device = sent(check, dtype, &x, bytemuck::cast_slice(&targets))?;
     device::nll_(check.executor, dtype, &on_device, logits, SCALE)?;
     check.expect("losses", on_device.losses, KernelDtype::F32, &losses, Tolerance::rounded_once(KernelDtype::F32))?;
     check.expect_bits("fault", on_device.fault, &[NO_FAULT])?;
@@ -96,14 +101,7 @@ fn nll(check: &mut Check, dtype: KernelDtype, chunk: Chunk, logits: Logits) -> R
 
 fn bad_targets(check: &mut Check) -> Result<(), CheckError> {
     let (dtype, targets) = (KernelDtype::Bf16, [-1i32, 7, 8, 3, -2]);
-    let on_device = device::Rows {
-        logits: check.input("logits", dtype, &random(1, 5 * 8, 1.0, dtype))?,
-        targets: check.bytes("targets", bytemuck::cast_slice(&targets))?,
-        losses: check.output("losses", KernelDtype::F32, 5)?,
-        fault: check.fault()?,
-        rows: 5,
-        columns: 8,
-    };
+    let on_device = sent(check, dtype, &random(1, 5 * 8, 1.0, dtype), &targets)?;
     device::nll_(check.executor, dtype, &on_device, Logits::ToGradient, 1.0)?;
     check.expect_bits("fault", on_device.fault, &[2u64])?;
     let losses = check.read(on_device.losses, KernelDtype::F32, 5)?;
@@ -123,14 +121,7 @@ fn impossible_target(check: &mut Check, dtype: KernelDtype) -> Result<(), CheckE
     }
     let expected = tensor(&x, rows)?;
     let losses = values(&cross_entropy::nll_(&expected, &targets, Logits::ToGradient)?)?;
-    let on_device = device::Rows {
-        logits: check.input("logits", dtype, &x)?,
-        targets: check.bytes("targets", bytemuck::cast_slice(&targets))?,
-        losses: check.output("losses", KernelDtype::F32, rows)?,
-        fault: check.fault()?,
-        rows,
-        columns: vocabulary,
-    };
+    let on_device = sent(check, dtype, &x, bytemuck::cast_slice(&targets))?;
     device::nll_(check.executor, dtype, &on_device, Logits::ToGradient, 1.0)?;
     check.expect("losses", on_device.losses, KernelDtype::F32, &losses, Tolerance::rounded_once(KernelDtype::F32))?;
     let is_nan = |values: &[f32]| values.iter().map(|x| u8::from(x.is_nan())).collect::<Vec<_>>();
